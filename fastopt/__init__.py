@@ -1,0 +1,31 @@
+"""Optimizer steps at the speed of memory: dense and sparse, in place, by Numba kernels."""
+
+__version__ = "0.1.0"
+
+from fastopt import schedules
+from fastopt.clipping import clip_grad_norm, clip_grad_value, grad_norm
+from fastopt.custom import register_rule
+from fastopt.gradients import IndexedSlices
+from fastopt.lookup import embedding
+from fastopt.optimizer import Optimizer, StepInfo
+from fastopt.optimizers import SGD, AdaGrad, Adam, AdamW, AMSGrad, RAdam, RMSProp, RowwiseAdaGrad
+
+__all__ = [
+    "SGD",
+    "AMSGrad",
+    "AdaGrad",
+    "Adam",
+    "AdamW",
+    "IndexedSlices",
+    "Optimizer",
+    "RAdam",
+    "RMSProp",
+    "RowwiseAdaGrad",
+    "StepInfo",
+    "clip_grad_norm",
+    "clip_grad_value",
+    "embedding",
+    "grad_norm",
+    "register_rule",
+    "schedules",
+]

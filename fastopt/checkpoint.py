@@ -1,0 +1,142 @@
+"""Optimizers in safetensors files, written whole or not at all."""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastopt.state import restore
+
+if TYPE_CHECKING:
+    from fastopt.optimizer import Optimizer
+
+FORMAT = 1
+HEADER = "fastopt"
+
+
+def save(optimizer: "Optimizer", path: Any, *, params: bool, metadata: Mapping[str, Any] | None) -> None:
+    """Write the optimizer's state to ``path``."""
+    own = list(optimizer._parameters())
+    tensors = {f"state.{i}.{slot}": a for i, p in enumerate(own) for slot, a in p.state.items()}
+    if params:
+        tensors.update({f"param.{i}": p.view() for i, p in enumerate(own)})
+    header = {
+        "format": FORMAT,
+        "optimizer": type(optimizer).__name__,
+        "steps": optimizer.steps,
+        "parameters": [{"key": p.key, "step": p.step, "slots": list(p.state)} for p in own],
+        "param_groups": [
+            {**{name: _to_json(value) for name, value in group.checked.items()},
+             "params": [p.key for p in group.parameters]}
+            for group in optimizer._groups
+        ],
+        "params": params,
+        "metadata": dict(metadata or {}),
+    }  # fmt: skip
+    write_tensors(path, tensors, {HEADER: json.dumps(header)})
+
+
+def write_tensors(path: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name, bring it to the disk, and rename it."""
+    from safetensors.numpy import save_file
+
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        _sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(optimizer: "Optimizer", path: Any, *, params: bool) -> dict[str, Any]:
+    """Read ``path`` into the optimizer; returns the metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open(path, "rb"), safe_open(path, framework="numpy") as file:
+            header = _header(file.metadata(), path)
+            state = {}
+            for number, entry in enumerate(header["parameters"]):
+                slots = {slot: file.get_tensor(f"state.{number}.{slot}") for slot in entry["slots"]}
+                state[entry["key"]] = {"step": entry["step"], **slots}
+            saved = (
+                [file.get_tensor(f"param.{i}") for i in range(len(state))]
+                if params and header["params"]
+                else []
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    groups = [_from_json(optimizer, number, saved) for number, saved in enumerate(header["param_groups"])]
+    views = [parameter.view() for parameter in optimizer._parameters()]
+    if params:
+        _check_params(optimizer, views, saved, path)
+    restore(
+        optimizer,
+        {"optimizer": header["optimizer"], "steps": header["steps"], "state": state, "param_groups": groups},
+    )
+    for view, array in zip(views, saved, strict=False):
+        view[...] = array
+    return header["metadata"]
+
+
+def _header(metadata: dict[str, str] | None, path: Any) -> dict[str, Any]:
+    if not metadata or HEADER not in metadata:
+        raise ValueError(f"{path} holds no optimizer: expected a file that Optimizer.save wrote")
+    header = json.loads(metadata[HEADER])
+    if header["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {header['format']}: expected {FORMAT}, load it with a newer fastopt"
+        )
+    return header
+
+
+def _check_params(
+    optimizer: "Optimizer", views: list[np.ndarray], saved: list[np.ndarray], path: Any
+) -> None:
+    if len(saved) != len(views):
+        raise ValueError(
+            f"{path} holds {len(saved)} parameters: expected {len(views)}, saved with params=True"
+        )
+    for parameter, view, array in zip(optimizer._parameters(), views, saved, strict=True):
+        if (array.shape, array.dtype) != (view.shape, view.dtype):
+            raise ValueError(
+                f"{path} holds {parameter.label} with shape {array.shape} and dtype {array.dtype}: "
+                f"expected {view.shape} and {view.dtype}"
+            )
+
+
+def _to_json(value: Any) -> Any:
+    if callable(value):
+        return {"schedule": repr(value)}
+    return value if isinstance(value, bool | tuple | list) else float(value)
+
+
+def _from_json(optimizer: "Optimizer", number: int, saved: dict[str, Any]) -> dict[str, Any]:
+    """A group's options; a schedule is not stored, and must be the one the optimizer was built with."""
+    options = {name: tuple(v) if name == "betas" else v for name, v in saved.items()}
+    if isinstance(options["lr"], dict):
+        groups = optimizer._groups
+        own = groups[number].options["lr"] if number < len(groups) else None
+        stored = options["lr"]["schedule"]
+        # the repr of a plain function names its address, which differs from run to run
+        if not callable(own) or (" at 0x" not in stored and repr(own) != stored):
+            raise ValueError(
+                f"the saved lr is the schedule {stored}: build the optimizer with it, not {own!r}"
+            )
+        options["lr"] = own
+    return options

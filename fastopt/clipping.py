@@ -1,0 +1,136 @@
+"""Norms and clipping of gradients."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from fastopt import arrays
+from fastopt.gradients import DenseGradient, IndexedSlices, RowGradient, checked_slices, leaves
+from fastopt.kernels.cpu import norms, rows
+from fastopt.kernels.cpu.index import group
+
+NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm it divides by
+
+
+def total_norm(gradients: Iterable[DenseGradient | RowGradient]) -> float:
+    """L2 norm over all gradients, rows named several times counted as their sum."""
+    gradients = list(gradients)
+    norm = _scaled_norm(gradients, 1.0)
+    if norm == 0.0 or math.isinf(norm):  # float64 squares may have left the range: 2**±540 fits them
+        norm = _scaled_norm(gradients, 2.0**540 if norm == 0.0 else 2.0**-540)
+    return norm
+
+
+def _scaled_norm(gradients: list[DenseGradient | RowGradient], scale: float) -> float:
+    total = math.fsum(_sum_squares(gradient, scale) for gradient in gradients)
+    return math.sqrt(total) / scale
+
+
+def _sum_squares(gradient: DenseGradient | RowGradient, scale: float) -> float:
+    values = gradient.values
+    if isinstance(gradient, DenseGradient):
+        partials = np.empty(-(-values.size // norms.BLOCK))
+        norms.sum_squares(values.size, values, scale, partials)
+    else:
+        _, order, starts = gradient.groups
+        partials = np.empty(-(-(starts.size - 1) // norms.GROUPS_PER_BLOCK))
+        norms.sum_squares_rows(values.size, values, order, starts, scale, partials)
+    return float(partials.sum())
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of norm ``norm`` are multiplied by; NaN for a NaN norm, as in torch."""
+    factor = max_norm / (norm + NORM_EPS)
+    return 1.0 if factor > 1.0 else factor
+
+
+def check_limit(value: Any, name: str) -> float:
+    """``value`` as a float that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name} is {value!r}: expected a number")
+    if not value >= 0:
+        raise ValueError(f"{name} is {value!r}: expected at least 0")
+    return float(value)
+
+
+def grad_norm(grads: Any) -> float:
+    """L2 norm of all gradients together, computed in float64.
+
+    Args:
+        grads: an array, ``IndexedSlices``, or nested lists and dicts of them; ``None`` is skipped.
+            Rows that ``IndexedSlices`` name several times count as their sum. float32 or float64,
+            C-contiguous.
+
+    Returns:
+        The norm: NaN or infinite where a gradient is. The same bits for any number of threads.
+    """
+    return total_norm(gradient for gradient, _, _ in _prepared(grads, writable=False))
+
+
+def clip_grad_norm(grads: Any, max_norm: float) -> float:
+    """Scale all gradients in place by ``min(1, max_norm / (norm + 1e-6))``.
+
+    The semantics of ``torch.nn.utils.clip_grad_norm_``. ``step(grads, clip_norm=...)`` does the
+    same without writing the gradients.
+
+    Args:
+        grads: as for :func:`grad_norm`, and writable.
+        max_norm: at least 0.
+
+    Returns:
+        The norm before clipping.
+    """
+    max_norm = check_limit(max_norm, "max_norm")
+    prepared = _prepared(grads, writable=True)
+    norm = total_norm(gradient for gradient, _, _ in prepared)
+    factor = clip_factor(norm, max_norm)
+    if factor != 1.0:
+        for gradient, _, _ in prepared:
+            flat = gradient.values.reshape(-1)
+            norms.scale_in_place(flat.size, flat, flat.dtype.type(factor))
+    return norm
+
+
+def clip_grad_value(grads: Any, clip_value: float) -> None:
+    """Clip every element of the gradients in place to [-clip_value, clip_value].
+
+    The semantics of ``torch.nn.utils.clip_grad_value_``. Rows that ``IndexedSlices`` name several
+    times are summed first: the sum takes the first place, zeros the others, so that the row's
+    gradient is what is clipped.
+
+    Args:
+        grads: as for :func:`grad_norm`, and writable.
+        clip_value: at least 0.
+    """
+    clip_value = check_limit(clip_value, "clip_value")
+    for gradient, _, _ in _prepared(grads, writable=True):
+        flat = gradient.values.reshape(-1)
+        if isinstance(gradient, RowGradient):
+            _, order, starts = gradient.groups
+            rows.coalesce(flat.size, gradient.values, order, starts)
+        norms.clip_in_place(flat.size, flat, flat.dtype.type(clip_value))
+
+
+def _prepared(grads: Any, writable: bool) -> list[tuple[DenseGradient | RowGradient, np.ndarray, str]]:
+    """Every gradient checked, with its array and label."""
+    found: list[tuple[DenseGradient | RowGradient, np.ndarray, str]] = []
+    for value, label in leaves(grads, "grads"):
+        if isinstance(value, IndexedSlices):
+            indices, values = checked_slices(value, label, None)
+            label = f"{label}.values"
+            table_rows = int(indices.max()) + 1 if indices.size else 0
+            found.append((RowGradient(values, group(indices, table_rows)), values, label))
+        else:
+            array = arrays.host_array(value, label)
+            arrays.check_float(array, label)
+            arrays.check_contiguous(array, label)
+            found.append((DenseGradient(array.reshape(-1)), array, label))
+        if writable and not found[-1][1].flags.writeable:
+            raise ValueError(
+                f"{label} is read-only: expected a gradient to change in place, pass a copy of it"
+            )
+    if writable:
+        arrays.check_apart([(array, label) for _, array, label in found], [])
+    return found

@@ -1,0 +1,127 @@
+"""Optimizers from rules that are defined outside fastopt."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastopt.kernels import rules
+from fastopt.optimizer import Optimizer
+
+
+def register_rule(
+    name: str,
+    hyper: type,
+    update: Callable[..., tuple],
+    slots: Sequence[str] = (),
+    *,
+    decoupled_weight_decay: bool = False,
+) -> type[Optimizer]:
+    """Make an optimizer, with dense and sparse kernels, of a scalar update rule.
+
+    Args:
+        name: of the new optimizer class.
+        hyper: a NamedTuple class with the numbers the rule needs, ``lr`` among them. Its fields
+            are the optimizer's options, their defaults included. If some depend on the step, give
+            it a classmethod ``fold(cls, step, *, lr, ..., **_)`` that returns the tuple for the
+            ``step``-th update of a parameter, 1 being the first: then its keyword arguments are the
+            options. Fields are cast to the parameter's dtype; those of type bool stay bool.
+        update: a function ``(h, p, g, *slots) -> (p, *slots)`` of one element of the parameter, of
+            its gradient and of each state array; numbers in, a tuple of numbers out. It is compiled
+            by Numba in nopython mode. Use ``math`` for functions, and no float literals: ``1.0``
+            would turn float32 arithmetic into the slower float64.
+        slots: names of the state arrays, shaped as the parameter, which start from 0.
+        decoupled_weight_decay: whether ``weight_decay`` is decoupled, as in AdamW, and not an L2
+            penalty. ``weight_decay`` (default 0) and ``maximize`` are options of every optimizer,
+            and come before the rule.
+
+    Returns:
+        A subclass of :class:`fastopt.Optimizer` that takes ``params`` and the options by keyword.
+        ``hyper`` and ``update`` should be at the top level of a module: kernels are then cached
+        on disk, and compiled again when the rule's code changes.
+
+    Raises:
+        TypeError: ``hyper`` is not a NamedTuple class, or ``update`` no function.
+        ValueError: ``hyper`` belongs to another rule, or lacks ``lr``.
+
+    Example:
+        Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", Algorithm 2):
+
+        >>> import math
+        >>> from typing import NamedTuple
+        >>> import fastopt
+        >>> class LionH(NamedTuple):
+        ...     lr: float = 1e-4
+        ...     beta1: float = 0.9
+        ...     beta2: float = 0.99
+        >>> def lion(h, p, g, exp_avg):
+        ...     direction = exp_avg + (g - exp_avg) * (1 - h.beta1)
+        ...     if direction != 0:
+        ...         p = p - math.copysign(h.lr, direction)
+        ...     return p, exp_avg + (g - exp_avg) * (1 - h.beta2)
+        >>> Lion = fastopt.register_rule("Lion", LionH, lion, ["exp_avg"], decoupled_weight_decay=True)
+    """
+    if not (isinstance(hyper, type) and issubclass(hyper, tuple) and hasattr(hyper, "_fields")):
+        raise TypeError(f"hyper is {hyper!r}: expected a NamedTuple class")
+    update = getattr(update, "py_func", update)
+    if not inspect.isfunction(update):
+        raise TypeError(f"update is {update!r}: expected a function (h, p, g, *slots)")
+    rule = rules.Rule(hyper, update, tuple(slots))
+    if rules.RULES.get(hyper, rule) != rule:
+        raise ValueError(
+            f"hyper, {hyper.__qualname__}, belongs to another rule: define a NamedTuple for this one"
+        )
+    options = _options(hyper)
+    if "lr" not in options:
+        raise ValueError(
+            f"hyper, {hyper.__qualname__}, has {', '.join(options) or 'nothing'}: expected lr among them"
+        )
+    rules.register(rule)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.Signature(
+        [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        + [inspect.Parameter(option, keyword, default=default) for option, default in options.items()]
+    )
+
+    class Registered(Optimizer):
+        def __init__(self, params: Any, **given: Any) -> None:
+            bound = signature.bind(params, **given)
+            bound.apply_defaults()
+            super().__init__(**bound.arguments)
+            for group in self._groups:
+                _try(rule, group.checked)
+
+        def rule(self, options: Mapping[str, Any]) -> rules.Rule:
+            return rule
+
+        def decoupled(self, options: Mapping[str, Any]) -> bool:
+            return decoupled_weight_decay
+
+    Registered.__name__ = Registered.__qualname__ = name
+    Registered.__module__ = hyper.__module__
+    Registered.__doc__ = update.__doc__
+    Registered.__signature__ = signature  # type: ignore[attr-defined]
+    return Registered
+
+
+def _options(hyper: type) -> dict[str, Any]:
+    """Options and defaults of a rule, those common to all included."""
+    if hasattr(hyper, "fold"):
+        parameters = inspect.signature(hyper.fold).parameters.values()
+        options = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    else:
+        defaults = hyper._field_defaults  # type: ignore[attr-defined]
+        fields = hyper._fields  # type: ignore[attr-defined]
+        options = {name: defaults.get(name, inspect.Parameter.empty) for name in fields}
+    return {**options, "weight_decay": options.get("weight_decay", 0.0), "maximize": False}
+
+
+def _try(rule: rules.Rule, options: dict[str, Any]) -> None:
+    """Call the rule once on numbers: mistakes in it should not wait for the compiler."""
+    lr = options["lr"]
+    h = rule.fold(1, {**options, "lr": lr(0) if callable(lr) else lr})
+    result = rule.update(h, 1.0, 0.5, *(0.0 for _ in rule.slots))
+    if not isinstance(result, tuple) or len(result) != 1 + len(rule.slots):
+        raise ValueError(
+            f"{rule.update.__qualname__} returned {result!r}: expected a tuple of {1 + len(rule.slots)}, "
+            f"the parameter{''.join(', ' + str(slot) for slot in rule.slots)}"
+        )

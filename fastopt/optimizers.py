@@ -1,0 +1,285 @@
+"""The optimizers. Arguments, defaults and results are those of torch.optim 2.13 where it has them;
+the formulas are in ``fastopt.kernels.rules``."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastopt.kernels import rules
+from fastopt.optimizer import Optimizer
+
+LearningRate = float | Callable[[int], float]
+Options = Mapping[str, Any]
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum (Sutskever et al. 2013).
+
+    b = momentum * b + (1 - dampening) * g; p = p - lr * b, or with Nesterov's momentum
+    p = p - lr * (g + momentum * b). The first b is g itself. State: ``momentum_buffer`` if
+    ``momentum`` is not 0.
+
+    Args:
+        params, weight_decay, maximize: as for :class:`fastopt.Optimizer`.
+        lr: default 1e-3.
+        momentum: at least 0, default 0.
+        dampening: default 0.
+        nesterov: needs momentum above 0 and dampening 0.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
+            raise ValueError(
+                f"nesterov is True with momentum {options['momentum']!r} and dampening "
+                f"{options['dampening']!r}: expected momentum above 0 and dampening 0"
+            )
+        return rules.MOMENTUM if options["momentum"] else rules.SGD
+
+
+class AdaGrad(Optimizer):
+    """AdaGrad (Duchi, Hazan & Singer 2011, Figure 1, diagonal case).
+
+    s = s + g^2; p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps). State: ``sum``.
+
+    Args:
+        params, weight_decay, maximize: as for :class:`fastopt.Optimizer`.
+        lr: default 1e-2.
+        lr_decay: at least 0, default 0; t counts the parameter's own steps.
+        initial_accumulator_value: first value of ``sum``, at least 0, default 0.
+        eps: default 1e-10.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
+            maximize=maximize,
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.ADAGRAD
+
+    def initial_state(self, options: Options) -> dict[str, float]:
+        return {"sum": options["initial_accumulator_value"]}
+
+
+class RowwiseAdaGrad(AdaGrad):
+    """AdaGrad with one accumulator a row, s = s + mean(g^2 over the row): FBGEMM's
+    EXACT_ROWWISE_ADAGRAD. A row is an index of the first axis. State: ``sum``, of shape (rows,).
+
+    The arguments are those of :class:`AdaGrad`.
+    """
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.ROWWISE_ADAGRAD
+
+
+class RMSProp(Optimizer):
+    """RMSProp (Hinton 2012, lecture 6e; centered: Graves 2013, equations 38 to 45).
+
+    v = alpha * v + (1 - alpha) * g^2; p = p - lr * g / (sqrt(v) + eps). State: ``square_avg``;
+    ``grad_avg`` if centered; ``momentum_buffer`` if momentum is not 0.
+
+    Args:
+        params, weight_decay, maximize: as for :class:`fastopt.Optimizer`.
+        lr: default 1e-2.
+        alpha: in [0, 1], default 0.99.
+        eps: default 1e-8, outside the root.
+        momentum: at least 0, default 0; of the quotient: b = momentum * b + g / (sqrt(v) + eps).
+        centered: divide by the standard deviation of the gradient, sqrt(v - mean^2).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            centered=centered,
+            maximize=maximize,
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        if options["centered"]:
+            return rules.CENTERED_RMSPROP_MOMENTUM if options["momentum"] else rules.CENTERED_RMSPROP
+        return rules.RMSPROP_MOMENTUM if options["momentum"] else rules.RMSPROP
+
+
+class Adam(Optimizer):
+    """Adam (Kingma & Ba 2015, Algorithm 1).
+
+    m = beta1 * m + (1 - beta1) * g; v = beta2 * v + (1 - beta2) * g^2;
+    p = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps), t being the parameter's own
+    step. State: ``exp_avg``, ``exp_avg_sq``; ``max_exp_avg_sq`` with amsgrad.
+
+    Args:
+        params, weight_decay, maximize: as for :class:`fastopt.Optimizer`.
+        lr: default 1e-3.
+        betas: each in [0, 1), default (0.9, 0.999).
+        eps: default 1e-8.
+        amsgrad: take the largest v so far (see :class:`AMSGrad`).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.AMSGRAD if options["amsgrad"] else rules.ADAM
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, Algorithm 2): first
+    p = p - lr * weight_decay * p, then Adam's update.
+
+    The arguments are those of :class:`Adam`; weight_decay is decoupled and 1e-2 by default.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+
+    def decoupled(self, options: Options) -> bool:
+        return True
+
+
+class AMSGrad(Adam):
+    """Adam with the largest second moment so far (Reddi, Kale & Kumar 2018, Algorithm 2).
+
+    As torch's ``Adam(amsgrad=True)``: with bias corrections and eps, which the paper does not
+    have, the maximum being taken of the uncorrected moment.
+
+    The arguments are those of :class:`Adam` without ``amsgrad``.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        Optimizer.__init__(
+            self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.AMSGRAD
+
+
+class RAdam(Optimizer):
+    """RAdam (Liu et al. 2020, Algorithm 2): Adam whose adaptive rate is rectified by its variance,
+    and left out in the first steps.
+
+    State: ``exp_avg``, ``exp_avg_sq``.
+
+    Args:
+        params, weight_decay, maximize: as for :class:`fastopt.Optimizer`.
+        lr: default 1e-3.
+        betas: each in [0, 1), default (0.9, 0.999).
+        eps: default 1e-8, added to sqrt(v) before the correction, as in torch.
+        decoupled_weight_decay: decouple weight decay as :class:`AdamW` does.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.RADAM
+
+    def decoupled(self, options: Options) -> bool:
+        return options["decoupled_weight_decay"]

@@ -1,0 +1,155 @@
+"""Learning-rate schedules: functions of the step, counted from 0, that return a factor.
+
+A schedule times a learning rate is a schedule again, and what an optimizer takes as ``lr``:
+
+    >>> import fastopt
+    >>> lr = 1e-3 * fastopt.schedules.warmup_cosine(warmup=100, total=10_000)
+    >>> lr(0), lr(100), lr(10_000)
+    (1e-05, 0.001, 0.0)
+
+Any function of the step serves as well. The step is the optimizer's ``steps``: the number of
+finished calls of ``step``.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A function step -> factor that can be multiplied by a number."""
+
+    scale: float = field(default=1.0, kw_only=True)
+
+    def factor(self, step: int) -> float:
+        """The factor at ``step``, before ``scale``."""
+        raise NotImplementedError
+
+    def __call__(self, step: int) -> float:
+        return self.scale * self.factor(step)
+
+    def __mul__(self, scale: float) -> Self:
+        return replace(self, scale=self.scale * scale)
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        own = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "scale")
+        return ("" if self.scale == 1.0 else f"{self.scale!r} * ") + f"{type(self).__name__}({own})"
+
+
+def _check(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True, repr=False)
+class constant(Schedule):
+    """1 at every step."""
+
+    def factor(self, step: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class step(Schedule):
+    """``gamma ** (step // every)``, as torch's StepLR."""
+
+    every: int
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "every", self.every, "at least 1 step")
+        _check(self.gamma >= 0, "gamma", self.gamma, "at least 0")
+
+    def factor(self, step: int) -> float:
+        return self.gamma ** (step // self.every)
+
+
+@dataclass(frozen=True, repr=False)
+class multistep(Schedule):
+    """Times ``gamma`` from each of the ``milestones`` on, as torch's MultiStepLR."""
+
+    milestones: Sequence[int]
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(sorted(self.milestones)))
+        _check(self.gamma >= 0, "gamma", self.gamma, "at least 0")
+
+    def factor(self, step: int) -> float:
+        return self.gamma ** sum(step >= milestone for milestone in self.milestones)
+
+
+@dataclass(frozen=True, repr=False)
+class exponential(Schedule):
+    """``gamma ** step``, as torch's ExponentialLR."""
+
+    gamma: float
+
+    def __post_init__(self) -> None:
+        _check(self.gamma >= 0, "gamma", self.gamma, "at least 0")
+
+    def factor(self, step: int) -> float:
+        return self.gamma**step
+
+
+@dataclass(frozen=True, repr=False)
+class cosine(Schedule):
+    """Half a cosine from 1 at step 0 to ``final`` at step ``total`` and after.
+
+    Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5,
+    without restarts.
+    """
+
+    total: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.total >= 1, "total", self.total, "at least 1 step")
+        _check(self.final >= 0, "final", self.final, "at least 0")
+
+    def factor(self, step: int) -> float:
+        return _cosine(step / self.total, self.final)
+
+
+@dataclass(frozen=True, repr=False)
+class linear_warmup(Schedule):
+    """``(step + 1) / warmup`` until it reaches 1, then 1: the first step already moves."""
+
+    warmup: int
+
+    def __post_init__(self) -> None:
+        _check(self.warmup >= 0, "warmup", self.warmup, "at least 0 steps")
+
+    def factor(self, step: int) -> float:
+        return _warmup(step, self.warmup)
+
+
+@dataclass(frozen=True, repr=False)
+class warmup_cosine(Schedule):
+    """:class:`linear_warmup` over ``warmup`` steps, then :class:`cosine` until step ``total``."""
+
+    warmup: int
+    total: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.warmup >= 0, "warmup", self.warmup, "at least 0 steps")
+        _check(self.total > self.warmup, "total", self.total, f"more than warmup, {self.warmup}")
+        _check(self.final >= 0, "final", self.final, "at least 0")
+
+    def factor(self, step: int) -> float:
+        if step < self.warmup:
+            return _warmup(step, self.warmup)
+        return _cosine((step - self.warmup) / (self.total - self.warmup), self.final)
+
+
+def _warmup(step: int, warmup: int) -> float:
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+def _cosine(progress: float, final: float) -> float:
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

@@ -1,0 +1,1 @@
+"""Kernels for CUDA GPUs; needs the ``cuda`` extra."""

@@ -1,0 +1,259 @@
+"""The one place where JIT options, the compilation cache and thread safety are decided.
+
+Options, each for a reason:
+
+- strict IEEE arithmetic, no ``fastmath``: a loop's vector body, its tail, the serial and the
+  parallel variant then give the same bits, and NaN and infinity survive. The element-wise
+  kernels vectorise without it and are bound by memory.
+- ``error_model="numpy"``: a division that checks for zero stops a loop from vectorising.
+- ``nogil=True``: other Python threads go on while a kernel runs.
+- lazy signatures: ``import fastopt`` compiles nothing.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+import sys
+import threading
+import types as python_types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import config
+from numba.core.caching import FunctionCache, NullCache
+from numba.core.types import BaseNamedTuple
+
+OPTIONS = {"error_model": "numpy", "nogil": True}
+
+helper = numba.njit(**OPTIONS)  # for what CPU kernels call: compiled once, for both variants
+
+PARALLEL_FROM = 32_768  # elements; below, starting a parallel region costs more than it saves
+
+
+class _Threads:
+    """Launches parallel kernels so that forks and Python threads are safe.
+
+    OpenMP kills a forked child that starts a parallel region after its parent did, so such a
+    child runs serial kernels. The workqueue layer aborts the process when two Python threads
+    launch at once, so there launches take turns.
+    """
+
+    def __init__(self) -> None:
+        self.layer: str | None = None
+        self.forked = False
+        self.lock = threading.RLock()
+
+    def launch(self, function: Callable, args: tuple) -> None:
+        if self.layer is None or self.layer == "workqueue":
+            with self.lock:
+                function(*args)
+                if not config.DISABLE_JIT:
+                    self.layer = numba.threading_layer()
+        else:
+            function(*args)
+
+    def after_fork(self) -> None:
+        pool = sys.modules.get("numba.np.ufunc.parallel")
+        self.forked = self.forked or self.layer is not None or getattr(pool, "_is_initialized", False)
+        self.lock = threading.RLock()
+
+
+_threads = _Threads()
+os.register_at_fork(after_in_child=_threads.after_fork)
+
+
+class Kernel:
+    """A function with ``prange`` loops in two compiled variants, ``parallel`` and ``serial``.
+
+    ``kernel(work, *args)`` runs the one that suits ``work``, the number of elements touched.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+
+    def __call__(self, work: int, *args: Any) -> None:
+        if work < PARALLEL_FROM or _threads.forked or config.NUMBA_NUM_THREADS == 1:
+            self.serial(*args)
+        else:
+            _threads.launch(self.parallel, args)
+
+    @functools.cached_property
+    def serial(self) -> Callable:
+        return _compile(self._function, parallel=False)
+
+    @functools.cached_property
+    def parallel(self) -> Callable:
+        return _compile(self._function, parallel=True)
+
+
+def _compile(function: Callable, parallel: bool) -> Callable:
+    dispatcher = numba.njit(parallel=parallel, **OPTIONS)(function)
+    if not config.DISABLE_JIT:
+        dispatcher._cache = _cache_for(function, parallel)
+    return dispatcher
+
+
+def _cache_for(function: Callable, parallel: bool) -> FunctionCache | NullCache:
+    try:
+        return _KernelCache(function, parallel)
+    except RuntimeError:
+        _warn_no_cache("no folder for compiled kernels can be written")
+        return NullCache()
+
+
+@functools.cache
+def _warn_no_cache(reason: str) -> None:
+    warnings.warn(
+        f"fastopt: {reason}: kernels are compiled again in every process; "
+        "set NUMBA_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+class _KernelCache(FunctionCache):
+    """Numba's on-disk cache, keyed on everything a kernel's machine code depends on.
+
+    Numba's own key covers the file of the kernel but not the rules it calls, so an edited rule
+    would go on running the old code. This key adds the sources of all of ``fastopt.kernels``
+    and the code of a rule from outside. Each key has a file of its own: Numba's shared index
+    can, when two processes compile at once, name one process's code for the other's signature.
+    """
+
+    def __init__(self, function: Callable, parallel: bool) -> None:
+        super().__init__(function)
+        self._parallel = parallel
+        self._cache_file = _KeyedFiles(Path(self._cache_path), self._impl.filename_base)
+
+    def _index_key(self, signature: Any, codegen: Any) -> str:
+        types = [str(t) for t in signature]
+        rules = [_rule_key(cls) for cls in _tuple_classes(signature)]
+        versions = sys.version, numba.__version__, llvmlite.__version__
+        key = types, codegen.magic_tuple(), self._parallel, versions, package_digest(), rules
+        return hashlib.sha256(repr(key).encode()).hexdigest()
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        if not _cachable(signature):
+            return None
+        try:
+            return super().load_overload(signature, target_context)
+        except Exception:  # a damaged or foreign file is no reason to fail: compile again
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        if not _cachable(signature):
+            return
+        try:
+            super().save_overload(signature, data)
+        except OSError as error:
+            _warn_no_cache(f"{self.cache_path} can't be written ({error.strerror})")
+
+
+class _KeyedFiles:
+    """One file a key, written to a temporary name and renamed, so that readers see it whole."""
+
+    def __init__(self, folder: Path, base: str) -> None:
+        self._folder = folder
+        self._base = base
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{self._base}.{key[:32]}.nbc"
+
+    def load(self, key: str) -> Any:
+        try:
+            return pickle.loads(self._path(key).read_bytes())
+        except FileNotFoundError:
+            return None
+
+    def save(self, key: str, data: Any) -> None:
+        path = self._path(key)
+        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            temporary.write_bytes(pickle.dumps(data))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def package_digest() -> str:
+    """Digest of every source file of ``fastopt.kernels``."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _tuple_classes(signature: Any) -> list[type]:
+    """The hyperparameter classes among the argument types of a launch."""
+    return [t.instance_class for t in signature if isinstance(t, BaseNamedTuple)]
+
+
+def _cachable(signature: Any) -> bool:
+    """Whether a later process can find the hyperparameter classes by name."""
+    return all(
+        cls.__module__ not in ("__main__", "__mp_main__")
+        and getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls
+        for cls in _tuple_classes(signature)
+    )
+
+
+def _rule_key(cls: type) -> str:
+    """What identifies the code behind a hyperparameter class."""
+    from fastopt.kernels.rules import RULES
+
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    rule = RULES.get(cls)
+    if rule is None or cls.__module__.startswith("fastopt.kernels."):
+        return name  # the package's digest covers it
+    seen = [name, repr((rule.slots, rule.row_slots))]
+    for function in (rule.update, rule.update_row):
+        seen.extend(_fingerprint(function, set()))
+    return hashlib.sha256("\0".join(seen).encode()).hexdigest()
+
+
+def _fingerprint(value: Any, visited: set[int]) -> Iterator[str]:
+    """The code and constants of a function and of all that it reaches by name."""
+    value = getattr(value, "py_func", value)
+    if not isinstance(value, python_types.FunctionType):
+        yield repr(value)
+        return
+    if id(value) in visited:
+        return
+    visited.add(id(value))
+    yield from _code_fingerprint(value.__code__)
+    for cell in value.__closure__ or ():
+        yield from _fingerprint(cell.cell_contents, visited)
+    for name in sorted(_names(value.__code__)):
+        if name not in value.__globals__:
+            continue
+        found = value.__globals__[name]
+        if not isinstance(found, python_types.ModuleType):
+            yield from _fingerprint(found, visited)
+            continue
+        for attribute in sorted(_names(value.__code__)):
+            member = getattr(found, attribute, None)
+            if isinstance(getattr(member, "py_func", member), python_types.FunctionType | int | float):
+                yield from _fingerprint(member, visited)
+
+
+def _code_fingerprint(code: python_types.CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield repr(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, python_types.CodeType):
+            yield from _code_fingerprint(constant)
+        else:
+            yield repr(constant)
+
+
+def _names(code: python_types.CodeType) -> set[str]:
+    nested = (c for c in code.co_consts if isinstance(c, python_types.CodeType))
+    return set(code.co_names).union(*(_names(c) for c in nested))

@@ -1,0 +1,324 @@
+"""Every update rule, once: a scalar function that reads like the paper's formula.
+
+A rule takes ``(h, p, g, *slots)``: the folded hyperparameters of one launch, one element of the
+parameter, of its gradient and of each state slot; it returns the new ``(p, *slots)``. Dense and
+sparse kernels on the CPU and the GPU all call it, in float32 or float64.
+
+- What depends on the step alone (bias corrections, products with the learning rate) is folded
+  on the host in float64, by the ``fold`` of the rule's NamedTuple, and cast once.
+- Rules hold no float literals: a literal is a float64 and would promote float32 arithmetic.
+- A slot that a variant does without is ``None``; its branch is dropped at compile time.
+
+Gradient scale, sign and weight decay are the same for all rules and come before them: one of
+:class:`Scaled`, :class:`L2` and :class:`Decoupled`, always named ``c``. They are three types,
+and not one with zeros, so that a kernel holds a single loop: a test that does not change in a
+loop makes the compiler write it twice, and compile twice as long.
+
+In the formulas, g is the gradient, p the parameter, t the step (1 for the first), and all
+operations are element-wise. Where torch.optim 2.13 differs from the paper, torch is followed
+and the docstring says so.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from numba.extending import register_jitable
+
+
+class Scaled(NamedTuple):
+    """No weight decay. scale: factor on the gradient: loss scale, clipping and, when negative,
+    maximisation."""
+
+    scale: float
+
+
+class L2(NamedTuple):
+    """Weight decay as an L2 penalty: weight_decay * p is added to the scaled gradient."""
+
+    scale: float
+    weight_decay: float
+
+
+class Decoupled(NamedTuple):
+    """Weight decay apart from the gradient: p loses decay * p, with decay = lr * weight_decay
+    (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2)."""
+
+    scale: float
+    decay: float
+
+
+@register_jitable
+def lerp(start, end, weight, complement):
+    """``start + weight * (end - start)``, exact at both ends; complement is 1 - weight."""
+    if weight < complement:
+        return start + weight * (end - start)
+    return end - complement * (end - start)
+
+
+class SGDH(NamedTuple):
+    lr: float
+
+
+@register_jitable
+def sgd(h, p, g):
+    """Stochastic gradient descent (Robbins & Monro 1951): p = p - lr * g."""
+    return (p - h.lr * g,)
+
+
+class MomentumH(NamedTuple):
+    lr: float
+    momentum: float
+    undampened: float
+    nesterov: bool
+
+    @classmethod
+    def fold(cls, step, *, lr, momentum, dampening, nesterov, **_):
+        # torch takes the first gradient undampened.
+        return cls(lr, momentum, 1.0 if step == 1 else 1.0 - dampening, nesterov)
+
+
+@register_jitable
+def momentum(h, p, g, momentum_buffer):
+    """SGD with momentum, Sutskever et al. 2013, "On the importance of initialization and
+    momentum in deep learning", equations 1 to 4, in torch's form: lr outside the buffer.
+
+    b = momentum * b + (1 - dampening) * g
+    p = p - lr * b, with Nesterov p = p - lr * (g + momentum * b)
+    """
+    momentum_buffer = h.momentum * momentum_buffer + h.undampened * g
+    if h.nesterov:
+        g = g + h.momentum * momentum_buffer
+    else:
+        g = momentum_buffer
+    return p - h.lr * g, momentum_buffer
+
+
+class AdaGradH(NamedTuple):
+    lr: float
+    eps: float
+
+    @classmethod
+    def fold(cls, step, *, lr, lr_decay, eps, **_):
+        return cls(lr / (1.0 + (step - 1) * lr_decay), eps)
+
+
+@register_jitable
+def adagrad(h, p, g, sum_sq):
+    """AdaGrad, Duchi, Hazan & Singer 2011, "Adaptive Subgradient Methods", Figure 1, diagonal.
+
+    s = s + g^2
+    p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
+    """
+    sum_sq = sum_sq + g * g
+    return p - h.lr * g / (math.sqrt(sum_sq) + h.eps), sum_sq
+
+
+class RowwiseAdaGradH(AdaGradH):
+    __slots__ = ()
+
+
+@register_jitable
+def rowwise_adagrad(h, p, g, row_sum_sq):
+    """AdaGrad with one accumulator a row: s = s + mean(g^2 over the row); FBGEMM's
+    EXACT_ROWWISE_ADAGRAD (Khudia et al. 2021)."""
+    return (p - h.lr * g / (math.sqrt(row_sum_sq) + h.eps),)
+
+
+@register_jitable
+def add_mean_square(h, mean_sq, row_sum_sq):
+    """The row's part of :func:`rowwise_adagrad`."""
+    return (row_sum_sq + mean_sq,)
+
+
+class RMSPropH(NamedTuple):
+    lr: float
+    alpha: float
+    one_minus_alpha: float
+    eps: float
+    momentum: float
+
+    @classmethod
+    def fold(cls, step, *, lr, alpha, eps, momentum, **_):
+        return cls(lr, alpha, 1.0 - alpha, eps, momentum)
+
+
+class RMSPropMomentumH(RMSPropH):
+    __slots__ = ()
+
+
+class CenteredRMSPropH(RMSPropH):
+    __slots__ = ()
+
+
+class CenteredRMSPropMomentumH(RMSPropH):
+    __slots__ = ()
+
+
+@register_jitable
+def rmsprop(h, p, g, square_avg, grad_avg, momentum_buffer):
+    """RMSProp, Hinton 2012, "Neural Networks for Machine Learning", lecture 6e, slide 29;
+    centered as Graves 2013, "Generating Sequences With Recurrent Neural Networks", eq. 38 to 45,
+    with eps outside the root.
+
+    v = alpha * v + (1 - alpha) * g^2
+    centered: m = alpha * m + (1 - alpha) * g, u = g / (sqrt(v - m^2) + eps); else u = g / (sqrt(v) + eps)
+    momentum: b = momentum * b + u, p = p - lr * b; else p = p - lr * u
+    """
+    square_avg = h.alpha * square_avg + h.one_minus_alpha * g * g
+    spread = square_avg
+    if grad_avg is not None:
+        grad_avg = lerp(grad_avg, g, h.one_minus_alpha, h.alpha)
+        spread = square_avg - grad_avg * grad_avg
+    direction = g / (math.sqrt(spread) + h.eps)
+    if momentum_buffer is not None:
+        momentum_buffer = h.momentum * momentum_buffer + direction
+        direction = momentum_buffer
+    return p - h.lr * direction, square_avg, grad_avg, momentum_buffer
+
+
+class AdamH(NamedTuple):
+    step_size: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    root_correction: float
+    eps: float
+
+    @classmethod
+    def fold(cls, step, *, lr, betas, eps, **_):
+        beta1, beta2 = betas
+        correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
+        return cls(
+            lr / correction1, beta1, 1.0 - beta1, beta2, 1.0 - beta2, 1.0 / math.sqrt(correction2), eps
+        )
+
+
+class AMSGradH(AdamH):
+    __slots__ = ()
+
+
+@register_jitable
+def adam(h, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq):
+    """Adam, Kingma & Ba 2015, "Adam: A Method for Stochastic Optimization", Algorithm 1; with
+    decoupled decay AdamW, Loshchilov & Hutter 2019, Algorithm 2; with the maximum AMSGrad,
+    Reddi, Kale & Kumar 2018, "On the Convergence of Adam and Beyond", Algorithm 2.
+
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g^2
+    AMSGrad: w = max(w, v), which takes the place of v below
+    p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    The AMSGrad paper has no bias corrections and no eps; torch has both, the maximum being
+    taken of the uncorrected v.
+    """
+    exp_avg = lerp(exp_avg, g, h.one_minus_beta1, h.beta1)
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * g * g
+    second = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        # this way round a NaN in exp_avg_sq is taken over
+        max_exp_avg_sq = max_exp_avg_sq if max_exp_avg_sq > exp_avg_sq else exp_avg_sq
+        second = max_exp_avg_sq
+    p = p - h.step_size * exp_avg / (math.sqrt(second) * h.root_correction + h.eps)
+    return p, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+class RAdamH(NamedTuple):
+    step_size: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    eps: float
+    rectified: bool
+
+    @classmethod
+    def fold(cls, step, *, lr, betas, eps, **_):
+        beta1, beta2 = betas
+        correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
+        step_size = lr / correction1
+        rho_inf = 2.0 / (1.0 - beta2) - 1.0
+        rho = rho_inf - 2.0 * step * beta2**step / correction2
+        if rho > 5.0:
+            r = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
+            step_size *= math.sqrt(r * correction2)
+        return cls(step_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, rho > 5.0)
+
+
+@register_jitable
+def radam(h, p, g, exp_avg, exp_avg_sq):
+    """RAdam, Liu et al. 2020, "On the Variance of the Adaptive Learning Rate and Beyond",
+    Algorithm 2; rectified from rho_t > 5 on, as in torch (the paper: 4).
+
+    m, v as in Adam; rho_inf = 2 / (1 - beta2) - 1; rho_t = rho_inf - 2 t beta2^t / (1 - beta2^t)
+    rho_t > 5: p = p - lr * r_t * m / (1 - beta1^t) * sqrt(1 - beta2^t) / (sqrt(v) + eps)
+    else:      p = p - lr * m / (1 - beta1^t)
+    """
+    exp_avg = lerp(exp_avg, g, h.one_minus_beta1, h.beta1)
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * g * g
+    if h.rectified:
+        p = p - h.step_size * exp_avg / (math.sqrt(exp_avg_sq) + h.eps)
+    else:
+        p = p - h.step_size * exp_avg
+    return p, exp_avg, exp_avg_sq
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule as kernels and optimizers see it.
+
+    hyper: NamedTuple class; kernels find the rule by it. Its classmethod
+        ``fold(step, *, lr, **options)`` makes the tuple of one step; without one, the options
+        are taken by field name.
+    update: the scalar function ``(h, p, g, *slots, *row_slots) -> (p, *slots)``.
+    slots: names of the state arrays shaped as the parameter, ``None`` for an argument of
+        ``update`` that this variant does without.
+    update_row, row_slots: a rule with state of one element a row has the function
+        ``(h, mean_sq, *row_slots) -> row_slots``, called once a row with the mean square of the
+        row's gradient, before ``update`` sees the row's elements.
+    """
+
+    hyper: type
+    update: Callable[..., tuple]
+    slots: tuple[str | None, ...] = ()
+    update_row: Callable[..., tuple] | None = None
+    row_slots: tuple[str, ...] = ()
+
+    @property
+    def state_slots(self) -> tuple[str, ...]:
+        """The state arrays shaped as the parameter."""
+        return tuple(slot for slot in self.slots if slot is not None)
+
+    def fold(self, step: int, options: dict[str, Any]) -> Any:
+        """The hyperparameter tuple of the ``step``-th update, in float64."""
+        if hasattr(self.hyper, "fold"):
+            return self.hyper.fold(step, **options)
+        return self.hyper(**{name: options[name] for name in self.hyper._fields})  # type: ignore[attr-defined]
+
+
+RULES: dict[type, Rule] = {}
+
+
+def register(rule: Rule) -> Rule:
+    """Make kernels find ``rule`` by the class of its hyperparameters."""
+    RULES[rule.hyper] = rule
+    return rule
+
+
+SGD = register(Rule(SGDH, sgd))
+MOMENTUM = register(Rule(MomentumH, momentum, ("momentum_buffer",)))
+ADAGRAD = register(Rule(AdaGradH, adagrad, ("sum",)))
+ROWWISE_ADAGRAD = register(
+    Rule(RowwiseAdaGradH, rowwise_adagrad, update_row=add_mean_square, row_slots=("sum",))
+)
+RMSPROP = register(Rule(RMSPropH, rmsprop, ("square_avg", None, None)))
+RMSPROP_MOMENTUM = register(Rule(RMSPropMomentumH, rmsprop, ("square_avg", None, "momentum_buffer")))
+CENTERED_RMSPROP = register(Rule(CenteredRMSPropH, rmsprop, ("square_avg", "grad_avg", None)))
+CENTERED_RMSPROP_MOMENTUM = register(
+    Rule(CenteredRMSPropMomentumH, rmsprop, ("square_avg", "grad_avg", "momentum_buffer"))
+)
+ADAM = register(Rule(AdamH, adam, ("exp_avg", "exp_avg_sq", None)))
+AMSGRAD = register(Rule(AMSGradH, adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")))
+RADAM = register(Rule(RAdamH, radam, ("exp_avg", "exp_avg_sq")))
