@@ -2,6 +2,12 @@
 
 __version__ = "0.1.0"
 
+from pathlib import Path
+
+if not (Path(__file__).parent / "kernels").is_dir():
+    # a source checkout, whose kernels/ stands beside fastopt/: found as an installed one is
+    __path__.append(str(Path(__file__).parents[1]))
+
 from fastopt import schedules
 from fastopt.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from fastopt.custom import register_rule

@@ -24,7 +24,7 @@ def total_norm(gradients: Iterable[DenseGradient | RowGradient]) -> float:
 
 
 def _scaled_norm(gradients: list[DenseGradient | RowGradient], scale: float) -> float:
-    total = math.fsum(_sum_squares(gradient, scale) for gradient in gradients)
+    total = math.fsum(_sum_squares(gradient, scale) for gradient in gradients if gradient.values.size)
     return math.sqrt(total) / scale
 
 

@@ -27,8 +27,8 @@ def register_rule(
             options. Fields are cast to the parameter's dtype; those of type bool stay bool.
         update: a function ``(h, p, g, *slots) -> (p, *slots)`` of one element of the parameter, of
             its gradient and of each state array; numbers in, a tuple of numbers out. It is compiled
-            by Numba in nopython mode. Use ``math`` for functions, and no float literals: ``1.0``
-            would turn float32 arithmetic into the slower float64.
+            by Numba in nopython mode. Use ``math`` for functions, and no literals in arithmetic: ``1``
+            or ``1.0`` would turn float32 arithmetic into the slower float64.
         slots: names of the state arrays, shaped as the parameter, which start from 0.
         decoupled_weight_decay: whether ``weight_decay`` is decoupled, as in AdamW, and not an L2
             penalty. ``weight_decay`` (default 0) and ``maximize`` are options of every optimizer,
@@ -54,10 +54,10 @@ def register_rule(
         ...     beta1: float = 0.9
         ...     beta2: float = 0.99
         >>> def lion(h, p, g, exp_avg):
-        ...     direction = exp_avg + (g - exp_avg) * (1 - h.beta1)
-        ...     if direction != 0:
+        ...     direction = g + h.beta1 * (exp_avg - g)
+        ...     if direction:
         ...         p = p - math.copysign(h.lr, direction)
-        ...     return p, exp_avg + (g - exp_avg) * (1 - h.beta2)
+        ...     return p, g + h.beta2 * (exp_avg - g)
         >>> Lion = fastopt.register_rule("Lion", LionH, lion, ["exp_avg"], decoupled_weight_decay=True)
     """
     if not (isinstance(hyper, type) and issubclass(hyper, tuple) and hasattr(hyper, "_fields")):

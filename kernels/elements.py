@@ -45,7 +45,9 @@ def _adapter(rule: Rule) -> Callable:
 
     In the adapter's source, because a tuple of state in a kernel can't hold a ``None``.
     """
-    arguments, results, present = [], [], 0
+    arguments: list[str] = []
+    results: list[str] = []
+    present = 0
     for slot in rule.slots:
         arguments.append("None" if slot is None else f"state[{present}]")
         results.append(f"slot{len(results)}")

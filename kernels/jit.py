@@ -24,11 +24,12 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba.core import config
 from numba.core.caching import FunctionCache, NullCache
-from numba.core.types import BaseNamedTuple
+from numba.core.types import NamedTuple, NamedUniTuple
 
-OPTIONS = {"error_model": "numpy", "nogil": True}
+_config: Any = numba.config  # its attributes are set at run time
+
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
 helper = numba.njit(**OPTIONS)  # for what CPU kernels call: compiled once, for both variants
 
@@ -52,7 +53,7 @@ class _Threads:
         if self.layer is None or self.layer == "workqueue":
             with self.lock:
                 function(*args)
-                if not config.DISABLE_JIT:
+                if not _config.DISABLE_JIT:
                     self.layer = numba.threading_layer()
         else:
             function(*args)
@@ -78,7 +79,7 @@ class Kernel:
         self._function = function
 
     def __call__(self, work: int, *args: Any) -> None:
-        if work < PARALLEL_FROM or _threads.forked or config.NUMBA_NUM_THREADS == 1:
+        if work < PARALLEL_FROM or _threads.forked or _config.NUMBA_NUM_THREADS == 1:
             self.serial(*args)
         else:
             _threads.launch(self.parallel, args)
@@ -94,7 +95,7 @@ class Kernel:
 
 def _compile(function: Callable, parallel: bool) -> Callable:
     dispatcher = numba.njit(parallel=parallel, **OPTIONS)(function)
-    if not config.DISABLE_JIT:
+    if not _config.DISABLE_JIT:
         dispatcher._cache = _cache_for(function, parallel)
     return dispatcher
 
@@ -193,7 +194,7 @@ def package_digest() -> str:
 
 def _tuple_classes(signature: Any) -> list[type]:
     """The hyperparameter classes among the argument types of a launch."""
-    return [t.instance_class for t in signature if isinstance(t, BaseNamedTuple)]
+    return [t.instance_class for t in signature if isinstance(t, NamedTuple | NamedUniTuple)]
 
 
 def _cachable(signature: Any) -> bool:

@@ -6,7 +6,7 @@ sparse kernels on the CPU and the GPU all call it, in float32 or float64.
 
 - What depends on the step alone (bias corrections, products with the learning rate) is folded
   on the host in float64, by the ``fold`` of the rule's NamedTuple, and cast once.
-- Rules hold no float literals: a literal is a float64 and would promote float32 arithmetic.
+- Rules hold no literals: numbers in the code are 64 bits wide and would promote float32 arithmetic.
 - A slot that a variant does without is ``None``; its branch is dropped at compile time.
 
 Gradient scale, sign and weight decay are the same for all rules and come before them: one of

@@ -9,53 +9,54 @@ from fastopt.kernels.jit import Kernel, helper
 from numba import prange
 
 BLOCK = 8_192  # elements
+LANES = 512  # sums of a block that grow side by side, so that the loop over them vectorises
 GROUPS_PER_BLOCK = 64
 
 
 @helper
-def block_sum_squares(g, first, last, scale):
-    """Sum of ``(g[i] * scale)**2`` over [first, last), in eight interleaved float64 sums."""
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
-    whole = last - (last - first) % 8
-    for i in range(first, whole, 8):
-        x0, x1 = g[i] * scale, g[i + 1] * scale
-        x2, x3 = g[i + 2] * scale, g[i + 3] * scale
-        x4, x5 = g[i + 4] * scale, g[i + 5] * scale
-        x6, x7 = g[i + 6] * scale, g[i + 7] * scale
-        s0 += x0 * x0
-        s1 += x1 * x1
-        s2 += x2 * x2
-        s3 += x3 * x3
-        s4 += x4 * x4
-        s5 += x5 * x5
-        s6 += x6 * x6
-        s7 += x7 * x7
-    for i in range(whole, last):
-        x0 = g[i] * scale
-        s0 += x0 * x0
-    return ((s0 + s4) + (s2 + s6)) + ((s1 + s5) + (s3 + s7))
+def add_squares(g, scale, sums):
+    """``sums[i] += (g[i] * scale)**2``, in float64."""
+    for i in range(g.size):
+        x = np.float64(g[i]) * scale
+        sums[i] += x * x
+
+
+@helper
+def total_of(sums):
+    """Sum of a non-empty array, which it uses up: its halves are added until one element is left."""
+    size = sums.size
+    while size > 1:
+        half = size // 2
+        upper = sums[size - half : size]
+        for i in range(half):
+            sums[i] += upper[i]
+        size -= half
+    return sums[0]
 
 
 @Kernel
 def sum_squares(g, scale, partials):
     """Sums of squares of the blocks of the 1-D ``g``, times ``scale**2`` (a float64)."""
     for block in prange(partials.size):
-        first = block * BLOCK
-        partials[block] = block_sum_squares(g, first, min(first + BLOCK, g.size), scale)
+        sums = np.zeros(LANES)
+        last = min((block + 1) * BLOCK, g.size)
+        for first in range(block * BLOCK, last, LANES):
+            add_squares(g[first : min(first + LANES, last)], scale, sums)
+        partials[block] = total_of(sums)
 
 
 @Kernel
 def sum_squares_rows(values, order, starts, scale, partials):
-    """The same for the rows that result when the gradients of each group are summed."""
+    """The same for blocks of the rows that result when the gradients of each group are summed."""
     groups = starts.size - 1
     for block in prange(partials.size):
         total = np.empty(values.shape[1], values.dtype)
-        result = 0.0
+        sums = np.zeros(values.shape[1])
         first = block * GROUPS_PER_BLOCK
         for k in range(first, min(first + GROUPS_PER_BLOCK, groups)):
             sum_group(total, values, order, starts[k], starts[k + 1])
-            result += block_sum_squares(total, 0, total.size, scale)
-        partials[block] = result
+            add_squares(total, scale, sums)
+        partials[block] = total_of(sums)
 
 
 @Kernel
