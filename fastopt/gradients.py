@@ -47,7 +47,7 @@ class RowGradient(NamedTuple):
 def checked_indices(indices: Any, label: str, rows: int | None) -> np.ndarray:
     """``indices`` as a NumPy array, every one in [0, rows)."""
     array = arrays.host_array(indices, label)
-    if array.dtype not in (np.int32, np.int64) or not array.dtype.isnative:
+    if array.dtype not in (np.int32, np.int64):
         raise TypeError(
             f"{label} has dtype {array.dtype}: expected int32 or int64, pass {label}.astype(np.int64)"
         )
