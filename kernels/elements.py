@@ -7,8 +7,9 @@ state are unrolled into source text: a recursion over its tuple compiles several
 
 from collections.abc import Callable
 
-from fastopt.kernels.rules import L2, RULES, Decoupled, Rule
 from numba.extending import overload, register_jitable
+
+from fastopt.kernels.rules import L2, RULES, Decoupled, Rule
 
 
 def _define(name: str, arguments: str, *lines: str, **names: object) -> Callable:

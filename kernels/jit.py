@@ -24,6 +24,7 @@ from typing import Any
 
 import llvmlite
 import numba
+import numpy as np
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.types import NamedTuple, NamedUniTuple
 
@@ -157,7 +158,10 @@ class _KernelCache(FunctionCache):
 
 
 class _KeyedFiles:
-    """One file a key, written to a temporary name and renamed, so that readers see it whole."""
+    """One file a key, written to a temporary name and renamed, so that readers see it whole.
+
+    It begins with its digest: damaged machine code would kill the process that loads it.
+    """
 
     def __init__(self, folder: Path, base: str) -> None:
         self._folder = folder
@@ -168,15 +172,20 @@ class _KeyedFiles:
 
     def load(self, key: str) -> Any:
         try:
-            return pickle.loads(self._path(key).read_bytes())
+            content = self._path(key).read_bytes()
         except FileNotFoundError:
             return None
+        size = hashlib.sha256().digest_size
+        if hashlib.sha256(content[size:]).digest() != content[:size]:
+            return None
+        return pickle.loads(content[size:])
 
     def save(self, key: str, data: Any) -> None:
         path = self._path(key)
         temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            temporary.write_bytes(pickle.dumps(data))
+            content = pickle.dumps(data)
+            temporary.write_bytes(hashlib.sha256(content).digest() + content)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -214,15 +223,32 @@ def _rule_key(cls: type) -> str:
     rule = RULES.get(cls)
     if rule is None or cls.__module__.startswith("fastopt.kernels."):
         return name  # the package's digest covers it
-    seen = [name, repr((rule.slots, rule.row_slots))]
+    # the types of a signature have no field names
+    seen = [name, repr((rule.hyper._fields, rule.slots, rule.row_slots))]  # type: ignore[attr-defined]
     for function in (rule.update, rule.update_row):
         seen.extend(_fingerprint(function, set()))
     return hashlib.sha256("\0".join(seen).encode()).hexdigest()
 
 
+# Kinds of members of a module that compiled code can hold.
+_MEMBERS = (
+    python_types.FunctionType,
+    python_types.ModuleType,
+    int,
+    float,
+    complex,
+    tuple,
+    np.generic,
+    np.ndarray,
+)
+
+
 def _fingerprint(value: Any, visited: set[int]) -> Iterator[str]:
     """The code and constants of a function and of all that it reaches by name."""
     value = getattr(value, "py_func", value)
+    if isinstance(value, np.ndarray):
+        yield f"{value.dtype} {value.shape} {value.tobytes().hex()}"  # its repr leaves digits out
+        return
     if not isinstance(value, python_types.FunctionType):
         yield repr(value)
         return
@@ -230,19 +256,25 @@ def _fingerprint(value: Any, visited: set[int]) -> Iterator[str]:
         return
     visited.add(id(value))
     yield from _code_fingerprint(value.__code__)
+    yield repr((value.__defaults__, value.__kwdefaults__))
     for cell in value.__closure__ or ():
         yield from _fingerprint(cell.cell_contents, visited)
-    for name in sorted(_names(value.__code__)):
-        if name not in value.__globals__:
-            continue
-        found = value.__globals__[name]
-        if not isinstance(found, python_types.ModuleType):
-            yield from _fingerprint(found, visited)
-            continue
-        for attribute in sorted(_names(value.__code__)):
-            member = getattr(found, attribute, None)
-            if isinstance(getattr(member, "py_func", member), python_types.FunctionType | int | float):
-                yield from _fingerprint(member, visited)
+    for found in _reached(value):
+        yield from _fingerprint(found, visited)
+
+
+def _reached(function: python_types.FunctionType) -> Iterator[Any]:
+    """The globals that a function names, and what it names in the modules among them."""
+    names = sorted(_names(function.__code__))
+    found = [function.__globals__[name] for name in names if name in function.__globals__]
+    modules: list[python_types.ModuleType] = []
+    for value in found:  # which grows
+        if not isinstance(value, python_types.ModuleType):
+            yield value
+        elif value not in modules:
+            modules.append(value)
+            members = (getattr(value, name, None) for name in names)
+            found += [m for m in members if isinstance(getattr(m, "py_func", m), _MEMBERS)]
 
 
 def _code_fingerprint(code: python_types.CodeType) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Dense updates: every element of a buffer, in one pass."""
 
 import numpy as np
+from numba import prange
+
 from fastopt.kernels.elements import load, store, update_element, update_row
 from fastopt.kernels.jit import Kernel
-from numba import prange
 
 ROWS_PER_CHUNK = 64
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+
 from fastopt.kernels.jit import Kernel
 
 DIGIT_BITS = 11  # 2,048 counters fit the first-level cache

@@ -4,9 +4,10 @@ Sums go over blocks of a fixed size, each in a fixed order, whatever the number 
 """
 
 import numpy as np
+from numba import prange
+
 from fastopt.kernels.cpu.rows import sum_group
 from fastopt.kernels.jit import Kernel, helper
-from numba import prange
 
 BLOCK = 8_192  # elements
 LANES = 512  # sums of a block that grow side by side, so that the loop over them vectorises

@@ -1,9 +1,10 @@
 """Sparse updates and reads: the rows of a table that indices name."""
 
 import numpy as np
+from numba import prange
+
 from fastopt.kernels.elements import update_row
 from fastopt.kernels.jit import Kernel, helper
-from numba import prange
 
 GROUPS_PER_CHUNK = 256  # distinct rows; small, because popular rows make chunks uneven
 LOOKUPS_PER_CHUNK = 256

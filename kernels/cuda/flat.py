@@ -1,8 +1,9 @@
 """Dense updates on the GPU, as in ``fastopt.kernels.cpu.flat``."""
 
 import numpy as np
-from fastopt.kernels.elements import load, store, update_element, update_row
 from numba import cuda
+
+from fastopt.kernels.elements import load, store, update_element, update_row
 
 
 def flat(h, c, p, g, state):

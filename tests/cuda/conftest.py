@@ -1,0 +1,78 @@
+"""Every rule, with every kind of weight decay, as launches of a kernel take it."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt.kernels import rules
+
+
+class LionH(NamedTuple):
+    lr: float
+    beta1: float
+    beta2: float
+
+
+def lion(h, p, g, exp_avg):
+    direction = g + h.beta1 * (exp_avg - g)
+    if direction:
+        p = p - math.copysign(h.lr, direction)
+    return p, g + h.beta2 * (exp_avg - g)
+
+
+PACKAGE = [hyper for hyper in rules.RULES if hyper.__module__ == "fastopt.kernels.rules"]
+
+
+@pytest.fixture(params=[*PACKAGE, LionH], ids=lambda hyper: hyper.__name__)
+def rule(request: pytest.FixtureRequest) -> Iterator[rules.Rule]:
+    """Every rule of the package, and one that a user registered."""
+    if request.param is LionH:
+        fastopt.register_rule("Lion", LionH, lion, ["exp_avg"])
+    yield rules.RULES[request.param]
+    if request.param is LionH:
+        del rules.RULES[LionH]
+
+
+@pytest.fixture(params=[rules.Scaled, rules.L2, rules.Decoupled])
+def decay(request: pytest.FixtureRequest) -> type:
+    return request.param
+
+
+@pytest.fixture
+def hyperparameters(rule: rules.Rule, decay: type) -> Callable[..., tuple]:
+    """``hyperparameters(dtype, step, scale, weight_decay, options)``: h and c of a launch."""
+
+    def hyperparameters(dtype, step, scale, weight_decay, options):
+        h = rule.fold(step, options)
+        if decay is rules.Scaled:
+            c = rules.Scaled(scale)
+        elif decay is rules.L2:
+            c = rules.L2(scale, weight_decay)
+        else:
+            c = rules.Decoupled(scale, options["lr"] * weight_decay)
+        return tuple(type(t)(*[x if isinstance(x, bool) else dtype(x) for x in t]) for t in (h, c))
+
+    return hyperparameters
+
+
+@pytest.fixture
+def arrays(rule: rules.Rule) -> Callable[..., list[Any]]:
+    """``arrays(dtype, rows, dim)``: the other arguments, p and g random and the state 0.
+
+    Each array is the middle of one with an element, or a row, more at either end.
+    """
+
+    def arrays(dtype, rows, dim):
+        rng = np.random.default_rng(rows)
+        shape = (rows + 2, dim) if rule.row_slots else (rows * dim + 2,)
+        p, g = (rng.standard_normal(shape).astype(dtype)[1:-1] for _ in range(2))
+        found = [p, g, tuple(np.zeros(shape, dtype)[1:-1] for _ in rule.state_slots)]
+        if rule.row_slots:
+            found.append(tuple(np.zeros(rows + 2, dtype)[1:-1] for _ in rule.row_slots))
+        return found
+
+    return arrays

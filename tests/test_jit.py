@@ -1,0 +1,463 @@
+"""The compilation cache, imports, forks and threads: each case in processes of its own."""
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastopt
+import fastopt.kernels
+
+ROOT = Path(__file__).parents[1]
+LAYERS = {"omp": "omppool", "tbb": "tbbpool", "workqueue": "workqueue"}
+TIMEOUT = 120  # seconds; what it bounds is a hang
+
+# What scripts share. Numbers are multiples of 1/64 small enough for float32 to be exact.
+COMMON = """
+import os, sys, threading
+import numpy as np
+import fastopt
+from fastopt.kernels.cpu.flat import flat
+
+def dense(size, rule=fastopt.SGD):
+    p, g = np.arange(size, dtype=np.float32) % 64, np.full(size, 4, np.float32)
+    opt = rule(p, lr=0.25, momentum=0.5)
+    for _ in range(2):
+        opt.step(g)
+    np.testing.assert_array_equal(p, np.arange(size) % 64 - 0.25 * 4 * 2.5)
+
+def sparse(count):
+    p = np.ones((4 * count, 8), np.float32)
+    opt = fastopt.SGD(p, lr=0.25, momentum=0.5)
+    indices = np.concatenate([np.arange(1, 4 * count, 4)] * 2)
+    for _ in range(2):
+        opt.step(fastopt.IndexedSlices(indices, np.full((2 * count, 8), 2, np.float32)))
+    want = np.ones_like(p)
+    want[1::4] -= 0.25 * 4 * 2.5
+    np.testing.assert_array_equal(p, want)
+
+def compiled_and_loaded():
+    stats = [d.stats for d in (vars(flat).get("serial"), vars(flat).get("parallel")) if d]
+    return [sum(sum(getattr(s, name).values()) for s in stats) for name in ("cache_misses", "cache_hits")]
+"""
+
+
+class Process:
+    """A Python process, in a session of its own: on a hang its children go too."""
+
+    def __init__(self, script, folder, **env):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "PYTHON"))}
+        kept.update({k: str(v) for k, v in env.items()}, PYTHONDONTWRITEBYTECODE="1")
+        command = [sys.executable, *(["-c", script] if "\n" in script else [script])]
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=kept, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def output(self):
+        """What it printed, and its warnings."""
+        try:
+            out, err = self.process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            out, err = self.process.communicate()
+            pytest.fail(f"still running after {TIMEOUT} s: {out}{err}")
+        assert self.process.returncode == 0, f"exit status {self.process.returncode}: {out}{err}"
+        return out, err
+
+
+def run(script, folder, **env):
+    """The words that a process printed."""
+    return Process(script, folder, **env).output()[0].split()
+
+
+def copy_package(folder):
+    """A copy of the installed package in ``folder``, laid out as in a wheel."""
+    own = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(Path(fastopt.__file__).parent, folder / "fastopt", ignore=own)
+    shutil.copytree(
+        Path(fastopt.kernels.__file__).parent,
+        folder / "fastopt" / "kernels",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    return folder / "fastopt"
+
+
+def edit(path, before, after):
+    """Replace text in a file and leave its times as they were."""
+    text, times = path.read_text(), path.stat()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def files(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder of compiled kernels for tests to which it does not matter."""
+    return tmp_path_factory.mktemp("cache")
+
+
+STEP = (
+    COMMON
+    + """
+p = np.zeros(3, np.float32)
+fastopt.SGD(p, lr=0.5).step(np.ones(3, np.float32))
+print(p[0], *compiled_and_loaded())
+"""
+)
+
+
+def test_an_edited_rule_is_compiled_again_and_an_unchanged_one_is_not(tmp_path):
+    package = copy_package(tmp_path)
+    env = {"PYTHONPATH": tmp_path, "NUMBA_CACHE_DIR": tmp_path / "cache"}
+    where = "\nimport fastopt.kernels.rules\nprint(fastopt.__file__, fastopt.kernels.rules.__file__)"
+    assert run(where, tmp_path, **env) == [str(package / n) for n in ("__init__.py", "kernels/rules.py")]
+    assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
+    edit(package / "kernels" / "rules.py", "(p - h.lr * g,)", "(p + h.lr * g,)")
+    assert run(STEP, tmp_path, **env) == ["0.5", "1", "0"]
+    before = files(tmp_path / "cache")
+    assert run(STEP, tmp_path, **env) == ["0.5", "0", "1"]
+    assert files(tmp_path / "cache") == before
+
+
+OWN_STEP = (
+    COMMON
+    + """
+from own_rule import Own
+p = np.zeros(3, np.float32)
+Own(p, lr=0.5).step(np.ones(3, np.float32))
+print(p[0], *compiled_and_loaded())
+"""
+)
+OWN_RULE = """
+from typing import NamedTuple
+import fastopt
+import own_parts
+import own_parts.more
+from own_parts import negative
+
+class H(NamedTuple):
+    lr: float = 0.1
+    gain: float = 2.0
+
+def update(h, p, g):
+    return (p + own_parts.scaled(negative(g), h.lr) * h.gain - own_parts.more.zero(g) * own_parts.FACTORS[0],)
+
+Own = fastopt.register_rule("Own", H, update)
+"""
+OWN_PARTS = """
+import numpy as np
+from numba import njit
+from numba.extending import register_jitable
+from own_parts.more import identity
+
+FACTORS = np.array([1.0, 2.0])
+SIGN = -1
+
+@register_jitable
+def scaled(g, lr, by=1.0):
+    return g * lr / by
+
+@njit
+def negative(g):
+    return identity(g) * SIGN
+"""
+OWN_MORE = """
+from numba.extending import register_jitable
+
+@register_jitable
+def identity(x):
+    return x * 1
+
+@register_jitable
+def zero(x):
+    return x * 0
+"""
+
+
+def test_a_rule_from_outside_is_compiled_again_when_any_of_its_code_changed(tmp_path):
+    env = {"PYTHONPATH": tmp_path, "NUMBA_CACHE_DIR": tmp_path / "cache"}
+    (tmp_path / "own_parts").mkdir()
+    rule, parts = tmp_path / "own_rule.py", tmp_path / "own_parts" / "__init__.py"
+    more = tmp_path / "own_parts" / "more.py"
+    rule.write_text(OWN_RULE)
+    parts.write_text(OWN_PARTS)
+    more.write_text(OWN_MORE)
+    assert run(OWN_STEP, tmp_path, **env) == ["-1.0", "1", "0"]
+    for path, before, after, want in [
+        (rule, "(p + own", "(p - own", "1.0"),
+        (parts, "SIGN = -1", "SIGN = -2", "2.0"),
+        (parts, "by=1.0", "by=2.0", "1.0"),
+        (more, "x * 1", "x * 3", "3.0"),
+        (more, "x * 0", "x * 1", "2.0"),
+        (parts, "([1.0,", "([1.0000000001,", "2.0"),
+        (rule, "lr: float = 0.1\n    gain: float = 2.0", "gain: float = 2.0\n    lr: float = 0.1", "2.0"),
+    ]:
+        edit(path, before, after)
+        assert run(OWN_STEP, tmp_path, **env) == [want, "1", "0"], f"{before} -> {after}"
+    kept = files(tmp_path / "cache")
+    assert run(OWN_STEP, tmp_path, **env) == [want, "0", "1"]
+    assert files(tmp_path / "cache") == kept
+
+
+def test_a_rule_of_the_main_module_works_without_the_cache(tmp_path):
+    script = OWN_STEP.replace("from own_rule import Own", "from typing import NamedTuple").replace(
+        "p = np.zeros",
+        """
+class H(NamedTuple):
+    lr: float
+
+def update(h, p, g):
+    return (p - h.lr * g,)
+
+Own = fastopt.register_rule("Own", H, update)
+p = np.zeros""",
+    )
+    (tmp_path / "script.py").write_text(script)
+    for _ in range(2):
+        assert run("script.py", tmp_path, NUMBA_CACHE_DIR=tmp_path / "cache") == ["-0.5", "1", "0"]
+    assert not list(tmp_path.rglob("*.nbc"))
+
+
+def warned(err):
+    return [line for line in err.splitlines() if "RuntimeWarning" in line]
+
+
+TWO_KERNELS = (
+    COMMON
+    + """
+dense(5)
+sparse(3)
+"""
+)
+
+
+def test_without_a_folder_for_the_cache_there_is_one_warning(tmp_path):
+    package = copy_package(tmp_path)
+    for folder in [package / "kernels", *(package / "kernels").rglob("*")]:
+        if folder.is_dir():
+            (folder / "__pycache__").write_text("not a folder")
+    nowhere = "/dev/null/nowhere"
+    env = {"PYTHONPATH": tmp_path, "HOME": nowhere, "XDG_CACHE_HOME": nowhere}
+    for given in ({}, {"NUMBA_CACHE_DIR": nowhere}):
+        _, err = Process(TWO_KERNELS, tmp_path, **env, **given).output()
+        assert len(warned(err)) == 1, err
+        assert "NUMBA_CACHE_DIR" in warned(err)[0]
+
+
+def test_when_the_cache_can_no_longer_be_written_there_is_one_warning(tmp_path):
+    script = (
+        COMMON
+        + """
+import shutil, pathlib
+cache = pathlib.Path(os.environ["NUMBA_CACHE_DIR"])
+dense(5)
+assert list(cache.rglob("*.nbc"))
+shutil.rmtree(cache)
+cache.write_text("not a folder")
+dense(5, lambda p, lr, momentum: fastopt.SGD(p, lr, momentum, weight_decay=1e-30))
+sparse(3)
+"""
+    )
+    _, err = Process(script, tmp_path, NUMBA_CACHE_DIR=tmp_path / "cache").output()
+    assert len(warned(err)) == 1, err
+    assert "NUMBA_CACHE_DIR" in warned(err)[0]
+
+
+def test_damaged_cache_files_are_replaced(tmp_path):
+    env = {"NUMBA_CACHE_DIR": tmp_path / "cache"}
+    assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
+    (path,) = (tmp_path / "cache").rglob("*.nbc")
+    whole = path.read_bytes()
+    eighth = len(whole) // 8
+    holes = (whole[:start] + bytes(256) + whole[start + 256 :] for start in (eighth, 2 * eighth, 5 * eighth))
+    for damaged in (b"", b"garbage", whole[: 5 * eighth], *holes):
+        path.write_bytes(damaged)
+        assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
+    assert run(STEP, tmp_path, **env) == ["-0.5", "0", "1"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_two_processes_may_fill_one_cache_at_once(tmp_path):
+    script = (
+        COMMON
+        + """
+print("ready", flush=True)
+rule = eval(input())
+p = np.zeros(3, np.float32)
+rule(p, lr=0.5).step(np.ones(3, np.float32))
+print(p[0], *compiled_and_loaded())
+"""
+    )
+    rules = ["fastopt.SGD", "fastopt.AdaGrad"]
+    for counts in (["1", "0"], ["0", "1"]):
+        processes = [Process(script, tmp_path, NUMBA_CACHE_DIR=tmp_path / "cache") for _ in rules]
+        for process in processes:
+            assert process.process.stdout.readline() == "ready\n"
+        for process, rule in zip(processes, rules, strict=True):
+            process.process.stdin.write(rule + "\n")
+            process.process.stdin.flush()
+        for process in processes:
+            assert process.output()[0].split() == ["-0.5", *counts]
+
+
+def test_importing_compiles_nothing_and_starts_nothing(tmp_path):
+    script = """
+import sys, os
+import numba, numpy
+from numba.core import event
+tasks = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else []
+with event.install_recorder("numba:compile") as recorder:
+    import fastopt
+assert not recorder.buffer, recorder.buffer
+now = os.listdir("/proc/self/task") if tasks else []
+assert now == tasks, (tasks, now)
+print(*sorted(sys.modules))
+"""
+    found = set(run(script, tmp_path, NUMBA_CACHE_DIR=tmp_path / "cache"))
+    unwanted = {"typer", "rich", "matplotlib", "safetensors", "torch"}
+    assert "fastopt.optimizers" in found
+    assert found & unwanted == set()
+    assert files(tmp_path) == {}
+
+
+def test_without_jit_results_are_the_same(tmp_path, cache):
+    script = (
+        COMMON
+        + """
+dense(5)
+sparse(2)
+from numba.core import config
+rng = np.random.default_rng(0)
+for make in (fastopt.AdamW, fastopt.RowwiseAdaGrad):
+    p = rng.standard_normal((4, 5), dtype=np.float32)
+    opt = make(p, lr=0.1)
+    opt.step(rng.standard_normal((4, 5), dtype=np.float32))
+    values = rng.standard_normal((3, 5), dtype=np.float32)
+    opt.step(fastopt.IndexedSlices(np.array([2, 0, 2]), values), clip_norm=0.5)
+    print(p.tobytes().hex())
+print(config.DISABLE_JIT)
+"""
+    )
+    *jit, off = run(script, tmp_path, NUMBA_CACHE_DIR=cache)
+    *plain, on = run(script, tmp_path, NUMBA_DISABLE_JIT=1)
+    assert (off, on) == ("0", "1")
+    assert plain == jit
+
+
+def available(layer):
+    try:
+        importlib.import_module(f"numba.np.ufunc.{LAYERS[layer]}")
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    if not available(request.param):
+        pytest.skip(f"the threading layer {request.param} is not there")
+    return request.param
+
+
+# Above and below fastopt.kernels.jit.PARALLEL_FROM.
+STEP_ALL = """
+def step_all():
+    dense(40_000)
+    sparse(3_000)
+    dense(5)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("before", ["nothing", "a step", "another kernel"])
+def test_forked_children_step(tmp_path, cache, layer, before):
+    script = (
+        COMMON
+        + STEP_ALL
+        + f"""
+import multiprocessing, warnings
+import numba
+warnings.simplefilter("ignore", DeprecationWarning)
+
+@numba.njit(parallel=True)
+def other(x):
+    for i in numba.prange(x.size):
+        x[i] += 1
+
+if {before == "a step"}:
+    step_all()
+    assert numba.threading_layer() == "{layer}"
+if {before == "another kernel"}:
+    other(np.zeros(100_000))
+    assert numba.threading_layer() == "{layer}"
+child = os.fork()
+if not child:
+    step_all()
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+child = multiprocessing.get_context("fork").Process(target=step_all)
+child.start()
+child.join()
+assert child.exitcode == 0
+step_all()
+assert numba.threading_layer() == "{layer}"
+"""
+    )
+    run(script, tmp_path, NUMBA_CACHE_DIR=cache, NUMBA_NUM_THREADS=2, NUMBA_THREADING_LAYER=layer)
+
+
+def test_threads_step_at_once(tmp_path, cache, layer):
+    script = (
+        COMMON
+        + STEP_ALL
+        + f"""
+import numba
+
+def steps(seed, p):
+    rng = np.random.default_rng(seed)
+    opt = [fastopt.SGD, fastopt.Adam][seed % 2](p)
+    for step in range(10):
+        g = rng.standard_normal(p.shape, dtype=np.float32)
+        if step % 2:
+            g = fastopt.IndexedSlices(rng.integers(0, p.shape[0], p.shape[0]), g)
+        opt.step(g, clip_norm=1.0)
+
+def parameters():
+    return [np.ones((5_000 + k, 8), np.float32) for k in range(4)]
+
+at_once, alone = parameters(), parameters()
+threads = [threading.Thread(target=steps, args=item) for item in enumerate(at_once)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+for item in enumerate(alone):
+    steps(*item)
+for together, one in zip(at_once, alone):
+    assert not np.array_equal(one, np.ones_like(one))
+    np.testing.assert_array_equal(together, one)
+assert numba.threading_layer() == "{layer}"
+"""
+    )
+    run(script, tmp_path, NUMBA_CACHE_DIR=cache, NUMBA_NUM_THREADS=2, NUMBA_THREADING_LAYER=layer)
+
+
+def test_the_kernels_folder_is_not_a_package_of_its_own(tmp_path):
+    script = """
+try:
+    import kernels
+except ImportError as error:
+    assert "fastopt.kernels" in str(error), error
+    print("refused")
+"""
+    assert run(script, ROOT) == ["refused"]
