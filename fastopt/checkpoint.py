@@ -2,7 +2,9 @@
 
 import json
 import os
-import secrets
+import shutil
+import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 HEADER = "fastopt"
+TEMPORARY = ".tmp"  # ends the name of the folder in which a file is written
 
 
 def save(optimizer: "Optimizer", path: Any, *, params: bool, metadata: Mapping[str, Any] | None) -> None:
@@ -41,17 +44,29 @@ def save(optimizer: "Optimizer", path: Any, *, params: bool, metadata: Mapping[s
 
 
 def write_tensors(path: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name, bring it to the disk, and rename it."""
+    """Write a safetensors file beside ``path``, bring it to the disk, and rename it.
+
+    Raises:
+        OSError: it can't be written; the old file is as it was.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMPORARY, dir=target.parent))
     try:
-        save_file(tensors, temporary, metadata)
+        temporary = folder / target.name
+        temporary.touch()
+        permissions = temporary.stat().st_mode  # those of a new file here; save_file makes it private
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{target} can't be written: {error}") from error
+        temporary.chmod(stat.S_IMODE(permissions))
         _sync(temporary)
         os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     _sync(target.parent)
 
 

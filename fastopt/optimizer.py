@@ -381,6 +381,10 @@ class Optimizer:
             path: the file.
             params: write the parameters too, so that the file is a whole checkpoint.
             metadata: anything that JSON holds; :meth:`load` returns it.
+
+        Raises:
+            OSError: the file can't be written.
+            TypeError: JSON can't hold ``metadata``.
         """
         from fastopt.checkpoint import save
 

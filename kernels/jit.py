@@ -19,6 +19,7 @@ import threading
 import types as python_types
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _config: Any = numba.config  # its attributes are set at run time
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
 helper = numba.njit(**OPTIONS)  # for what CPU kernels call: compiled once, for both variants
+
+SPIN_COUNT = "GOMP_SPINCOUNT"
 
 PARALLEL_FROM = 32_768  # elements; below, starting a parallel region costs more than it saves
 
@@ -52,7 +55,7 @@ class _Threads:
 
     def launch(self, function: Callable, args: tuple) -> None:
         if self.layer is None or self.layer == "workqueue":
-            with self.lock:
+            with self.lock, _short_spins() if self.layer is None else nullcontext():
                 function(*args)
                 if not _config.DISABLE_JIT:
                     self.layer = numba.threading_layer()
@@ -63,6 +66,24 @@ class _Threads:
         pool = sys.modules.get("numba.np.ufunc.parallel")
         self.forked = self.forked or self.layer is not None or getattr(pool, "_is_initialized", False)
         self.lock = threading.RLock()
+
+
+@contextmanager
+def _short_spins() -> Iterator[None]:
+    """Have OpenMP's idle threads sleep soon, if nobody has said how they wait.
+
+    By default they wait busily for milliseconds, against the threads of NumPy's matrix products:
+    a trainer that alternates the two ran 10 times slower. OpenMP reads the variable when the
+    first launch loads it.
+    """
+    if os.environ.keys() & {SPIN_COUNT, "OMP_WAIT_POLICY"}:
+        yield
+        return
+    os.environ[SPIN_COUNT] = "1000"
+    try:
+        yield
+    finally:
+        del os.environ[SPIN_COUNT]
 
 
 _threads = _Threads()

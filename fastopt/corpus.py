@@ -1,0 +1,130 @@
+"""Texts to train on: finding the files, cutting them into words, and numbering the words."""
+
+import hashlib
+import itertools
+import os
+import re
+import sysconfig
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+WORD = re.compile(r"[^\W\d_]+")  # letters of any script; digits and underscores part words
+SPACE = re.compile(r"\s")
+BLOCK = 1 << 20  # characters cut into words at a time: each word in flight is a Python string
+MOST_UNDECODABLE = 0.1  # of the characters; above, a file is not UTF-8 text
+MINIMUM_COUNT = 2  # of a word, to be in the vocabulary
+MINIMUM_WORDS = 500  # of a text, to be worth training on
+MINIMUM_VOCABULARY = 20
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Numbered text.
+
+    words: the vocabulary, most frequent first; a word's number is its place here.
+    counts: int64 [vocabulary], how often each occurs.
+    stream: int32, the numbers of the text's words in order, and -1 between two files.
+    """
+
+    words: list[str]
+    counts: np.ndarray
+    stream: np.ndarray
+
+    def digest(self) -> str:
+        """A checksum of all that training sees of the text."""
+        checksum = hashlib.sha256("\n".join(self.words).encode())
+        checksum.update(np.ascontiguousarray(self.stream, "<i4").data)
+        return checksum.hexdigest()
+
+
+def default_files() -> list[Path]:
+    """The Python source files of the running interpreter's standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [path for path in _files_below(root, SKIPPED_FOLDERS) if path.suffix == ".py"]
+
+
+def texts(paths: Iterable[Path]) -> Iterator[str]:
+    """The texts of files, and of all files below folders, in sorted order.
+
+    Raises:
+        OSError: a path can't be read.
+        ValueError: a file named itself is binary; below a folder, binary files are passed over.
+    """
+    for path in paths:
+        if path.is_dir():
+            found = (read_text(below) for below in _files_below(path, set()))
+            yield from (text for text in found if text is not None)
+        else:
+            text = read_text(path)
+            if text is None:
+                raise ValueError(f"{path} is binary: expected text in UTF-8")
+            yield text
+
+
+def _files_below(root: Path, skipped: set[str]) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - skipped)
+        for path in (Path(folder, name) for name in sorted(files)):
+            if path.is_file():  # no sockets, pipes or links to nowhere
+                yield path
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a file, or None if it is binary: it holds NUL, or too much that is not UTF-8."""
+    data = path.read_bytes()
+    if b"\0" in data:
+        return None
+    text = data.decode("utf-8", "replace")
+    if text.count("\N{REPLACEMENT CHARACTER}") > MOST_UNDECODABLE * len(text):
+        return None
+    return text
+
+
+def words_of(text: str) -> Iterator[list[str]]:
+    """The words of ``text`` in lower case, in blocks."""
+    start = 0
+    while start < len(text):
+        space = SPACE.search(text, start + BLOCK)
+        end = space.start() if space else len(text)
+        # composed, because a letter's combining marks are not letters and would part a word
+        yield WORD.findall(unicodedata.normalize("NFC", text[start:end].lower()))
+        start = end
+
+
+def build(parts: Iterable[str], vocabulary: int) -> Corpus:
+    """Number the words of texts, keeping the ``vocabulary`` most frequent; others are left out.
+
+    Raises:
+        ValueError: there is too little text.
+    """
+    numbers: defaultdict[str, int] = defaultdict(itertools.count().__next__)  # by first occurrence
+    pieces = []
+    for text in parts:
+        for block in words_of(text):
+            pieces.append(np.fromiter(map(numbers.__getitem__, block), np.int32, len(block)))
+        pieces.append(np.full(1, -1, np.int32))
+    stream = np.concatenate([np.empty(0, np.int32), *pieces])
+    found = stream[stream >= 0]
+    if found.size < MINIMUM_WORDS:
+        raise ValueError(f"the text has {found.size} words: expected at least {MINIMUM_WORDS} to train on")
+
+    counts = np.bincount(found)
+    names = list(numbers)
+    kept = sorted(np.flatnonzero(counts >= MINIMUM_COUNT), key=lambda i: (-counts[i], names[i]))[:vocabulary]
+    if len(kept) < MINIMUM_VOCABULARY:
+        raise ValueError(
+            f"the text has {len(kept)} different words that occur {MINIMUM_COUNT} times or more and are in "
+            f"the vocabulary: expected at least {MINIMUM_VOCABULARY} to train on"
+        )
+    dropped = -2
+    renumbered = np.full(counts.size + 1, dropped, np.int32)
+    renumbered[kept] = np.arange(len(kept))
+    renumbered[-1] = -1  # where -1, between files, points to
+    stream = renumbered[stream]
+    return Corpus([names[i] for i in kept], counts[kept], stream[stream != dropped])
