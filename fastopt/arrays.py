@@ -39,10 +39,13 @@ def _torch_view(torch: Any, tensor: Any, label: str) -> np.ndarray:
         )
     if tensor.device.type != "cpu":
         raise TypeError(f"{label} is on {tensor.device}: expected a tensor on the CPU, pass {label}.cpu()")
-    if tensor.dtype == torch.bfloat16:
-        raise TypeError(f"{label} has dtype bfloat16: expected float32 or float64, convert it with .float()")
     try:
         return tensor.detach().numpy()
+    except TypeError as error:  # NumPy has no such dtype
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{label} has dtype {dtype}: expected float32 or float64, convert it with .float()"
+        ) from error
     except RuntimeError as error:
         raise TypeError(f"{label} can't be seen as a NumPy array: {error}") from error
 

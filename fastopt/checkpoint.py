@@ -7,7 +7,7 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def save(optimizer: "Optimizer", path: Any, *, params: bool, metadata: Mapping[s
         "steps": optimizer.steps,
         "parameters": [{"key": p.key, "step": p.step, "slots": list(p.state)} for p in own],
         "param_groups": [
-            {**{name: _to_json(value) for name, value in group.checked.items()},
+            {**{name: _to_json(v) for name, v in optimizer._check(group.options, group.label).items()},
              "params": [p.key for p in group.parameters]}
             for group in optimizer._groups
         ],
@@ -78,35 +78,54 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+class _Saved(NamedTuple):
+    """What a file holds: a state dict, the parameters if they were asked for, the metadata."""
+
+    state_dict: dict[str, Any]
+    params: list[np.ndarray]
+    metadata: dict[str, Any]
+
+
 def load(optimizer: "Optimizer", path: Any, *, params: bool) -> dict[str, Any]:
     """Read ``path`` into the optimizer; returns the metadata."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with open(path, "rb"), safe_open(path, framework="numpy") as file:
-            header = _header(file.metadata(), path)
-            state = {}
-            for number, entry in enumerate(header["parameters"]):
-                slots = {slot: file.get_tensor(f"state.{number}.{slot}") for slot in entry["slots"]}
-                state[entry["key"]] = {"step": entry["step"], **slots}
-            saved = (
-                [file.get_tensor(f"param.{i}") for i in range(len(state))]
-                if params and header["params"]
-                else []
-            )
+        saved = _read(optimizer, path, params)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    groups = [_from_json(optimizer, number, saved) for number, saved in enumerate(header["param_groups"])]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not as Optimizer.save saved it: {error!r}") from error
     views = [parameter.view() for parameter in optimizer._parameters()]
     if params:
-        _check_params(optimizer, views, saved, path)
-    restore(
-        optimizer,
-        {"optimizer": header["optimizer"], "steps": header["steps"], "state": state, "param_groups": groups},
-    )
-    for view, array in zip(views, saved, strict=False):
+        _check_params(optimizer, views, saved.params, path)
+    restore(optimizer, saved.state_dict)
+    for view, array in zip(views, saved.params, strict=False):
         view[...] = array
-    return header["metadata"]
+    return saved.metadata
+
+
+def _read(optimizer: "Optimizer", path: Any, params: bool) -> _Saved:
+    from safetensors import safe_open
+
+    # open() tells a missing file from one that can't be read; safe_open does not
+    with open(path, "rb"), safe_open(path, framework="numpy") as file:
+        header = _header(file.metadata(), path)
+        state = {}
+        for number, entry in enumerate(header["parameters"]):
+            slots = {slot: file.get_tensor(f"state.{number}.{slot}") for slot in entry["slots"]}
+            state[entry["key"]] = {"step": entry["step"], **slots}
+        count = len(state) if params and header["params"] else 0
+        arrays = [file.get_tensor(f"param.{number}") for number in range(count)]
+    state_dict = {
+        "optimizer": header["optimizer"],
+        "steps": header["steps"],
+        "state": state,
+        "param_groups": [
+            _from_json(optimizer, number, saved) for number, saved in enumerate(header["param_groups"])
+        ],
+    }
+    return _Saved(state_dict, arrays, header["metadata"])
 
 
 def _header(metadata: dict[str, str] | None, path: Any) -> dict[str, Any]:
@@ -138,7 +157,7 @@ def _check_params(
 def _to_json(value: Any) -> Any:
     if callable(value):
         return {"schedule": repr(value)}
-    return value if isinstance(value, bool | tuple | list) else float(value)
+    return value
 
 
 def _from_json(optimizer: "Optimizer", number: int, saved: dict[str, Any]) -> dict[str, Any]:

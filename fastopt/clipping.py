@@ -11,6 +11,7 @@ from fastopt.gradients import DenseGradient, IndexedSlices, RowGradient, checked
 from fastopt.kernels.cpu import norms, rows
 from fastopt.kernels.cpu.index import group
 
+SMALL, LARGE = 1e-140, 1e150  # norms beyond which squares lose digits or overflow
 NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm it divides by
 
 
@@ -18,13 +19,17 @@ def total_norm(gradients: Iterable[DenseGradient | RowGradient]) -> float:
     """L2 norm over all gradients, rows named several times counted as their sum."""
     gradients = list(gradients)
     norm = _scaled_norm(gradients, 1.0)
-    if norm == 0.0 or math.isinf(norm):  # float64 squares may have left the range: 2**±540 fits them
-        norm = _scaled_norm(gradients, 2.0**540 if norm == 0.0 else 2.0**-540)
+    # squares of float64 may have left its range; those of float32 never do
+    if any(gradient.values.dtype == np.float64 for gradient in gradients):
+        if norm < SMALL:
+            norm = _scaled_norm(gradients, 2.0**540)
+        elif norm > LARGE:
+            norm = _scaled_norm(gradients, 2.0**-540)
     return norm
 
 
 def _scaled_norm(gradients: list[DenseGradient | RowGradient], scale: float) -> float:
-    total = math.fsum(_sum_squares(gradient, scale) for gradient in gradients if gradient.values.size)
+    total = sum(_sum_squares(gradient, scale) for gradient in gradients if gradient.values.size)
     return math.sqrt(total) / scale
 
 

@@ -25,30 +25,36 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 _FLAGS = {"maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay"}
 
 
-def check_options(options: Mapping[str, Any], label: str) -> None:
-    """Refuse hyperparameters out of range; ``label`` says whose they are."""
+def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """A copy of ``options``, numbers made floats; ``label`` says whose they are.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter has another type or is out of range.
+    """
+    checked: dict[str, Any] = {}
     for name, value in options.items():
         where = f"{name} of {label} is {value!r}"
         if name in _FLAGS:
             if not isinstance(value, bool):
                 raise TypeError(f"{where}: expected True or False")
+            checked[name] = value
         elif name == "betas":
             if not isinstance(value, tuple | list) or len(value) != 2:
                 raise TypeError(f"{where}: expected a pair of numbers, such as (0.9, 0.999)")
-            for beta in value:
-                _check_number(beta, where, _FRACTION, "a pair of numbers in [0, 1)")
-        elif not isinstance(value, bool) and not (name == "lr" and callable(value)):
-            _check_number(value, where, _RANGES.get(name, _ANY))
-        elif isinstance(value, bool) and name in _RANGES:
-            raise TypeError(f"{where}: expected {_RANGES[name][1]}")
+            pair = _FRACTION[0], "a pair of numbers in [0, 1)"
+            checked[name] = tuple(_number(beta, where, pair) for beta in value)
+        elif (name == "lr" and callable(value)) or (isinstance(value, bool) and name not in _RANGES):
+            checked[name] = value
+        else:
+            checked[name] = _number(value, where, _RANGES.get(name, _ANY))
+    return checked
 
 
-def _check_number(
-    value: Any, where: str, allowed: tuple[Callable[[float], bool], str], expected: str | None = None
-) -> None:
-    accepts, wording = allowed
-    expected = expected or wording
+def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]) -> float:
+    accepts, expected = allowed
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: expected {expected}")
-    if not math.isfinite(value) or not accepts(float(value)):
+    number = float(value)
+    if not math.isfinite(number) or not accepts(number):
         raise ValueError(f"{where}: expected {expected}")
+    return number

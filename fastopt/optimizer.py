@@ -10,7 +10,7 @@ import numpy as np
 from fastopt import arrays
 from fastopt.clipping import check_limit, clip_factor, total_norm
 from fastopt.gradients import DenseGradient, IndexedSlices, RowGradient, row_gradient
-from fastopt.hyperparameters import check_options
+from fastopt.hyperparameters import checked_options
 from fastopt.kernels import rules
 from fastopt.kernels.cpu.flat import flat, flat_rows
 from fastopt.kernels.cpu.rows import update_rows
@@ -140,12 +140,6 @@ class Optimizer:
     # Parameters
 
     def _add_group(self, group: dict[str, Any], label: str, params_label: str) -> None:
-        unknown = set(group) - {"params", *self.defaults}
-        if unknown:
-            raise ValueError(
-                f"{label} has the option {min(map(str, unknown))!r}: {type(self).__name__} has "
-                f"{', '.join(self.defaults)}"
-            )
         options = {**self.defaults, **group}
         params = options["params"] = _as_container(group["params"], params_label)
         taken = {parameter.key for parameter in self._parameters()}
@@ -164,12 +158,17 @@ class Optimizer:
         self._groups.append(_Group(options, params, parameters, label, self.rule(checked), checked))
 
     def _check(self, options: dict[str, Any], label: str) -> dict[str, Any]:
-        checked = {name: value for name, value in options.items() if name != "params"}
-        missing = set(self.defaults) - set(checked)
+        own = {name: value for name, value in options.items() if name != "params"}
+        unknown = set(own) - set(self.defaults)
+        if unknown:
+            raise ValueError(
+                f"{label} has the option {min(map(str, unknown))!r}: {type(self).__name__} has "
+                f"{', '.join(self.defaults)}"
+            )
+        missing = set(self.defaults) - set(own)
         if missing:
             raise ValueError(f"{label} lacks the option {min(missing)!r}: set it again")
-        check_options(checked, label)
-        return checked
+        return checked_options(own, label)
 
     def _parameters(self) -> Iterator[_Parameter]:
         for group in self._groups:
@@ -209,6 +208,8 @@ class Optimizer:
         grad_scale = check_limit(grad_scale, "grad_scale")
         if grad_scale == 0 or math.isinf(grad_scale):
             raise ValueError(f"grad_scale is {grad_scale!r}: expected a finite number above 0")
+        if [id(options) for options in self.param_groups] != [id(group.options) for group in self._groups]:
+            raise ValueError("param_groups holds other dicts than at first: change the options in those")
         learning_rates = {id(group): self._learning_rate(group) for group in self._groups}
         updates = self._match(grads)
 
@@ -246,7 +247,7 @@ class Optimizer:
         if {**checked, "params": group.params} != group.options:
             checked = self._check(group.options, group.label)
             rule = self.rule(checked)
-            if rule is not group.rule:
+            if rule != group.rule:
                 raise ValueError(
                     f"the options of {group.label} now need the state {_names(rule)}, at first "
                     f"{_names(group.rule)}: make a new optimizer to change them"
@@ -255,9 +256,7 @@ class Optimizer:
         lr = checked["lr"]
         if not callable(lr):
             return lr
-        value = lr(self.steps)
-        check_options({"lr": value}, f"{group.label}, at step {self.steps},")
-        return float(value)
+        return checked_options({"lr": lr(self.steps)}, f"{group.label}, at step {self.steps},")["lr"]
 
     def _match(self, grads: Any) -> list[_Update]:
         """Pair parameters and gradients, checked."""

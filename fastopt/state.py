@@ -71,7 +71,7 @@ def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) ->
         )
     options = optimizer._check({**saved, "params": None}, label)
     rule = optimizer.rule(options)
-    if rule is not group.rule:
+    if rule != group.rule:
         own = (*group.rule.state_slots, *group.rule.row_slots)
         raise ValueError(
             f"{label} belongs to an optimizer with the state {(*rule.state_slots, *rule.row_slots)}: "

@@ -1,0 +1,186 @@
+"""The update rules and the sparse semantics as plain float64 NumPy, as naive as can be.
+
+A rule is called as ``rule(p, g, state, step, **options)``: it changes the arrays in ``state`` and
+returns the new parameter. ``step`` is 1 for a parameter's first update.
+"""
+
+import numpy as np
+
+
+def prepared(p, g, *, lr, weight_decay=0.0, decoupled=False, maximize=False):
+    """The parameter and the gradient after sign and weight decay."""
+    if maximize:
+        g = -g
+    if decoupled:
+        p = p - lr * weight_decay * p
+    elif weight_decay:
+        g = g + weight_decay * p
+    return p, g
+
+
+def lerp(start, end, weight):
+    """torch.lerp."""
+    if weight < 0.5:
+        return start + weight * (end - start)
+    return end - (end - start) * (1 - weight)
+
+
+def sgd(p, g, state, step, *, lr, **common):
+    p, g = prepared(p, g, lr=lr, **common)
+    return p - lr * g
+
+
+def momentum(p, g, state, step, *, lr, momentum, dampening=0.0, nesterov=False, **common):
+    p, g = prepared(p, g, lr=lr, **common)
+    if step == 1:
+        b = momentum * state["momentum_buffer"] + g
+    else:
+        b = momentum * state["momentum_buffer"] + (1 - dampening) * g
+    state["momentum_buffer"] = b
+    if nesterov:
+        return p - lr * (g + momentum * b)
+    return p - lr * b
+
+
+def adagrad(p, g, state, step, *, lr, lr_decay=0.0, eps=1e-10, initial_accumulator_value=0.0, **common):
+    p, g = prepared(p, g, lr=lr, **common)
+    state["sum"] = state["sum"] + g**2
+    return p - lr / (1 + (step - 1) * lr_decay) * g / (np.sqrt(state["sum"]) + eps)
+
+
+def rowwise_adagrad(
+    p, g, state, step, *, lr, lr_decay=0.0, eps=1e-10, initial_accumulator_value=0.0, **common
+):
+    p, g = prepared(p, g, lr=lr, **common)
+    if g.size == 0:
+        return p
+    table = g.reshape(state["sum"].size, -1)
+    state["sum"] = state["sum"] + (table**2).mean(axis=1)
+    update = table / (np.sqrt(state["sum"])[:, None] + eps)
+    return p - lr / (1 + (step - 1) * lr_decay) * update.reshape(p.shape)
+
+
+def rmsprop(p, g, state, step, *, lr, alpha=0.99, eps=1e-8, momentum=0.0, centered=False, **common):
+    p, g = prepared(p, g, lr=lr, **common)
+    v = state["square_avg"] = alpha * state["square_avg"] + (1 - alpha) * g**2
+    if centered:
+        m = state["grad_avg"] = lerp(state["grad_avg"], g, 1 - alpha)
+        v = v - m**2
+    u = g / (np.sqrt(v) + eps)
+    if momentum:
+        u = state["momentum_buffer"] = momentum * state["momentum_buffer"] + u
+    return p - lr * u
+
+
+def adam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, amsgrad=False, **common):
+    p, g = prepared(p, g, lr=lr, **common)
+    beta1, beta2 = betas
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, 1 - beta1)
+    v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
+    if amsgrad:
+        v = state["max_exp_avg_sq"] = np.maximum(state["max_exp_avg_sq"], v)
+    m_hat = m / (1 - beta1**step)
+    v_hat = v / (1 - beta2**step)
+    return p - lr * m_hat / (np.sqrt(v_hat) + eps)
+
+
+def radam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, **common):
+    p, g = prepared(p, g, lr=lr, **common)
+    beta1, beta2 = betas
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, 1 - beta1)
+    v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
+    m_hat = m / (1 - beta1**step)
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
+    if rho <= 5:
+        return p - lr * m_hat
+    r = np.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+    adaptive = np.sqrt(1 - beta2**step) / (np.sqrt(v) + eps)
+    return p - lr * m_hat * r * adaptive
+
+
+def lion(p, g, state, step, *, lr, beta1=0.9, beta2=0.99, **common):
+    """Chen et al. 2023, Algorithm 2."""
+    p, g = prepared(p, g, lr=lr, **common)
+    update = np.sign(beta1 * state["exp_avg"] + (1 - beta1) * g)
+    state["exp_avg"] = beta2 * state["exp_avg"] + (1 - beta2) * g
+    return p - lr * update
+
+
+def slots(rule, options):
+    """Names of the state arrays."""
+    if rule is momentum:
+        return ["momentum_buffer"]
+    if rule in (adagrad, rowwise_adagrad):
+        return ["sum"]
+    if rule is rmsprop:
+        wanted = {"square_avg": True, "grad_avg": options.get("centered"),
+                  "momentum_buffer": options.get("momentum")}  # fmt: skip
+        return [name for name, present in wanted.items() if present]
+    if rule is adam:
+        return ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * options.get("amsgrad", False)
+    if rule is radam:
+        return ["exp_avg", "exp_avg_sq"]
+    return ["exp_avg"] if rule is lion else []
+
+
+def new_state(rule, p, options):
+    """State before the first update."""
+    shape = p.shape
+    if rule is rowwise_adagrad:
+        shape = p.shape[:1] or (1,)
+    return {name: np.full(shape, options.get("initial_accumulator_value", 0.0))
+            for name in slots(rule, options)}  # fmt: skip
+
+
+def coalesce(indices, values):
+    """Distinct rows and the sums of their values."""
+    flat = np.asarray(indices).reshape(-1)
+    table = np.asarray(values, np.float64).reshape(flat.size, np.shape(values)[-1])
+    rows = np.unique(flat)
+    sums = np.zeros((rows.size, table.shape[1]))
+    np.add.at(sums, np.searchsorted(rows, flat), table)
+    return rows, sums
+
+
+def update_rows(rule, p, indices, values, state, step, options):
+    """Update the rows that ``indices`` name, each once, and no others."""
+    rows, sums = coalesce(indices, values)
+    own = {name: array[rows] for name, array in state.items()}
+    p = p.copy()
+    p[rows] = rule(p[rows], sums, own, step, **options)
+    for name, array in own.items():
+        state[name] = state[name].copy()
+        state[name][rows] = array
+    return p
+
+
+class Tracked:
+    """A parameter under the reference, with the magnitudes that its rounding errors scale with."""
+
+    def __init__(self, rule, p, options):
+        self.rule, self.options = rule, options
+        self.p = np.array(p, np.float64)
+        self.state = new_state(rule, self.p, options)
+        self.steps = 0
+        self.scale = peak(self.p)
+        self.state_scale = {name: peak(array) for name, array in self.state.items()}
+
+    def step(self, g, **changed):
+        """One update with the dense ``g``, with ``(indices, values)``, or none for ``None``."""
+        if g is None:
+            return
+        self.steps += 1
+        options = {**self.options, **changed}
+        before = self.p
+        if isinstance(g, tuple):
+            self.p = update_rows(self.rule, before, *g, self.state, self.steps, options)
+        else:
+            self.p = self.rule(before, np.asarray(g, np.float64), self.state, self.steps, **options)
+        self.scale += peak(self.p - before)
+        for name, array in self.state.items():
+            self.state_scale[name] = max(self.state_scale[name], peak(array))
+
+
+def peak(array):
+    return float(np.max(np.abs(array), initial=0.0))

@@ -1,0 +1,218 @@
+"""Rules from outside: Lion, a rule whose numbers depend on the step, and mistakes."""
+
+import math
+import pickle
+from typing import NamedTuple
+
+import cases
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastopt
+
+
+class LionH(NamedTuple):
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+
+def lion(h, p, g, exp_avg):
+    """Lion, Chen et al. 2023, Algorithm 2."""
+    direction = g + h.beta1 * (exp_avg - g)
+    if direction:
+        p = p - math.copysign(h.lr, direction)
+    return p, g + h.beta2 * (exp_avg - g)
+
+
+Lion = fastopt.register_rule("Lion", LionH, lion, ["exp_avg"], decoupled_weight_decay=True)
+
+
+class DecayingH(NamedTuple):
+    """A learning rate that falls with a parameter's own steps, and a flag."""
+
+    rate: float
+    ascend: bool
+
+    @classmethod
+    def fold(cls, step, *, lr, power=0.5, ascend=False, **_):
+        return cls(lr / step**power, ascend)
+
+
+def decaying(h, p, g, total, count):
+    if h.ascend:
+        g = -g
+    return p - h.rate * g, total + g, count + g * g
+
+
+Decaying = fastopt.register_rule("Decaying", DecayingH, decaying, ["total", "count"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lr=st.floats(1e-3, 0.1),
+    beta1=st.floats(0.1, 0.95),
+    decay=st.floats(0.01, 0.5),
+    maximize=st.booleans(),
+)
+def test_lion_follows_the_paper(dtype, sparse, seed, lr, beta1, decay, maximize):
+    rng = np.random.default_rng(seed)
+    p = cases.parameter(rng, (9, 3), dtype)
+    options = {"lr": lr, "beta1": beta1, "beta2": 0.9, "weight_decay": decay, "maximize": maximize}
+    opt = Lion(p, **options)
+    want = reference.Tracked(reference.lion, p, {**options, "decoupled": True})
+    for _ in range(4):
+        # a direction within rounding of 0 may have either sign: keep gradients of steps far apart
+        indices, g = rng.integers(0, 9, 9), np.asarray(rng.standard_normal((9, 3)), dtype)
+        opt.step(fastopt.IndexedSlices(indices, g) if sparse else g)
+        want.step((indices, g) if sparse else g)
+    unit = 8 * np.finfo(dtype).eps
+    np.testing.assert_allclose(p, want.p, rtol=0, atol=unit * want.scale)
+    state = opt.state_dict()["state"][0]
+    atol = 4 * unit * want.state_scale["exp_avg"]
+    np.testing.assert_allclose(state["exp_avg"], want.state["exp_avg"], rtol=0, atol=atol)
+
+
+def test_lion_leaves_a_parameter_without_direction():
+    p = np.array([1.0, 1.0, 1.0])
+    Lion(p, lr=0.5).step(np.array([0.0, 2.0, -2.0]))
+    np.testing.assert_array_equal(p, [1.0, 0.5, 1.5])
+
+
+def test_a_registered_optimizer_has_names_defaults_and_documentation():
+    opt = Lion(np.ones(2))
+    assert repr(opt) == (
+        "Lion(1 array, 2 parameters: lr=0.0001, beta1=0.9, beta2=0.99, weight_decay=0.0, maximize=False)"
+    )
+    assert Lion.__doc__ == lion.__doc__
+    assert issubclass(Lion, fastopt.Optimizer)
+    assert opt.state_dict()["optimizer"] == "Lion"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_numbers_may_depend_on_the_parameters_own_step(dtype):
+    p, q = np.zeros(2, dtype), np.zeros((2, 1), dtype)
+    opt = Decaying([p, q], lr=1.0, power=1.0, ascend=True)
+    g = np.array([1.0, -2.0], dtype)
+    opt.step([g, None])
+    opt.step([g, fastopt.IndexedSlices(np.array([1, 1]), g[:, None])])
+    np.testing.assert_array_equal(p, g * dtype(1.5))
+    np.testing.assert_array_equal(q, [[0], [-1]])
+    state = opt.state_dict()["state"]
+    assert [state[key]["step"] for key in (0, 1)] == [2, 1]
+    np.testing.assert_array_equal(state[0]["total"], -2 * g)
+    np.testing.assert_array_equal(state[1]["count"], [[0], [1]])
+
+
+def test_registered_optimizers_are_saved_and_take_groups_schedules_and_clipping(tmp_path):
+    def build():
+        p = np.ones(2)
+        lr = 0.5 * fastopt.schedules.cosine(4)
+        return p, Decaying([{"params": p, "power": 1.0}], lr=lr)
+
+    (p, opt), (q, twin) = build(), build()
+    assert opt.step([np.full(2, 3.0)], clip_norm=1.0).clipped
+    opt.save(tmp_path / "saved", params=True)
+    twin.load(tmp_path / "saved", params=True)
+    for one in (opt, twin):
+        one.step([np.ones(2)])
+    np.testing.assert_array_equal(p, q)
+    assert twin.steps == 2
+
+
+def test_registering_the_same_rule_again_gives_another_optimizer_of_it():
+    again = fastopt.register_rule("Lion2", LionH, lion, ["exp_avg"])
+    p, q = np.ones(2), np.ones(2)
+    Lion(p, lr=0.5).step(np.ones(2))
+    again(q, lr=0.5).step(np.ones(2))
+    np.testing.assert_array_equal(p, q)
+    assert again.__name__ == "Lion2"
+
+
+def test_what_is_no_rule_is_refused():
+    class Plain:
+        lr = 1.0
+
+    class WithoutLR(NamedTuple):
+        beta: float = 0.9
+
+    class Own(NamedTuple):
+        lr: float = 1.0
+
+    for hyper in (Plain, dict, tuple, LionH(), "LionH", None):
+        with pytest.raises(TypeError, match=r"hyper is .*: expected a NamedTuple class"):
+            fastopt.register_rule("Bad", hyper, lion, ["exp_avg"])
+    for update in (None, "lion", 3, LionH):
+        with pytest.raises(TypeError, match=r"update is .*: expected a function \(h, p, g, \*slots\)"):
+            fastopt.register_rule("Bad", Own, update)
+    with pytest.raises(ValueError, match="has beta, weight_decay, maximize: expected lr among them"):
+        fastopt.register_rule("Bad", WithoutLR, lion, ["exp_avg"])
+    for update, slots in ((decaying, ["exp_avg"]), (lion, ["other"]), (lion, [])):
+        with pytest.raises(ValueError, match="hyper, LionH, belongs to another rule: define a NamedTuple"):
+            fastopt.register_rule("Bad", LionH, update, slots)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        lambda h, p, g, s: p,
+        lambda h, p, g, s: (p,),
+        lambda h, p, g, s: (p, s, s),
+        lambda h, p, g, s: [p, s],
+        lambda h, p, g, s: None,
+    ],
+)
+def test_a_rule_that_returns_no_tuple_of_all_is_refused_before_it_is_compiled(update):
+    class Own(NamedTuple):
+        lr: float = 1.0
+
+    bad = fastopt.register_rule("Bad", Own, update, ["s"])
+    with pytest.raises(ValueError, match=r"returned .*: expected a tuple of 2, the parameter, s"):
+        bad(np.ones(2))
+
+
+def test_a_rule_with_other_arguments_than_its_slots_is_refused_before_it_is_compiled():
+    class Own(NamedTuple):
+        lr: float = 1.0
+
+    bad = fastopt.register_rule("Bad", Own, lion, [])
+    with pytest.raises(TypeError, match="exp_avg"):
+        bad(np.ones(2))
+
+
+def test_options_are_taken_by_keyword_and_checked():
+    class Required(NamedTuple):
+        lr: float
+        beta: float
+
+    p = np.ones(2)
+    strict = fastopt.register_rule("Strict", Required, lambda h, p, g: (p - h.lr * g * h.beta,))
+    with pytest.raises(TypeError, match="positional"):
+        Lion(p, 1e-3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'beta3'"):
+        Lion(p, beta3=1.0)
+    with pytest.raises(TypeError, match=r"missing a required .*argument: 'beta'"):
+        strict(p, lr=1.0)
+    for options, name in (
+        ({"lr": -1.0}, "lr"),
+        ({"beta1": 1.0}, "beta1"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} of params is .*: expected"):
+            Lion(p, **options)
+    np.testing.assert_array_equal(p, 1.0)
+
+
+def test_a_registered_optimizer_is_pickled_by_name():
+    p = np.ones(2)
+    opt = Lion(p, lr=0.5)
+    opt.step(np.ones(2))
+    twin = pickle.loads(pickle.dumps(opt))
+    for one in (opt, twin):
+        one.step(np.ones(2))
+    np.testing.assert_array_equal(p, twin.param_groups[0]["params"])

@@ -1,0 +1,137 @@
+"""The same bits from run to run, for any number of threads, and from both variants of a kernel."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import cases
+import numba
+import numpy as np
+import pytest
+
+import fastopt
+from fastopt.kernels import jit
+from fastopt.kernels.cpu import norms, rows
+from fastopt.kernels.cpu.index import group
+
+needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
+
+
+@pytest.fixture
+def restored_threads():
+    before = numba.get_num_threads()
+    yield
+    numba.set_num_threads(before)
+
+
+def run(case, sparse, rows=3_001, width=33):
+    """Bytes of parameter and state after some steps, large enough to run in parallel."""
+    rng = np.random.default_rng(21)
+    p = cases.parameter(rng, (rows, width), np.float32)
+    opt = case.make(p, case.options(rng, weight_decay=False))
+    for _ in range(3):
+        indices = np.minimum(rng.zipf(1.3, rows), rows) - 1
+        g = cases.parameter(rng, (rows, width), np.float32)
+        opt.step(fastopt.IndexedSlices(indices, g) if sparse else g, clip_norm=5.0)
+    state = opt.state_dict()["state"][0]
+    return b"".join([p.tobytes(), *(a.tobytes() for k, a in sorted(state.items()) if k != "step")])
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("case", cases.RULES, ids=str)
+@needs_two_threads
+def test_steps_have_the_same_bits_for_any_number_of_threads_variant_and_run(
+    case, sparse, restored_threads, monkeypatch
+):
+    first = run(case, sparse)
+    assert run(case, sparse) == first
+    numba.set_num_threads(1)
+    assert run(case, sparse) == first
+    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+    assert run(case, sparse) == first
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("case", cases.RULES, ids=str)
+def test_small_steps_have_the_same_bits_in_both_variants(case, sparse, monkeypatch):
+    for size in ((1, 1), (5, 3), (65, 7)):
+        serial = run(case, sparse, *size)
+        with monkeypatch.context() as patch:
+            patch.setattr(jit, "PARALLEL_FROM", 0)
+            assert run(case, sparse, *size) == serial
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@needs_two_threads
+def test_norms_have_the_same_bits_for_any_number_of_threads_and_variant(dtype, restored_threads):
+    rng = np.random.default_rng(22)
+    g = np.asarray(rng.standard_normal((5_001, 21)) * 10.0 ** rng.integers(-9, 9, (5_001, 1)), dtype)
+    indices = rng.integers(0, 500, 5_001)
+    grads = [g, fastopt.IndexedSlices(indices, g)]
+    assert fastopt.grad_norm(grads) == fastopt.grad_norm(grads)
+    first = fastopt.grad_norm(grads)
+    numba.set_num_threads(1)
+    assert fastopt.grad_norm(grads) == first
+
+    flat, groups = g.reshape(-1), group(indices, 500)
+    for kernel, args, blocks in (
+        (norms.sum_squares, (flat,), -(-flat.size // norms.BLOCK)),
+        (norms.sum_squares_rows, (g, groups.order, groups.starts), -(-500 // norms.GROUPS_PER_BLOCK)),
+    ):
+        partials = np.empty((2, blocks))
+        kernel.serial(*args, 1.0, partials[0])
+        kernel.parallel(*args, 1.0, partials[1])
+        assert partials[0].tobytes() == partials[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "args"),
+    [
+        (norms.scale_in_place, (np.float32(0.3),)),
+        (norms.clip_in_place, (np.float32(0.3),)),
+    ],
+    ids=["scale", "clip"],
+)
+def test_clipping_has_the_same_bits_in_both_variants(kernel, args):
+    serial = np.random.default_rng(23).standard_normal(70_001).astype(np.float32)
+    parallel = serial.copy()
+    kernel.serial(serial, *args)
+    kernel.parallel(parallel, *args)
+    assert serial.tobytes() == parallel.tobytes()
+
+
+def test_coalescing_and_lookups_have_the_same_bits_in_both_variants():
+    rng = np.random.default_rng(24)
+    serial = rng.standard_normal((5_001, 9)).astype(np.float32)
+    parallel = serial.copy()
+    indices = rng.integers(0, 700, 5_001)
+    _, order, starts = group(indices, 700)
+    rows.coalesce.serial(serial, order, starts)
+    rows.coalesce.parallel(parallel, order, starts)
+    assert serial.tobytes() == parallel.tobytes()
+    found = np.empty((2, 5_001, 9), np.float32)
+    rows.gather.serial(serial, indices, found[0])
+    rows.gather.parallel(serial, indices, found[1])
+    assert found[0].tobytes() == found[1].tobytes() == serial[indices].tobytes()
+
+
+def digest():
+    """Of all rules, dense and sparse."""
+    total = hashlib.sha256()
+    for case in cases.RULES:
+        for sparse in (False, True):
+            total.update(run(case, sparse))
+    return total.hexdigest()
+
+
+def test_fresh_processes_have_the_same_bits_for_any_number_of_threads():
+    expected = digest()
+    folder = os.path.dirname(__file__)
+    code = f"import sys; sys.path.insert(0, {folder!r}); import test_determinism as t; print(t.digest())"
+    for threads in ("1", "2"):
+        environment = {**os.environ, "NUMBA_NUM_THREADS": threads}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True
+        )
+        assert result.stdout.strip() == expected, result.stderr
