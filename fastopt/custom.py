@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fastopt.kernels import rules
 from fastopt.optimizer import Optimizer
 
@@ -119,7 +121,9 @@ def _try(rule: rules.Rule, options: dict[str, Any]) -> None:
     """Call the rule once on numbers: mistakes in it should not wait for the compiler."""
     lr = options["lr"]
     h = rule.fold(1, {**options, "lr": lr(0) if callable(lr) else lr})
-    result = rule.update(h, 1.0, 0.5, *(0.0 for _ in rule.slots))
+    zero = np.float64(0)  # with NumPy's arithmetic, in which x / 0 is infinite, as it is in kernels
+    with np.errstate(all="ignore"):
+        result = rule.update(h, zero + 1, zero + 0.5, *(zero for _ in rule.slots))
     if not isinstance(result, tuple) or len(result) != 1 + len(rule.slots):
         raise ValueError(
             f"{rule.update.__qualname__} returned {result!r}: expected a tuple of {1 + len(rule.slots)}, "

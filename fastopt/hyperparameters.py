@@ -26,7 +26,7 @@ _FLAGS = {"maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay
 
 
 def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """A copy of ``options``, numbers made floats; ``label`` says whose they are.
+    """A copy of ``options``, of plain Python numbers; ``label`` says whose they are.
 
     Raises:
         TypeError, ValueError: a hyperparameter has another type or is out of range.
@@ -50,11 +50,11 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
     return checked
 
 
-def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]) -> float:
+def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]) -> int | float:
     accepts, expected = allowed
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: expected {expected}")
-    number = float(value)
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
     if not math.isfinite(number) or not accepts(number):
         raise ValueError(f"{where}: expected {expected}")
     return number

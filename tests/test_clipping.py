@@ -27,7 +27,7 @@ def some_grads(rng, dtype):
     return [
         cases.gradient(rng, (), dtype),
         cases.gradient(rng, (0, 3), dtype),
-        cases.gradient(rng, rng.integers(0, 40_000), dtype),
+        cases.gradient(rng, rng.integers(0, 300_000), dtype),
         fastopt.IndexedSlices(rng.integers(0, 9, 50), cases.gradient(rng, (50, 5), dtype)),
         fastopt.IndexedSlices(np.zeros((0, 2), np.int32), cases.gradient(rng, (0, 2, 5), dtype)),
     ]

@@ -185,6 +185,35 @@ def test_a_rule_with_other_arguments_than_its_slots_is_refused_before_it_is_comp
         bad(np.ones(2))
 
 
+def test_a_rule_may_divide_by_a_state_that_is_still_0():
+    class Own(NamedTuple):
+        lr: float = 1.0
+
+    divide = fastopt.register_rule("Divide", Own, lambda h, p, g, s: (p - h.lr * g / s, s + g), ["s"])
+    p = np.zeros(2)
+    opt = divide(p)
+    opt.step(np.array([1.0, -2.0]))
+    np.testing.assert_array_equal(p, [-np.inf, np.inf])
+
+
+def test_whole_numbers_among_the_options_stay_whole(tmp_path):
+    class Own(NamedTuple):
+        rate: float
+
+        @classmethod
+        def fold(cls, step, *, lr=1.0, period=2, **_):
+            return cls(lr / len(range(0, step, period)))
+
+    halving = fastopt.register_rule("Halving", Own, lambda h, p, g: (p - h.rate * g,))
+    p = np.zeros(1)
+    opt = halving(p)
+    for _ in range(3):
+        opt.step(np.ones(1))
+        opt.save(tmp_path / "saved")
+        opt.load(tmp_path / "saved")
+    assert p[0] == -2.5
+
+
 def test_options_are_taken_by_keyword_and_checked():
     class Required(NamedTuple):
         lr: float

@@ -25,7 +25,7 @@ def restored_threads():
     numba.set_num_threads(before)
 
 
-def run(case, sparse, rows=3_001, width=33):
+def run(case, sparse, rows=9_001, width=33):
     """Bytes of parameter and state after some steps, large enough to run in parallel."""
     rng = np.random.default_rng(21)
     p = cases.parameter(rng, (rows, width), np.float32)

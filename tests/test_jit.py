@@ -372,8 +372,8 @@ def layer(request):
 # Above and below fastopt.kernels.jit.PARALLEL_FROM.
 STEP_ALL = """
 def step_all():
-    dense(40_000)
-    sparse(3_000)
+    dense(300_000)
+    sparse(20_000)
     dense(5)
 """
 
@@ -433,7 +433,7 @@ def steps(seed, p):
         opt.step(g, clip_norm=1.0)
 
 def parameters():
-    return [np.ones((5_000 + k, 8), np.float32) for k in range(4)]
+    return [np.ones((33_000 + k, 8), np.float32) for k in range(4)]
 
 at_once, alone = parameters(), parameters()
 threads = [threading.Thread(target=steps, args=item) for item in enumerate(at_once)]
