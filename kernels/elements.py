@@ -12,7 +12,7 @@ from numba.extending import overload, register_jitable
 from fastopt.kernels.rules import L2, RULES, Decoupled, Rule
 
 
-def _define(name: str, arguments: str, *lines: str, **names: object) -> Callable:
+def define(name: str, arguments: str, *lines: str, **names: object) -> Callable:
     """A function from source text, which sees ``names``."""
     exec(f"def {name}({arguments}):\n" + "".join(f"    {line}\n" for line in lines), names)
     return names[name]  # type: ignore[return-value]
@@ -26,7 +26,7 @@ def load(arrays, i):
 @overload(load)
 def _load(arrays, i):
     items = "".join(f"arrays[{k}][i], " for k in range(len(arrays)))
-    return _define("load", "arrays, i", f"return ({items})")
+    return define("load", "arrays, i", f"return ({items})")
 
 
 def store(arrays, i, values):
@@ -38,7 +38,7 @@ def store(arrays, i, values):
 @overload(store)
 def _store(arrays, i, values):
     lines = [f"arrays[{k}][i] = values[{k}]" for k in range(len(arrays))]
-    return _define("store", "arrays, i, values", *lines, "return None")
+    return define("store", "arrays, i, values", *lines, "return None")
 
 
 def _adapter(rule: Rule) -> Callable:
@@ -55,7 +55,7 @@ def _adapter(rule: Rule) -> Callable:
         present += slot is not None
     arguments += [f"state[{present + k}]" for k in range(len(rule.row_slots))]
     kept = [result for result, slot in zip(results, rule.slots, strict=True) if slot is not None]
-    return _define(
+    return define(
         "adapter",
         "h, p, g, *state",
         f"{', '.join(['p', *results])}, = rule_update({', '.join(['h', 'p', 'g', *arguments])})",

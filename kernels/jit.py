@@ -33,7 +33,8 @@ _config: Any = numba.config  # its attributes are set at run time
 
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
-helper = numba.njit(**OPTIONS)  # for what CPU kernels call: compiled once, for both variants
+# for what CPU kernels call: compiled once, for both variants; nothing else calls it
+helper = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
 
@@ -116,7 +117,7 @@ class Kernel:
 
 
 def _compile(function: Callable, parallel: bool) -> Callable:
-    dispatcher = numba.njit(parallel=parallel, **OPTIONS)(function)
+    dispatcher = numba.njit(parallel=parallel, no_cfunc_wrapper=True, **OPTIONS)(function)
     if not _config.DISABLE_JIT:
         dispatcher._cache = _cache_for(function, parallel)
     return dispatcher

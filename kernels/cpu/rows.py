@@ -3,11 +3,13 @@
 import numpy as np
 from numba import prange
 
+from fastopt.kernels.cpu.prefetch import prefetch, prefetch_each
 from fastopt.kernels.elements import update_row
 from fastopt.kernels.jit import Kernel, helper
 
 GROUPS_PER_CHUNK = 256  # distinct rows; small, because popular rows make chunks uneven
 LOOKUPS_PER_CHUNK = 256
+AHEAD = 8  # rows that are fetched before their turn: memory answers in the time of a few
 
 
 @helper
@@ -19,13 +21,16 @@ def chunks_of(starts):
 @helper
 def sum_group(total, values, order, first, last):
     """Sum rows ``order[first:last]`` of ``values`` into ``total``, in that order."""
-    position = order[first]
-    for d in range(total.size):
-        total[d] = values[position, d]
-    for k in range(first + 1, last):
+    for k in range(first, last):
+        if k + AHEAD < order.size:
+            prefetch(values, np.int64(order[k + AHEAD]))
         position = order[k]
-        for d in range(total.size):
-            total[d] += values[position, d]
+        if k == first:
+            for d in range(total.size):
+                total[d] = values[position, d]
+        else:
+            for d in range(total.size):
+                total[d] += values[position, d]
 
 
 @Kernel
@@ -43,8 +48,13 @@ def update_rows(h, c, p, values, rows, order, starts, state, row_state):
 def update_chunk(h, c, p, values, rows, order, starts, chunk, state, row_state):
     """One chunk's share of :func:`update_rows`; apart, because what stands in a prange compiles slowly."""
     total = np.empty(p.shape[1], p.dtype)
+    groups = starts.size - 1
     first = chunk * GROUPS_PER_CHUNK
-    for k in range(first, min(first + GROUPS_PER_CHUNK, starts.size - 1)):
+    for k in range(first, min(first + GROUPS_PER_CHUNK, groups)):
+        if k + AHEAD < groups:
+            row = np.int64(rows[starts[k + AHEAD]])
+            prefetch(p, row)
+            prefetch_each(state, row)
         sum_group(total, values, order, starts[k], starts[k + 1])
         update_row(h, c, p, total, rows[starts[k]], state, row_state)
 
@@ -56,6 +66,8 @@ def gather(table, indices, out):
     for chunk in prange(chunks):
         first = chunk * LOOKUPS_PER_CHUNK
         for k in range(first, min(first + LOOKUPS_PER_CHUNK, indices.size)):
+            if k + AHEAD < indices.size:
+                prefetch(table, np.int64(indices[k + AHEAD]))
             row = indices[k]
             for d in range(table.shape[1]):
                 out[k, d] = table[row, d]
