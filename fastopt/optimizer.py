@@ -121,7 +121,6 @@ class Optimizer:
         if not any(group.parameters for group in self._groups):
             raise ValueError("params holds no arrays: expected at least one to update")
         arrays.check_apart([(p.view(), p.label) for p in self._parameters()], [])
-        self._places = [arrays.address(p.view()) for p in self._parameters()]
 
     # What an optimizer defines
 
@@ -261,11 +260,7 @@ class Optimizer:
     def _match(self, grads: Any) -> list[_Update]:
         """Pair parameters and gradients, checked."""
         views = {id(p): p.view() for p in self._parameters()}
-        places = [arrays.address(view) for view in views.values()]
         written = [(views[id(p)], p.label) for p in self._parameters()]
-        if places != self._places:  # moved by the caller
-            arrays.check_apart(written, [])
-            self._places = places
         updates, read = [], []
         for group, group_grads, label in self._group_grads(grads):
             for parameter, value, one_label in _paired(group, group_grads, label):
