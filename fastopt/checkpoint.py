@@ -1,5 +1,6 @@
 """Optimizers in safetensors files, written whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ TEMPORARY = ".tmp"  # ends the name of the folder in which a file is written
 
 def save(optimizer: "Optimizer", path: Any, *, params: bool, metadata: Mapping[str, Any] | None) -> None:
     """Write the optimizer's state to ``path``."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata is of type {type(metadata).__name__}: expected a dict")
     own = list(optimizer._parameters())
     tensors = {f"state.{i}.{slot}": a for i, p in enumerate(own) for slot, a in p.state.items()}
     if params:
@@ -40,7 +43,11 @@ def save(optimizer: "Optimizer", path: Any, *, params: bool, metadata: Mapping[s
         "params": params,
         "metadata": dict(metadata or {}),
     }  # fmt: skip
-    write_tensors(path, tensors, {HEADER: json.dumps(header)})
+    try:
+        text = json.dumps(header)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata holds what JSON can't: {error}") from error
+    write_tensors(path, tensors, {HEADER: text})
 
 
 def write_tensors(path: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -53,7 +60,12 @@ def write_tensors(path: Any, tensors: dict[str, np.ndarray], metadata: dict[str,
     from safetensors.numpy import save_file
 
     target = Path(os.path.realpath(path))
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMPORARY, dir=target.parent))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMPORARY, dir=target.parent))
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(target)) from error
     try:
         temporary = folder / target.name
         temporary.touch()
@@ -90,6 +102,7 @@ def load(optimizer: "Optimizer", path: Any, *, params: bool) -> dict[str, Any]:
     """Read ``path`` into the optimizer; returns the metadata."""
     from safetensors import SafetensorError
 
+    path = os.fspath(path)
     try:
         saved = _read(optimizer, path, params)
     except SafetensorError as error:

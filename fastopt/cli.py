@@ -31,6 +31,8 @@ from fastopt.skipgram import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+CHECKPOINT, EMBEDDINGS = "checkpoint.safetensors", "embeddings.safetensors"
+RESULTS = (CHECKPOINT, EMBEDDINGS, "vocabulary.txt", "loss.png")
 CHECKPOINT_SECONDS = 5
 SHORTEST_BATCH, LONGEST_BATCH = 16, 1024  # of the batches chosen by the size of the text
 STEPS_OF_EPOCH = 300  # at least, but for the shortest batches
@@ -67,6 +69,13 @@ def _complain(message: str) -> int:
     return 2
 
 
+def _path(text: str | Path) -> Path:
+    """A path of the command line; an empty one, as of an unset variable, is not the current folder."""
+    if not str(text):
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
+
+
 @app.callback()
 def root() -> None:
     """Optimizer steps at the speed of memory."""
@@ -74,13 +83,16 @@ def root() -> None:
 
 @app.command()
 def train(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Further texts.", show_default=False)] = None,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Further texts.", show_default=False, parser=_path)
+    ] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(
             help="A file or folder of text in UTF-8; may be repeated. "
             "Without one: the source files of Python's standard library.",
             show_default=False,
+            parser=_path,
         ),
     ] = None,
     optimizer: Annotated[
@@ -103,7 +115,7 @@ def train(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("fastopt-train"),
+    out: Annotated[Path, typer.Option(help="Folder for the results.", parser=_path)] = Path("fastopt-train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
 ) -> None:
     """Train word embeddings: skip-gram with negative sampling.
@@ -122,7 +134,8 @@ def train(
     checkpoint = _prepare(out, resume)
 
     named = [*(text or []), *(paths or [])]
-    texts = corpus.build(corpus.texts(named or corpus.default_files()), vocabulary)
+    own = {out.resolve() / name for name in RESULTS}
+    texts = corpus.build(corpus.texts(named or corpus.default_files(), own), vocabulary)
     console.print(f"{int(texts.counts.sum()):,} words of text, {len(texts.words):,} different")
     centres = expected_centres(texts)
     batch_size = batch_size or min(LONGEST_BATCH, max(SHORTEST_BATCH, centres // STEPS_OF_EPOCH))
@@ -145,9 +158,7 @@ def train(
 def _prepare(out: Path, resume: bool) -> Path:
     """Make the folder; the checkpoint's path, if this run may write it."""
     out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(f".*{TEMPORARY}"):  # of a run that was killed while it wrote
-        shutil.rmtree(leftover, ignore_errors=True)
-    checkpoint = out / "checkpoint.safetensors"
+    checkpoint = out / CHECKPOINT
     if checkpoint.exists() and not resume:
         described = _described(checkpoint)
         if described["place"]["epoch"] < described["settings"]["epochs"]:
@@ -174,6 +185,9 @@ def _described(checkpoint: Path) -> dict[str, Any]:
 
 def _start(training: Training, checkpoint: Path, resume: bool, console: "Console") -> None:
     """Go to the place of the checkpoint, or write the first one."""
+    for name in (CHECKPOINT, EMBEDDINGS):  # left by a run that was killed while it wrote
+        for leftover in checkpoint.parent.glob(f".{name}.*{TEMPORARY}"):
+            shutil.rmtree(leftover, ignore_errors=True)
     if resume and checkpoint.exists():
         described = _described(checkpoint)
         _check_same(described, training.settings, training.digest, checkpoint)
@@ -222,7 +236,8 @@ def _run(training: Training, checkpoint: Path, console: "Console") -> int:
         due = time.monotonic() + CHECKPOINT_SECONDS
         epoch = training.epoch
         for step in training.steps():
-            if not math.isfinite(step.loss):  # before it gets into the checkpoint
+            if not math.isfinite(step.loss):
+                checkpoint.unlink()  # it would diverge again, and be in the way of another --lr
                 raise ValueError(f"the loss is {step.loss}, training diverges: choose a smaller --lr")
             display.show(step)
             if training.epoch > epoch:
@@ -314,7 +329,7 @@ def _display(training: Training, console: "Console") -> Iterator[_Display]:
 
 def _write(training: Training, words: list[str], counts: Any, out: Path) -> None:
     """The results, next to the checkpoint."""
-    write_tensors(out / "embeddings.safetensors", {"embeddings": training.table_in}, {})
+    write_tensors(out / EMBEDDINGS, {"embeddings": training.table_in}, {})
     lines = (f"{word}\t{count}\n" for word, count in zip(words, counts, strict=True))
     (out / "vocabulary.txt").write_text("".join(lines), encoding="utf-8")
     _plot(training, out / "loss.png")

@@ -1,6 +1,8 @@
 """Norms and clipping of gradients."""
 
 import math
+import numbers
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,10 +55,10 @@ def clip_factor(norm: float, max_norm: float) -> float:
 
 def check_limit(value: Any, name: str) -> float:
     """``value`` as a float that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}: expected a number")
-    if not value >= 0:
-        raise ValueError(f"{name} is {value!r}: expected at least 0")
+    if not 0 <= value <= sys.float_info.max and value != math.inf:
+        raise ValueError(f"{name} is {value!r}: expected at least 0, in the range of float64")
     return float(value)
 
 

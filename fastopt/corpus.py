@@ -1,5 +1,6 @@
 """Texts to train on: finding the files, cutting them into words, and numbering the words."""
 
+import functools
 import hashlib
 import itertools
 import os
@@ -7,13 +8,12 @@ import re
 import sysconfig
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-WORD = re.compile(r"[^\W\d_]+")  # letters of any script; digits and underscores part words
 SPACE = re.compile(r"\s")
 BLOCK = 1 << 20  # characters cut into words at a time: each word in flight is a Python string
 MOST_UNDECODABLE = 0.1  # of the characters; above, a file is not UTF-8 text
@@ -43,14 +43,25 @@ class Corpus:
         return checksum.hexdigest()
 
 
+@functools.cache
+def word_pattern() -> re.Pattern[str]:
+    """Letters of any script, each with its marks; digits and underscores part words.
+
+    Marks make vowels in many scripts, and ``re`` has no name for them: they are looked up among
+    the characters of the first two planes. Joiners stand within words too.
+    """
+    marks = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c).startswith("M"))
+    return re.compile(rf"(?:[^\W\d_]+[{marks}\u200c\u200d]*)+")
+
+
 def default_files() -> list[Path]:
     """The Python source files of the running interpreter's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return [path for path in _files_below(root, SKIPPED_FOLDERS) if path.suffix == ".py"]
 
 
-def texts(paths: Iterable[Path]) -> Iterator[str]:
-    """The texts of files, and of all files below folders, in sorted order.
+def texts(paths: Iterable[Path], passed_over: Container[Path] = ()) -> Iterator[str]:
+    """The texts of files, and of all files below folders but for ``passed_over``, in sorted order.
 
     Raises:
         OSError: a path can't be read.
@@ -58,7 +69,9 @@ def texts(paths: Iterable[Path]) -> Iterator[str]:
     """
     for path in paths:
         if path.is_dir():
-            found = (read_text(below) for below in _files_below(path, set()))
+            found = (
+                read_text(below) for below in _files_below(path.resolve(), set()) if below not in passed_over
+            )
             yield from (text for text in found if text is not None)
         else:
             text = read_text(path)
@@ -92,8 +105,8 @@ def words_of(text: str) -> Iterator[list[str]]:
     while start < len(text):
         space = SPACE.search(text, start + BLOCK)
         end = space.start() if space else len(text)
-        # composed, because a letter's combining marks are not letters and would part a word
-        yield WORD.findall(unicodedata.normalize("NFC", text[start:end].lower()))
+        # composed, so that a letter and its mark are the same word however they were written
+        yield word_pattern().findall(unicodedata.normalize("NFC", text[start:end].lower()))
         start = end
 
 

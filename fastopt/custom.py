@@ -43,7 +43,7 @@ def register_rule(
 
     Raises:
         TypeError: ``hyper`` is not a NamedTuple class, or ``update`` no function.
-        ValueError: ``hyper`` belongs to another rule, or lacks ``lr``.
+        ValueError: ``hyper`` belongs to another rule, or lacks ``lr``; ``name`` or ``slots`` are no names.
 
     Example:
         Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", Algorithm 2):
@@ -67,16 +67,28 @@ def register_rule(
     update = getattr(update, "py_func", update)
     if not inspect.isfunction(update):
         raise TypeError(f"update is {update!r}: expected a function (h, p, g, *slots)")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"name is {name!r}: expected the name of a class")
+    if isinstance(slots, str) or not all(isinstance(slot, str) and slot.isidentifier() for slot in slots):
+        raise ValueError(f"slots is {slots!r}: expected a list of names")
+    if len({*slots, "step"}) != len(slots) + 1:
+        raise ValueError(f"slots is {slots!r}: expected names that differ, none of them 'step'")
     rule = rules.Rule(hyper, update, tuple(slots))
     if rules.RULES.get(hyper, rule) != rule:
         raise ValueError(
             f"hyper, {hyper.__qualname__}, belongs to another rule: define a NamedTuple for this one"
         )
     options = _options(hyper)
+    for taken in ("params", "weight_decay", "maximize"):
+        if taken in options:
+            raise ValueError(
+                f"hyper, {hyper.__qualname__}, has {taken!r}, which every optimizer has: leave it out"
+            )
     if "lr" not in options:
         raise ValueError(
             f"hyper, {hyper.__qualname__}, has {', '.join(options) or 'nothing'}: expected lr among them"
         )
+    options |= {"weight_decay": 0.0, "maximize": False}
     rules.register(rule)
     keyword = inspect.Parameter.KEYWORD_ONLY
     signature = inspect.Signature(
@@ -106,7 +118,7 @@ def register_rule(
 
 
 def _options(hyper: type) -> dict[str, Any]:
-    """Options and defaults of a rule, those common to all included."""
+    """Options and defaults of a rule, those common to all not among them."""
     if hasattr(hyper, "fold"):
         parameters = inspect.signature(hyper.fold).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -114,13 +126,17 @@ def _options(hyper: type) -> dict[str, Any]:
         defaults = hyper._field_defaults  # type: ignore[attr-defined]
         fields = hyper._fields  # type: ignore[attr-defined]
         options = {name: defaults.get(name, inspect.Parameter.empty) for name in fields}
-    return {**options, "weight_decay": options.get("weight_decay", 0.0), "maximize": False}
+    return options
 
 
 def _try(rule: rules.Rule, options: dict[str, Any]) -> None:
     """Call the rule once on numbers: mistakes in it should not wait for the compiler."""
     lr = options["lr"]
     h = rule.fold(1, {**options, "lr": lr(0) if callable(lr) else lr})
+    if not isinstance(h, rule.hyper):
+        raise ValueError(
+            f"fold of {rule.hyper.__qualname__} returned {h!r}: expected a {rule.hyper.__qualname__}"
+        )
     zero = np.float64(0)  # with NumPy's arithmetic, in which x / 0 is infinite, as it is in kernels
     with np.errstate(all="ignore"):
         result = rule.update(h, zero + 1, zero + 0.5, *(zero for _ in rule.slots))

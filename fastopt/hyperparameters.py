@@ -1,7 +1,7 @@
 """Ranges of hyperparameters, by name."""
 
-import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,6 +55,6 @@ def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: expected {expected}")
     number = int(value) if isinstance(value, numbers.Integral) else float(value)
-    if not math.isfinite(number) or not accepts(number):
+    if not abs(number) <= sys.float_info.max or not accepts(number):
         raise ValueError(f"{where}: expected {expected}")
     return number

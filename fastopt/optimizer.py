@@ -14,6 +14,7 @@ from fastopt.hyperparameters import checked_options
 from fastopt.kernels import rules
 from fastopt.kernels.cpu.flat import flat, flat_rows
 from fastopt.kernels.cpu.rows import update_rows
+from fastopt.kernels.jit import PARALLEL_FROM, Kernel
 
 
 class StepInfo(NamedTuple):
@@ -108,7 +109,7 @@ class Optimizer:
 
     def __init__(self, params: Any, **defaults: Any) -> None:
         self.defaults = defaults
-        self.steps = 0
+        self._steps = 0
         self.param_groups: list[dict[str, Any]] = []
         self._groups: list[_Group] = []
         params = _as_container(params, "params")
@@ -121,6 +122,11 @@ class Optimizer:
         if not any(group.parameters for group in self._groups):
             raise ValueError("params holds no arrays: expected at least one to update")
         arrays.check_apart([(p.view(), p.label) for p in self._parameters()], [])
+
+    @property
+    def steps(self) -> int:
+        """How many steps are finished, those that were skipped not counted."""
+        return self._steps
 
     # What an optimizer defines
 
@@ -187,16 +193,20 @@ class Optimizer:
 
         Args:
             grads: gradients in the structure of ``params``: one array, a sequence, a dict, or a
-                sequence with one of these for each group. Each is an array of its parameter's
-                shape and dtype, :class:`fastopt.IndexedSlices` for a 2-D parameter, or ``None``
-                to leave the parameter and its step count alone. They are not changed.
+                sequence with one of these, or ``{"params": ...}`` of it, for each group. Each is an array
+                of its parameter's shape and dtype, :class:`fastopt.IndexedSlices` for a 2-D
+                parameter, or ``None`` to leave the parameter and its step count alone. They are not changed.
             clip_norm: scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, norm being the
                 L2 norm over all of them, as ``torch.nn.utils.clip_grad_norm_``.
             grad_scale: factor on the gradients, before anything else; more than 0.
-            skip_nonfinite: update nothing at all if any gradient holds NaN or infinity.
+            skip_nonfinite: update nothing at all if any gradient holds NaN or infinity, or if
+                the norm of all is beyond float64.
 
         Returns:
             What was done: ``norm``, ``clipped``, ``skipped``.
+
+        Raises:
+            ValueError, TypeError: an argument or an option does not fit; nothing has changed then.
 
         With ``IndexedSlices`` each row named gets the sum of its gradients and one update; other
         rows are left as they are, so weight decay and momentum act on the named rows alone, as in
@@ -207,6 +217,10 @@ class Optimizer:
         grad_scale = check_limit(grad_scale, "grad_scale")
         if grad_scale == 0 or math.isinf(grad_scale):
             raise ValueError(f"grad_scale is {grad_scale!r}: expected a finite number above 0")
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite is {skip_nonfinite!r}: expected True or False")
+        if not isinstance(self.param_groups, list):
+            raise TypeError(f"param_groups is {self.param_groups!r}: expected the list it was at first")
         if [id(options) for options in self.param_groups] != [id(group.options) for group in self._groups]:
             raise ValueError("param_groups holds other dicts than at first: change the options in those")
         learning_rates = {id(group): self._learning_rate(group) for group in self._groups}
@@ -214,8 +228,9 @@ class Optimizer:
 
         norm, factor = None, 1.0
         if clip_norm is not None or skip_nonfinite:
-            norm = grad_scale * total_norm(update.gradient for update in updates)
-            if skip_nonfinite and not math.isfinite(norm):
+            unscaled = total_norm(update.gradient for update in updates)
+            norm = grad_scale * unscaled
+            if skip_nonfinite and not math.isfinite(unscaled):
                 return StepInfo(norm, skipped=True)
             if clip_norm is not None:
                 factor = clip_factor(norm, clip_norm)
@@ -223,27 +238,28 @@ class Optimizer:
         states = [self._state(update) for update in updates]
         folded: dict[tuple[int, int, np.dtype], tuple[Any, Any]] = {}
         launches = []
-        for update in updates:
+        for update, state in zip(updates, states, strict=True):
             key = id(update.group), update.parameter.step, update.parameter.dtype
             if key not in folded:
                 folded[key] = self._fold(update, learning_rates[key[0]], grad_scale * factor)
-            launches.append(folded[key])
-        for update, state, (h, c) in zip(updates, states, launches, strict=True):
-            _launch(update, state, h, c)
-        for update, state in zip(updates, states, strict=True):
+            launches.append(_launch(update, state, *folded[key]))
+        for launch in launches:
+            launch.compile()  # all, before the first writes: it takes seconds, and may be interrupted
+        for update, state, launch in zip(updates, states, launches, strict=True):
+            launch.run()
             update.parameter.state = state
             update.parameter.step += 1
-        self.steps += 1
+        self._steps += 1
         return StepInfo(norm, clipped=factor != 1.0)
 
     def _learning_rate(self, group: _Group) -> float:
         """Check options changed since the last step; the learning rate of this step."""
         checked = group.checked
-        if group.options.get("params") is not group.params or len(group.parameters) != _count(group.params):
+        if group.options.get("params") is not group.params or not _same(group):
             raise ValueError(
                 f"the params of {group.label} were changed: make a new optimizer for other parameters"
             )
-        if {**checked, "params": group.params} != group.options:
+        if _changed(group.options, checked):
             checked = self._check(group.options, group.label)
             rule = self.rule(checked)
             if rule != group.rule:
@@ -298,12 +314,9 @@ class Optimizer:
         parameter = update.parameter
         if parameter.state or not (update.group.rule.state_slots or update.group.rule.row_slots):
             return parameter.state
-        return self._new_state(update.group, parameter)
-
-    def _new_state(self, group: _Group, parameter: _Parameter) -> dict[str, np.ndarray]:
-        first = self.initial_state(group.checked)
+        first = self.initial_state(update.group.checked)
         state = {}
-        for slot, shape in self._slot_shapes(group, parameter):
+        for slot, shape in self._slot_shapes(update.group, parameter):
             value = first.get(slot, 0.0)
             # zeros come from the system unread: a huge table costs nothing until rows are touched
             state[slot] = (
@@ -327,11 +340,11 @@ class Optimizer:
         if not options["weight_decay"]:
             c = rules.Scaled(scale)
         elif self.decoupled(options):
-            c = rules.Decoupled(scale, lr * options["weight_decay"])
+            c = rules.Decoupled(scale, 1.0 - lr * options["weight_decay"])
         else:
             c = rules.L2(scale, options["weight_decay"])
         dtype = update.parameter.dtype.type
-        return _cast(h, dtype), _cast(c, dtype)
+        return _cast(h, dtype, update.group.label), _cast(c, dtype, update.group.label)
 
     # State
 
@@ -374,7 +387,7 @@ class Optimizer:
         Args:
             path: the file.
             params: write the parameters too, so that the file is a whole checkpoint.
-            metadata: anything that JSON holds; :meth:`load` returns it.
+            metadata: a dict of anything that JSON holds; :meth:`load` returns it, keys as strings.
 
         Raises:
             OSError: the file can't be written.
@@ -414,25 +427,69 @@ class Optimizer:
         return f"{type(self).__name__}({body})"
 
 
-def _launch(update: _Update, state: dict[str, np.ndarray], h: Any, c: Any) -> None:
+class _Launch(NamedTuple):
+    """A kernel and what it is to be called with."""
+
+    kernel: Kernel
+    work: int
+    arguments: tuple
+
+    def run(self) -> None:
+        if self.work:
+            self.kernel(self.work, *self.arguments)
+
+    def compile(self) -> None:
+        """Have the kernel compiled, by a call with empty arrays, if it has not been for such types."""
+        if not self.work:
+            return
+        h, c, *rest = self.arguments
+        kinds = tuple(_kind(value) for value in rest)
+        key = self.kernel, self.work >= PARALLEL_FROM, type(h), type(c), kinds
+        if key not in _compiled:
+            self.kernel(self.work, h, c, *map(_emptied, rest))
+            _compiled.add(key)
+
+
+_compiled: set[tuple] = set()
+
+
+def _kind(value: Any) -> Any:
+    """What a kernel's machine code depends on, of an array or a tuple of them."""
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
+    return value.dtype, value.ndim, value.flags.writeable
+
+
+def _emptied(value: Any) -> Any:
+    return tuple(map(_emptied, value)) if isinstance(value, tuple) else value[:0]
+
+
+def _launch(update: _Update, state: dict[str, np.ndarray], h: Any, c: Any) -> _Launch:
     parameter, rule, gradient = update.parameter, update.group.rule, update.gradient
     slots = tuple(state[slot] for slot in rule.state_slots)
     row_slots = tuple(state[slot] for slot in rule.row_slots)
     work = gradient.values.size
-    if work == 0:
-        return
     if isinstance(gradient, RowGradient):
-        update_rows(work, h, c, update.view, gradient.values, *gradient.groups, slots, row_slots)
-    elif rule.row_slots:
+        rows = update.view, gradient.values, *gradient.groups, slots, row_slots
+        return _Launch(update_rows, work, (h, c, *rows))
+    if rule.row_slots:
         by_row = parameter.by_row
-        slots = tuple(map(by_row, slots))
-        flat_rows(work, h, c, by_row(update.view), by_row(gradient.values), slots, row_slots)
-    else:
-        flat(work, h, c, update.view.reshape(-1), gradient.values, tuple(s.reshape(-1) for s in slots))
+        table = by_row(update.view), by_row(gradient.values), tuple(map(by_row, slots)), row_slots
+        return _Launch(flat_rows, work, (h, c, *table))
+    buffers = update.view.reshape(-1), gradient.values, tuple(slot.reshape(-1) for slot in slots)
+    return _Launch(flat, work, (h, c, *buffers))
 
 
-def _cast(values: Any, dtype: Callable[[Any], Any]) -> Any:
-    return type(values)(*[value if isinstance(value, bool) else dtype(value) for value in values])
+def _cast(values: Any, dtype: Callable[[Any], Any], label: str) -> Any:
+    """A tuple of hyperparameters in the parameter's dtype; flags stay flags."""
+    with np.errstate(over="ignore"):
+        cast = [value if isinstance(value, bool) else dtype(value) for value in values]
+    for name, before, after in zip(values._fields, values, cast, strict=True):
+        if math.isinf(after) and not math.isinf(before):
+            raise ValueError(
+                f"the options of {label} make {name} {before!r}: expected a number that fits {after.dtype}"
+            )
+    return type(values)(*cast)
 
 
 def _names(rule: rules.Rule) -> str:
@@ -460,8 +517,19 @@ def _as_container(params: Any, label: str) -> Any:
     return list(params)
 
 
-def _count(params: Any) -> int:
-    return 1 if _is_array(params) else len(params)
+def _same(group: _Group) -> bool:
+    """Whether the group's container still holds the arrays it held at first."""
+    if _is_array(group.params):
+        return True
+    values = list(group.params.values() if isinstance(group.params, dict) else group.params)
+    return [id(value) for value in values] == [id(parameter.value) for parameter in group.parameters]
+
+
+def _changed(options: dict[str, Any], checked: dict[str, Any]) -> bool:
+    try:
+        return {**options, "params": None} != {**checked, "params": None}
+    except ValueError:  # an array among them, which compares element by element
+        return True
 
 
 def _entries(params: Any, label: str) -> Iterator[tuple[str | int, Any, str]]:

@@ -15,8 +15,8 @@ class SGD(Optimizer):
     """Stochastic gradient descent, with momentum (Sutskever et al. 2013).
 
     b = momentum * b + (1 - dampening) * g; p = p - lr * b, or with Nesterov's momentum
-    p = p - lr * (g + momentum * b). The first b is g itself. State: ``momentum_buffer`` if
-    ``momentum`` is not 0.
+    p = p - lr * (g + momentum * b). In the parameter's first step b is g itself.
+    State: ``momentum_buffer`` if ``momentum`` is not 0.
 
     Args:
         params, weight_decay, maximize: as for :class:`fastopt.Optimizer`.

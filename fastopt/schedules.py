@@ -12,6 +12,7 @@ finished calls of ``step``.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
@@ -31,7 +32,9 @@ class Schedule:
         return self.scale * self.factor(step)
 
     def __mul__(self, scale: float) -> Self:
-        return replace(self, scale=self.scale * scale)
+        if not isinstance(scale, numbers.Real):
+            return NotImplemented
+        return replace(self, scale=self.scale * float(scale))
 
     __rmul__ = __mul__
 

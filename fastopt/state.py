@@ -10,6 +10,7 @@ from fastopt import arrays
 if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer, _Group, _Parameter
 
+MOST_STEPS = 2**53  # which float64 still counts
 _KEYS = ("optimizer", "steps", "state", "param_groups")
 
 
@@ -51,7 +52,7 @@ def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
         for parameter in group.parameters
     ]
 
-    optimizer.steps = steps
+    optimizer._steps = steps
     for group, new in zip(optimizer._groups, options, strict=True):
         group.options.update(new)
         group.checked = new
@@ -65,7 +66,7 @@ def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) ->
     if not isinstance(saved, Mapping) or set(saved) != expected:
         raise ValueError(f"{label} has {_length(saved)}: expected the options {', '.join(sorted(expected))}")
     keys = [parameter.key for parameter in group.parameters]
-    if list(saved["params"]) != keys:
+    if not isinstance(saved["params"], list | tuple) or list(saved["params"]) != keys:
         raise ValueError(
             f"{label}['params'] is {saved['params']!r}: expected {keys!r}, the optimizer's parameters"
         )
@@ -108,7 +109,7 @@ def _state(
 
 
 def _count(value: Any, label: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= MOST_STEPS:
         raise ValueError(f"{label} is {value!r}: expected a whole number, at least 0")
     return int(value)
 

@@ -88,13 +88,13 @@ def _regularise(c, p, g):
 
 def decayed(c, p):
     """The parameter as the rule sees it."""
-    return p - c.decay * p if isinstance(c, Decoupled) else p
+    return c.keep * p if isinstance(c, Decoupled) else p
 
 
 @overload(decayed)
 def _decayed(c, p):
     if c.instance_class is Decoupled:
-        return lambda c, p: p - c.decay * p
+        return lambda c, p: c.keep * p
     return lambda c, p: p
 
 

@@ -30,11 +30,12 @@ from numba.core.caching import FunctionCache, NullCache
 from numba.core.types import NamedTuple, NamedUniTuple
 
 _config: Any = numba.config  # its attributes are set at run time
+_njit: Any = numba.njit  # its type leaves out some options
 
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
-# for what CPU kernels call: compiled once, for both variants; nothing else calls it
-helper = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+# for functions that only CPU kernels call: compiled once, shared by both variants
+helper = _njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
 
@@ -44,8 +45,9 @@ PARALLEL_FROM = 262_144  # elements, 0.1 ms of Adam; below, waking the other thr
 class _Threads:
     """Launches parallel kernels so that forks and Python threads are safe.
 
-    OpenMP kills a forked child that starts a parallel region after its parent did, so such a
-    child runs serial kernels. The workqueue layer aborts the process when two Python threads
+    OpenMP kills or hangs a forked child that starts a parallel region after its parent did, be it
+    through Numba or through a library that shares OpenMP, as torch can: forked children run serial
+    kernels. The workqueue layer aborts the process when two Python threads
     launch at once, so there launches take turns.
     """
 
@@ -64,8 +66,7 @@ class _Threads:
             function(*args)
 
     def after_fork(self) -> None:
-        pool = sys.modules.get("numba.np.ufunc.parallel")
-        self.forked = self.forked or self.layer is not None or getattr(pool, "_is_initialized", False)
+        self.forked = True
         self.lock = threading.RLock()
 
 
@@ -74,8 +75,8 @@ def _short_spins() -> Iterator[None]:
     """Have OpenMP's idle threads sleep soon, if nobody has said how they wait.
 
     By default they wait busily for milliseconds, against the threads of NumPy's matrix products:
-    a trainer that alternates the two ran 10 times slower. OpenMP reads the variable when the
-    first launch loads it.
+    a trainer that alternates the two ran 10 times slower. OpenMP reads the variable when it is
+    loaded, by the first launch if nothing else has loaded it before.
     """
     if os.environ.keys() & {SPIN_COUNT, "OMP_WAIT_POLICY"}:
         yield
@@ -92,7 +93,7 @@ os.register_at_fork(after_in_child=_threads.after_fork)
 
 
 class Kernel:
-    """A function with ``prange`` loops in two compiled variants, ``parallel`` and ``serial``.
+    """A function in two compiled variants, ``parallel``, for its ``prange`` loops, and ``serial``.
 
     ``kernel(work, *args)`` runs the one that suits ``work``, the number of elements touched.
     """
@@ -117,7 +118,7 @@ class Kernel:
 
 
 def _compile(function: Callable, parallel: bool) -> Callable:
-    dispatcher = numba.njit(parallel=parallel, no_cfunc_wrapper=True, **OPTIONS)(function)
+    dispatcher = _njit(parallel=parallel, no_cfunc_wrapper=True, **OPTIONS)(function)
     if not _config.DISABLE_JIT:
         dispatcher._cache = _cache_for(function, parallel)
     return dispatcher
@@ -268,6 +269,11 @@ _MEMBERS = (
 def _fingerprint(value: Any, visited: set[int]) -> Iterator[str]:
     """The code and constants of a function and of all that it reaches by name."""
     value = getattr(value, "py_func", value)
+    if isinstance(value, tuple | list | dict):
+        yield type(value).__qualname__
+        for item in value.items() if isinstance(value, dict) else value:
+            yield from _fingerprint(item, visited)
+        return
     if isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape} {value.tobytes().hex()}"  # its repr leaves digits out
         return
@@ -278,11 +284,20 @@ def _fingerprint(value: Any, visited: set[int]) -> Iterator[str]:
         return
     visited.add(id(value))
     yield from _code_fingerprint(value.__code__)
-    yield repr((value.__defaults__, value.__kwdefaults__))
+    yield _source_digest(value.__code__.co_filename)  # which holds the overloads of the rule's own
+    yield from _fingerprint((value.__defaults__, value.__kwdefaults__), visited)
     for cell in value.__closure__ or ():
         yield from _fingerprint(cell.cell_contents, visited)
     for found in _reached(value):
         yield from _fingerprint(found, visited)
+
+
+@functools.cache
+def _source_digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:  # typed in, not read from a file
+        return ""
 
 
 def _reached(function: python_types.FunctionType) -> Iterator[Any]:

@@ -42,11 +42,11 @@ class L2(NamedTuple):
 
 
 class Decoupled(NamedTuple):
-    """Weight decay apart from the gradient: p loses decay * p, with decay = lr * weight_decay
+    """Weight decay apart from the gradient: p = keep * p, with keep = 1 - lr * weight_decay
     (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2)."""
 
     scale: float
-    decay: float
+    keep: float
 
 
 @register_jitable

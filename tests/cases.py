@@ -29,7 +29,7 @@ class Case:
     """``optimizer(**options)`` with the ``free`` hyperparameters drawn from RANGES.
 
     rule: the function in reference.py. torch: the class in torch.optim, or None.
-    fixed: options of both; own: of fastopt's class alone; torch_own: of torch's alone.
+    fixed: options of both; torch_own, reference_own: of torch's and of the reference's alone.
     decoupled: whether weight decay is.
     """
 

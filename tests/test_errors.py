@@ -660,3 +660,63 @@ def test_metadata_that_json_does_not_hold_is_refused_and_leaves_the_file(saved):
         opt.save(saved, metadata={"a": object()})
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+# Behind the optimizer's back
+
+
+@pytest.mark.parametrize("number", [10**400, 1e300])
+def test_numbers_beyond_the_range_of_the_parameter_are_refused(number):
+    p = np.ones(2, np.float32)
+    with refused(fastopt.Adam(p), [p], ValueError, "lr of params|step_size"):
+        opt = fastopt.Adam(p, lr=0.1)
+        opt.param_groups[0]["lr"] = number
+        opt.step(np.ones(2, np.float32))
+    with pytest.raises(ValueError, match="clip_norm"):
+        fastopt.Adam(p).step(np.ones(2, np.float32), clip_norm=10**400)
+
+
+def test_an_array_put_in_the_place_of_a_parameter_is_refused():
+    params = {"w": np.ones(2), "b": np.ones(1)}
+    opt = fastopt.SGD(params, lr=1.0)
+    old = params["w"]
+    params["w"] = old * 2
+    with refused(opt, [old, params["w"], params["b"]], ValueError, "the params of params were changed"):
+        opt.step({"w": np.ones(2), "b": np.ones(1)})
+    opt = fastopt.SGD([old], lr=1.0)
+    opt.param_groups[0]["params"][0] = old * 2
+    with refused(opt, [old], ValueError, "the params of params were changed"):
+        opt.step([np.ones(2)])
+
+
+def test_an_array_as_learning_rate_is_refused():
+    p = np.ones(2)
+    opt = fastopt.SGD(p)
+    opt.param_groups[0]["lr"] = np.array([0.1, 0.2])
+    with refused(opt, [p], TypeError, "lr of params"):
+        opt.step(np.ones(2))
+
+
+def test_a_kernel_that_can_not_be_compiled_changes_nothing(monkeypatch):
+    params = [np.ones(3), np.ones((4, 2))]
+    opt = fastopt.Adam(params)
+    grads = [np.ones(3), fastopt.IndexedSlices(np.array([1]), np.ones((1, 2)))]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastopt.optimizer.update_rows", interrupted)
+    before = snapshot(opt, params)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(grads)
+    assert snapshot(opt, params) == before
+
+
+def test_metadata_that_is_no_dict_or_no_json_is_refused(tmp_path):
+    opt = fastopt.SGD(np.ones(2))
+    for metadata in ("abc", [1], {"a": np.ones(2)}):
+        with pytest.raises(TypeError, match="metadata"):
+            opt.save(tmp_path / "saved", metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        opt.save(tmp_path)

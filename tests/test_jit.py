@@ -379,8 +379,10 @@ def step_all():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.parametrize("before", ["nothing", "a step", "another kernel"])
+@pytest.mark.parametrize("before", ["nothing", "a step", "another kernel", "torch"])
 def test_forked_children_step(tmp_path, cache, layer, before):
+    if before == "torch":
+        pytest.importorskip("torch")
     script = (
         COMMON
         + STEP_ALL
@@ -400,6 +402,9 @@ if {before == "a step"}:
 if {before == "another kernel"}:
     other(np.zeros(100_000))
     assert numba.threading_layer() == "{layer}"
+if {before == "torch"}:
+    import torch
+    torch.mm(torch.ones(800, 800), torch.ones(800, 800))
 child = os.fork()
 if not child:
     step_all()

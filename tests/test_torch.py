@@ -310,3 +310,13 @@ def test_schedules_follow_torch(schedule, scheduler):
     ours = np.zeros(1)
     fastopt.SGD(ours, lr=lr).step(np.ones(1))
     assert ours[0] == -0.2
+
+
+def test_infinite_parameters_under_decoupled_decay_stay_as_in_torch():
+    p = np.array([math.inf, 1.0])
+    theirs = torch.nn.Parameter(torch.tensor(p))
+    opt, torch_opt = fastopt.AdamW(p, lr=0.1), torch.optim.AdamW([theirs], lr=0.1)
+    theirs.grad = torch.ones(2, dtype=torch.float64)
+    opt.step(np.ones(2))
+    torch_opt.step()
+    np.testing.assert_allclose(p, theirs.detach().numpy(), rtol=1e-15)

@@ -453,3 +453,34 @@ def test_training_packages_are_imported_where_used():
     names = ["typer", "rich", "matplotlib", "safetensors"]
     code = f"import sys, fastopt; print([name for name in {names} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_letters_keep_their_marks():
+    words = "हिन्दी भाषा İstanbul שָׁלוֹם العَرَبِيَّة naïve can't x_y2z"
+    (found,) = corpus.words_of(words)
+    assert found == [*words.lower().split()[:5], "naïve", "can", "t", "x", "y", "z"]
+
+
+def test_only_its_own_leftovers_are_removed(text, tmp_path):
+    for name in (".work.tmp", ".checkpoint.safetensors.abc.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("kept?")
+    assert train("--text", text, *SMALL, "--out", tmp_path).returncode == 0
+    assert [path.name for path in tmp_path.glob(".*")] == [".work.tmp"]
+    assert (tmp_path / ".work.tmp" / "file").exists()
+
+
+def test_results_are_not_read_as_text(text, tmp_path):
+    shutil.copy(text, tmp_path)
+    first, second = (train("--text", tmp_path, *SMALL, "--out", tmp_path).stdout for _ in range(2))
+    assert first.splitlines()[0] == second.splitlines()[0]
+
+
+def test_after_divergence_a_smaller_rate_can_be_chosen(text, tmp_path, complaint):
+    assert "choose a smaller --lr" in complaint("--text", text, *SMALL, "--out", tmp_path, "--lr", 1e30)
+    assert train("--text", text, *SMALL, "--out", tmp_path).returncode == 0
+
+
+def test_an_empty_path_is_refused(complaint):
+    assert "empty" in complaint("--text", "")
+    assert "empty" in complaint("--out", "")

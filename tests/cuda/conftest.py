@@ -53,7 +53,7 @@ def hyperparameters(rule: rules.Rule, decay: type) -> Callable[..., tuple]:
         elif decay is rules.L2:
             c = rules.L2(scale, weight_decay)
         else:
-            c = rules.Decoupled(scale, options["lr"] * weight_decay)
+            c = rules.Decoupled(scale, 1.0 - options["lr"] * weight_decay)
         return tuple(type(t)(*[x if isinstance(x, bool) else dtype(x) for x in t]) for t in (h, c))
 
     return hyperparameters
