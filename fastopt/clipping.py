@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,9 +56,13 @@ def check_limit(value: Any, name: str) -> float:
     """``value`` as a float that is not negative."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}: expected a number")
-    if not 0 <= value <= sys.float_info.max and value != math.inf:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = -math.inf
+    if not number >= 0:
         raise ValueError(f"{name} is {value!r}: expected at least 0, in the range of float64")
-    return float(value)
+    return number
 
 
 def grad_norm(grads: Any) -> float:

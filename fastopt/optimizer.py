@@ -1,7 +1,7 @@
 """The optimizer that all others derive from: parameters, state, and the step."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -480,14 +480,14 @@ def _launch(update: _Update, state: dict[str, np.ndarray], h: Any, c: Any) -> _L
     return _Launch(flat, work, (h, c, *buffers))
 
 
-def _cast(values: Any, dtype: Callable[[Any], Any], label: str) -> Any:
+def _cast(values: Any, dtype: type[np.floating], label: str) -> Any:
     """A tuple of hyperparameters in the parameter's dtype; flags stay flags."""
     with np.errstate(over="ignore"):
         cast = [value if isinstance(value, bool) else dtype(value) for value in values]
     for name, before, after in zip(values._fields, values, cast, strict=True):
         if math.isinf(after) and not math.isinf(before):
             raise ValueError(
-                f"the options of {label} make {name} {before!r}: expected a number that fits {after.dtype}"
+                f"the options of {label} make {name} {before!r}: expected a number that fits {np.dtype(dtype)}"
             )
     return type(values)(*cast)
 
