@@ -487,7 +487,8 @@ def _cast(values: Any, dtype: type[np.floating], label: str) -> Any:
     for name, before, after in zip(values._fields, values, cast, strict=True):
         if math.isinf(after) and not math.isinf(before):
             raise ValueError(
-                f"the options of {label} make {name} {before!r}: expected a number that fits {np.dtype(dtype)}"
+                f"the options of {label} make {name} {before!r}: expected a number that fits "
+                f"{np.dtype(dtype)}"
             )
     return type(values)(*cast)
 
