@@ -243,8 +243,9 @@ class Optimizer:
             if key not in folded:
                 folded[key] = self._fold(update, learning_rates[key[0]], grad_scale * factor)
             launches.append(_launch(update, state, *folded[key]))
-        for launch in launches:
-            launch.compile()  # all, before the first writes: it takes seconds, and may be interrupted
+        if len(launches) > 1:  # compiling takes seconds, and must not be interrupted after a first write
+            for launch in launches:
+                launch.compile()
         for update, state, launch in zip(updates, states, launches, strict=True):
             launch.run()
             update.parameter.state = state
