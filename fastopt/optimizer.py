@@ -14,7 +14,7 @@ from fastopt.hyperparameters import checked_options
 from fastopt.kernels import rules
 from fastopt.kernels.cpu.flat import flat, flat_rows
 from fastopt.kernels.cpu.rows import update_rows
-from fastopt.kernels.jit import PARALLEL_FROM, Kernel
+from fastopt.kernels.jit import Kernel
 
 
 class StepInfo(NamedTuple):
@@ -445,7 +445,7 @@ class _Launch(NamedTuple):
             return
         h, c, *rest = self.arguments
         kinds = tuple(_kind(value) for value in rest)
-        key = self.kernel, self.work >= PARALLEL_FROM, type(h), type(c), kinds
+        key = self.kernel, self.kernel.runs_serial(self.work), type(h), type(c), kinds
         if key not in _compiled:
             self.kernel(self.work, h, c, *map(_emptied, rest))
             _compiled.add(key)

@@ -103,10 +103,14 @@ class Kernel:
         self._function = function
 
     def __call__(self, work: int, *args: Any) -> None:
-        if work < PARALLEL_FROM or _threads.forked or _config.NUMBA_NUM_THREADS == 1:
+        if self.runs_serial(work):
             self.serial(*args)
         else:
             _threads.launch(self.parallel, args)
+
+    def runs_serial(self, work: int) -> bool:
+        """Which variant ``work`` elements get."""
+        return work < PARALLEL_FROM or _threads.forked or _config.NUMBA_NUM_THREADS == 1
 
     @functools.cached_property
     def serial(self) -> Callable:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fastopt
+from fastopt.kernels.jit import Kernel
 
 
 def snapshot(opt, arrays):
@@ -702,10 +703,11 @@ def test_a_kernel_that_can_not_be_compiled_changes_nothing(monkeypatch):
     opt = fastopt.Adam(params)
     grads = [np.ones(3), fastopt.IndexedSlices(np.array([1]), np.ones((1, 2)))]
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    class Interrupted(Kernel):
+        def __call__(self, work, *_):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastopt.optimizer.update_rows", interrupted)
+    monkeypatch.setattr("fastopt.optimizer.update_rows", Interrupted(lambda: None))
     before = snapshot(opt, params)
     with pytest.raises(KeyboardInterrupt):
         opt.step(grads)
