@@ -7,6 +7,11 @@ import numba
 import numpy as np
 from numba import prange
 
+import fastopt
+from fastopt.kernels.cpu.memory import prefetch, view
+from fastopt.kernels.cpu.sums import sum_rows
+from fastopt.kernels.cpu.tables import AHEAD, add_row
+
 
 @numba.njit(parallel=True)
 def _one(p, g):
@@ -49,3 +54,34 @@ def floor(p: np.ndarray, g: np.ndarray, states: int) -> Callable[[], Any]:
     kernel = KERNELS[1 + states]
     extra = [np.zeros_like(p) for _ in range(states)]
     return lambda: kernel(p, g, *extra)
+
+
+@numba.njit(parallel=True)
+def _rows(table, state, values, rows, order, starts, parts):
+    groups, dim = starts.size - 1, values.shape[1]
+    like = values.dtype.type(0)
+    stride = dim * values.itemsize
+    no_weights = np.empty(0, values.dtype)
+    for part in prange(parts):
+        total = np.empty(dim, values.dtype)
+        for k in range(part * groups // parts, (part + 1) * groups // parts):
+            if k + AHEAD < groups:
+                prefetch(table.ctypes.data + rows[k + AHEAD] * stride, stride)
+                for n in range(state.shape[1]):
+                    at = rows[k + AHEAD] * state.shape[1] + n
+                    prefetch(state.ctypes.data + at * stride, stride)
+            first, last = np.int64(starts[k]), np.int64(starts[k + 1])
+            sum_rows(values.ctypes.data, stride, order, 0, no_weights, first, last, order.size, total)
+            add_row(view(table.ctypes.data + rows[k] * stride, dim, like), total)
+            for n in range(state.shape[1]):
+                at = rows[k] * state.shape[1] + n
+                add_row(view(state.ctypes.data + at * stride, dim, like), total)
+
+
+def row_floor(table: np.ndarray, values: np.ndarray, indices: np.ndarray, states: int) -> Callable[[], Any]:
+    """A call that reads all ``values`` and adds them up, and reads and writes the rows ``indices`` of
+    ``table`` and of ``states`` arrays as large, side by side, all grouped beforehand."""
+    rows, order, starts, *_ = fastopt.IndexPlan(indices, table.shape[0])._groups
+    state = np.zeros((table.shape[0], states, table.shape[1]), table.dtype)
+    parts = 8 * numba.get_num_threads()
+    return lambda: _rows(table, state, values, rows, order, starts, parts)

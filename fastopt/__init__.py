@@ -11,10 +11,22 @@ if not (Path(__file__).parent / "kernels").is_dir():
 from fastopt import schedules
 from fastopt.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from fastopt.custom import register_rule
-from fastopt.gradients import IndexedSlices
-from fastopt.lookup import embedding
+from fastopt.gradients import BagGradient, IndexedSlices
+from fastopt.lookup import embedding, embedding_bag
 from fastopt.optimizer import Optimizer, StepInfo
-from fastopt.optimizers import SGD, AdaGrad, Adam, AdamW, AMSGrad, RAdam, RMSProp, RowwiseAdaGrad
+from fastopt.optimizers import (
+    SGD,
+    AdaGrad,
+    Adam,
+    AdamW,
+    AMSGrad,
+    RAdam,
+    RMSProp,
+    RowwiseAdaGrad,
+    RowwiseAdam,
+)
+from fastopt.plan import IndexPlan
+from fastopt.storage import Table, open_table
 
 __all__ = [
     "SGD",
@@ -22,16 +34,22 @@ __all__ = [
     "AdaGrad",
     "Adam",
     "AdamW",
+    "BagGradient",
+    "IndexPlan",
     "IndexedSlices",
     "Optimizer",
     "RAdam",
     "RMSProp",
     "RowwiseAdaGrad",
+    "RowwiseAdam",
     "StepInfo",
+    "Table",
     "clip_grad_norm",
     "clip_grad_value",
     "embedding",
+    "embedding_bag",
     "grad_norm",
+    "open_table",
     "register_rule",
     "schedules",
 ]

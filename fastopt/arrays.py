@@ -1,5 +1,6 @@
 """The caller's arrays as NumPy views of the same memory, checked."""
 
+import ctypes
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +8,17 @@ from typing import Any
 import numpy as np
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+class InFiles:
+    """A table in files, which keeps what is about to change (see storage.py)."""
+
+    @property
+    def weights(self) -> np.ndarray:
+        raise NotImplementedError
+
+    def keep(self, rows: np.ndarray | None) -> None:
+        raise NotImplementedError
 
 
 def host_array(value: Any, label: str) -> np.ndarray:
@@ -19,6 +31,8 @@ def host_array(value: Any, label: str) -> np.ndarray:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{label} is a masked array, whose mask would be lost: pass {label}.filled(0)")
         return np.asarray(value)
+    if isinstance(value, InFiles):
+        return value.weights
     torch = sys.modules.get("torch")  # loaded, if a tensor is at hand
     if torch is not None and isinstance(value, torch.Tensor):
         return _torch_view(torch, value, label)
@@ -105,9 +119,19 @@ def check_like(array: np.ndarray, label: str, parameter: np.ndarray, parameter_l
         )
 
 
+def before_writing(value: Any, rows: np.ndarray) -> None:
+    """Have a table in files keep rows that are about to change."""
+    if isinstance(value, InFiles):
+        value.keep(rows)
+
+
 def address(array: np.ndarray) -> int:
     """Address of the first element."""
-    return array.__array_interface__["data"][0]
+    try:
+        # the fastest way, for arrays that allow it
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # read-only, strided or empty
+        return array.__array_interface__["data"][0]
 
 
 def check_apart(written: Iterable[tuple[np.ndarray, str]], read: Iterable[tuple[np.ndarray, str]]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastopt.state import restore
+from fastopt.state import restore, state_arrays
 
 if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer
@@ -24,17 +24,21 @@ TEMPORARY = ".tmp"  # ends the name of the folder in which a file is written
 
 def save(optimizer: "Optimizer", path: Any, *, params: bool, metadata: Mapping[str, Any] | None) -> None:
     """Write the optimizer's state to ``path``."""
+    optimizer._adopt_options()
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata is of type {type(metadata).__name__}: expected a dict")
     own = list(optimizer._parameters())
-    tensors = {f"state.{i}.{slot}": a for i, p in enumerate(own) for slot, a in p.state.items()}
+    states = [state_arrays(p) for p in own]
+    tensors = {f"state.{i}.{slot}": a for i, state in enumerate(states) for slot, a in state.items()}
     if params:
         tensors.update({f"param.{i}": p.view() for i, p in enumerate(own)})
     header = {
         "format": FORMAT,
         "optimizer": type(optimizer).__name__,
         "steps": optimizer.steps,
-        "parameters": [{"key": p.key, "step": p.step, "slots": list(p.state)} for p in own],
+        "parameters": [
+            {"key": p.key, "step": p.step, "slots": list(state)} for p, state in zip(own, states, strict=True)
+        ],
         "param_groups": [
             {**{name: _to_json(v) for name, v in optimizer._check(group.options, group.label).items()},
              "params": [p.key for p in group.parameters]}
@@ -113,7 +117,8 @@ def load(optimizer: "Optimizer", path: Any, *, params: bool) -> dict[str, Any]:
     if params:
         _check_params(optimizer, views, saved.params, path)
     restore(optimizer, saved.state_dict)
-    for view, array in zip(views, saved.params, strict=False):
+    for parameter, view, array in zip(optimizer._parameters(), views, saved.params, strict=False):
+        parameter.before_writing(None)
         view[...] = array
     return saved.metadata
 

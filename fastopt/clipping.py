@@ -8,12 +8,22 @@ from typing import Any
 import numpy as np
 
 from fastopt import arrays
-from fastopt.gradients import DenseGradient, IndexedSlices, RowGradient, checked_slices, leaves
-from fastopt.kernels.cpu import norms, rows
-from fastopt.kernels.cpu.index import group
+from fastopt.gradients import (
+    BagGradient,
+    DenseGradient,
+    IndexedSlices,
+    RowGradient,
+    checked_rows,
+    leaves,
+    values_of,
+)
+from fastopt.kernels.cpu import norms
+from fastopt.kernels.cpu.rows import coalesce
+from fastopt.kernels.elements import NORM_EPS
+from fastopt.launch import sums_of_squares
+from fastopt.plan import group_all
 
 SMALL, LARGE = 1e-140, 1e150  # norms beyond which squares lose digits or overflow
-NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm it divides by
 
 
 def total_norm(gradients: Iterable[DenseGradient | RowGradient]) -> float:
@@ -30,19 +40,21 @@ def total_norm(gradients: Iterable[DenseGradient | RowGradient]) -> float:
 
 
 def _scaled_norm(gradients: list[DenseGradient | RowGradient], scale: float) -> float:
-    total = sum(_sum_squares(gradient, scale) for gradient in gradients if gradient.values.size)
-    return math.sqrt(total) / scale
+    total = 0.0
+    sparse: dict[np.dtype, list[RowGradient]] = {}
+    for gradient in gradients:
+        if not gradient.values.size:
+            continue
+        if isinstance(gradient, DenseGradient):
+            total += _sum_squares(gradient.values, scale)
+        elif gradient.indices.array.size:
+            sparse.setdefault(gradient.values.dtype, []).append(gradient)
+    return math.sqrt(total + sum(sums_of_squares(many, scale) for many in sparse.values())) / scale
 
 
-def _sum_squares(gradient: DenseGradient | RowGradient, scale: float) -> float:
-    values = gradient.values
-    if isinstance(gradient, DenseGradient):
-        partials = np.empty(-(-values.size // norms.BLOCK))
-        norms.sum_squares(values.size, values, scale, partials)
-    else:
-        _, order, starts = gradient.groups
-        partials = np.empty(-(-(starts.size - 1) // norms.GROUPS_PER_BLOCK))
-        norms.sum_squares_rows(values.size, values, order, starts, scale, partials)
+def _sum_squares(values: np.ndarray, scale: float) -> float:
+    partials = np.empty(-(-values.size // norms.BLOCK))
+    norms.sum_squares(values.size, values, scale, partials)
     return float(partials.sum())
 
 
@@ -69,8 +81,8 @@ def grad_norm(grads: Any) -> float:
     """L2 norm of all gradients together, computed in float64.
 
     Args:
-        grads: an array, ``IndexedSlices``, or nested lists and dicts of them; ``None`` is skipped.
-            Rows that ``IndexedSlices`` name several times count as their sum. float32 or float64,
+        grads: an array, ``IndexedSlices``, ``BagGradient``, or nested lists and dicts of them;
+            ``None`` is skipped. Rows named several times count as their sum. float32 or float64,
             C-contiguous.
 
     Returns:
@@ -113,13 +125,20 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
     Args:
         grads: as for :func:`grad_norm`, and writable.
         clip_value: at least 0.
+
+    Raises:
+        ValueError: there is a ``BagGradient``, which has no elements of its own to clip.
     """
     clip_value = check_limit(clip_value, "clip_value")
-    for gradient, _, _ in _prepared(grads, writable=True):
+    prepared = _prepared(grads, writable=True)
+    for gradient, _, label in prepared:
+        if isinstance(gradient, RowGradient) and gradient.bags is not None:
+            raise ValueError(f"{label} belongs to a BagGradient, whose rows can't be clipped by value")
+    for gradient, _, _ in prepared:
         flat = gradient.values.reshape(-1)
         if isinstance(gradient, RowGradient):
-            _, order, starts = gradient.groups
-            rows.coalesce(flat.size, gradient.values, order, starts)
+            groups = gradient.indices.groups
+            coalesce(flat.size, gradient.values, groups.order, groups.starts, groups.first_position)
         norms.clip_in_place(flat.size, flat, flat.dtype.type(clip_value))
 
 
@@ -127,11 +146,13 @@ def _prepared(grads: Any, writable: bool) -> list[tuple[DenseGradient | RowGradi
     """Every gradient checked, with its array and label."""
     found: list[tuple[DenseGradient | RowGradient, np.ndarray, str]] = []
     for value, label in leaves(grads, "grads"):
-        if isinstance(value, IndexedSlices):
-            indices, values = checked_slices(value, label, None)
-            label = f"{label}.values"
-            table_rows = int(indices.max()) + 1 if indices.size else 0
-            found.append((RowGradient(values, group(indices, table_rows)), values, label))
+        if isinstance(value, IndexedSlices | BagGradient):
+            gradient = checked_rows(value, label, None)
+            if gradient.bags is not None and gradient.bags.mode == "max":
+                raise ValueError(
+                    f"{label}.mode is 'max', whose gradient depends on the table: use step(clip_norm=...)"
+                )
+            found.append((gradient, gradient.values, values_of(value, label)[1]))
         else:
             array = arrays.host_array(value, label)
             arrays.check_float(array, label)
@@ -139,8 +160,9 @@ def _prepared(grads: Any, writable: bool) -> list[tuple[DenseGradient | RowGradi
             found.append((DenseGradient(array.reshape(-1)), array, label))
         if writable and not found[-1][1].flags.writeable:
             raise ValueError(
-                f"{label} is read-only: expected a gradient to change in place, pass a copy of it"
+                f"{found[-1][2]} is read-only: expected a gradient to change in place, pass a copy of it"
             )
+    group_all([gradient.indices for gradient, _, _ in found if isinstance(gradient, RowGradient)])
     if writable:
         arrays.check_apart([(array, label) for _, array, label in found], [])
     return found

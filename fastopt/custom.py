@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastopt.kernels import rules
-from fastopt.optimizer import Optimizer
+from fastopt.optimizer import TABLE_DEFAULTS, Optimizer
 
 
 def register_rule(
@@ -79,7 +79,7 @@ def register_rule(
             f"hyper, {hyper.__qualname__}, belongs to another rule: define a NamedTuple for this one"
         )
     options = _options(hyper)
-    for taken in ("params", "weight_decay", "maximize"):
+    for taken in ("params", "weight_decay", "maximize", *TABLE_DEFAULTS):
         if taken in options:
             raise ValueError(
                 f"hyper, {hyper.__qualname__}, has {taken!r}, which every optimizer has: leave it out"
@@ -88,7 +88,8 @@ def register_rule(
         raise ValueError(
             f"hyper, {hyper.__qualname__}, has {', '.join(options) or 'nothing'}: expected lr among them"
         )
-    options |= {"weight_decay": 0.0, "maximize": False}
+    options |= {"weight_decay": 0.0, "maximize": False, **TABLE_DEFAULTS}
+    by_step = hasattr(hyper, "fold")
     rules.register(rule)
     keyword = inspect.Parameter.KEYWORD_ONLY
     signature = inspect.Signature(
@@ -100,9 +101,19 @@ def register_rule(
         def __init__(self, params: Any, **given: Any) -> None:
             bound = signature.bind(params, **given)
             bound.apply_defaults()
-            super().__init__(**bound.arguments)
+            own = {name: value for name, value in bound.arguments.items() if name not in TABLE_DEFAULTS}
+            tables = {name: bound.arguments[name] for name in TABLE_DEFAULTS}
+            super().__init__(own.pop("params"), tables, **own)
             for group in self._groups:
                 _try(rule, group.checked)
+
+        def _check_table_options(self, checked: Mapping[str, Any], label: str) -> None:
+            super()._check_table_options(checked, label)
+            if checked["step_per_row"] and (by_step or hyper._fields[0] != "lr"):  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"{label} has step_per_row=True: expected False, as {name} folds the step itself or its "
+                    "first number is not lr"
+                )
 
         def rule(self, options: Mapping[str, Any]) -> rules.Rule:
             return rule

@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt import arrays
-from fastopt.kernels.cpu.index import Groups, group
+from fastopt.bags import Bags, checked_bags
+from fastopt.kernels.cpu import tables
+from fastopt.kernels.cpu.bags import take
+from fastopt.kernels.scratch import empty
+from fastopt.plan import Indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +22,8 @@ class IndexedSlices:
     are TensorFlow's (tf.IndexedSlices).
 
     Args:
-        indices: int32 or int64 array of any shape, each in [0, number of rows).
+        indices: int32 or int64 array of any shape, each in [0, number of rows), or an
+            :class:`fastopt.IndexPlan` of them.
         values: array of shape ``indices.shape + (dim,)`` and the parameter's dtype, C-contiguous.
 
     Both may be NumPy arrays or torch CPU tensors; they are checked where they are used.
@@ -31,72 +36,197 @@ class IndexedSlices:
     values: Any
 
 
+@dataclass(frozen=True, eq=False)
+class BagGradient:
+    """Sparse gradient of a 2-D parameter through :func:`fastopt.embedding_bag`.
+
+    Row ``indices[k]`` gets the gradient of its bag's output, ``grad_output[bag]``, once for each
+    time that the bag holds it: times ``per_sample_weights[k]`` if there are weights, divided by the
+    number of the bag's rows for mode "mean". The gradients of single indices are never stored.
+
+    Args:
+        indices, offsets, mode, per_sample_weights, padding_idx, include_last_offset: as they were
+            for :func:`fastopt.embedding_bag`; ``indices`` may be an :class:`fastopt.IndexPlan`.
+            With mode "max" the gradient of an element goes to the row that the maximum came from,
+            found anew in the table as it is when the gradient is used; the bag's other rows are named
+            all the same, and get an update with what they have of it, which may be zeros.
+        grad_output: gradient of the output, of shape (bags, dim) and the parameter's dtype,
+            C-contiguous.
+
+    Arrays may be NumPy arrays or torch CPU tensors; they are checked where they are used.
+
+    Example:
+        >>> grad = BagGradient(np.array([3, 0, 3]), np.array([0, 2]), np.ones((2, 4), np.float32))
+    """
+
+    indices: Any
+    offsets: Any
+    grad_output: Any
+    mode: str = "sum"
+    per_sample_weights: Any = None
+    padding_idx: int | None = None
+    include_last_offset: bool = False
+
+    def per_sample_weights_grad(self, table: Any) -> np.ndarray:
+        """Gradient of ``per_sample_weights`` (of weights 1 if there were none).
+
+        Args:
+            table: the parameter, before it is updated.
+
+        Returns:
+            An array of the shape of ``indices``: the product of each index's row with its bag's
+            ``grad_output``, divided by the number of the bag's rows for mode "mean".
+
+        Raises:
+            ValueError, TypeError: as for a step, or the mode is "max".
+        """
+        from fastopt.lookup import per_sample_weights_grad
+
+        return per_sample_weights_grad(table, self)
+
+
 class DenseGradient(NamedTuple):
     """A checked gradient, flat."""
 
     values: np.ndarray
 
 
-class RowGradient(NamedTuple):
-    """A checked sparse gradient: [number of indices, dim] values, grouped by row."""
+class RowGradient:
+    """A checked sparse gradient: rows of values, and which of them make up the gradient of a row.
 
-    values: np.ndarray
-    groups: Groups
+    values: [number of indices, dim], or the gradients of bags, [bags, dim].
+    bags: None for :class:`IndexedSlices`.
+    """
+
+    def __init__(self, values: np.ndarray, indices: Indices, bags: Bags | None = None) -> None:
+        self.values = values
+        self.indices = indices
+        self.bags = bags
+        self.winners: np.ndarray | None = None
+        self._sorted: tuple[np.ndarray, np.ndarray | None] | None = None
+
+    @property
+    def work(self) -> int:
+        """Elements that are added up."""
+        return self.indices.array.size * self.values.shape[1]
+
+    @property
+    def skipped(self) -> int:
+        return -1 if self.bags is None else self.bags.padding
+
+    def find_winners(self, table: np.ndarray) -> None:
+        """For mode "max": which rows the maxima come from."""
+        assert self.bags is not None
+        self.winners = self.bags.pool_max(table)[1]
+
+    def describe(self, table: np.ndarray) -> np.ndarray:
+        """The gradient's and the table's columns of a row for kernels (see kernels/cpu/tables.py);
+        what they point to lives as long as the gradient."""
+        groups = self.indices.groups
+        row = np.zeros(tables.WIDTH, np.int64)
+        row[tables.PARAM] = arrays.address(table)
+        row[tables.DIM] = table.shape[1]
+        row[tables.VALUES] = arrays.address(self.values)
+        if self.bags is None:
+            row[tables.SOURCE] = arrays.address(groups.order)
+            row[tables.SOURCE_BASE] = groups.first_position
+        else:
+            source, weights = self._by_row()
+            row[tables.SOURCE] = arrays.address(source)
+            row[tables.SOURCE_ORIGIN] = groups.starts[0]
+            row[tables.WEIGHTS] = 0 if weights is None else arrays.address(weights)
+        row[tables.WINNERS] = 0 if self.winners is None else arrays.address(self.winners)
+        row[tables.ORDER] = arrays.address(groups.order)
+        row[tables.FIRST_POSITION] = groups.first_position
+        row[tables.ROWS] = arrays.address(groups.rows)
+        row[tables.FIRST_ROW] = groups.first_row
+        row[tables.STARTS] = arrays.address(groups.starts)
+        row[tables.GROUPS] = groups.rows.size
+        row[tables.SKIPPED] = self.skipped
+        return row
+
+    def _by_row(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Bag and weight of each position, in the order of rows."""
+        assert self.bags is not None
+        if self._sorted is None:
+            groups = self.indices.groups
+            order = groups.order[groups.starts[0] : groups.starts[-1]]
+            bags, scales = self.bags.of_positions(self.values.dtype)
+            source = empty(order.size, np.int32)
+            take(order.size, bags, order, groups.first_position, source)
+            weights = None
+            if scales is not None:
+                weights = empty(order.size, scales.dtype)
+                take(order.size, scales, order, groups.first_position, weights)
+            self._sorted = source, weights
+        return self._sorted
 
 
-def checked_indices(indices: Any, label: str, rows: int | None) -> np.ndarray:
-    """``indices`` as a NumPy array, every one in [0, rows)."""
-    array = arrays.host_array(indices, label)
-    if array.dtype not in (np.int32, np.int64):
-        raise TypeError(
-            f"{label} has dtype {array.dtype}: expected int32 or int64, pass {label}.astype(np.int64)"
-        )
-    if array.size:
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or (rows is not None and high >= rows):
-            bad = low if low < 0 else high
-            limit = "not negative" if rows is None else f"in [0, {rows}), the rows of the table"
-            raise ValueError(f"{label} holds {bad}: expected every index {limit}")
-    return array
-
-
-def checked_slices(slices: IndexedSlices, label: str, rows: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """1-D indices and 2-D values of ``slices``."""
-    indices = checked_indices(slices.indices, f"{label}.indices", rows)
+def checked_slices(slices: IndexedSlices, label: str, rows: int | None) -> RowGradient:
+    """``slices`` with 2-D values."""
+    indices = Indices(slices.indices, f"{label}.indices", rows)
     values = arrays.host_array(slices.values, f"{label}.values")
     arrays.check_float(values, f"{label}.values")
-    if values.ndim != indices.ndim + 1 or values.shape[:-1] != indices.shape:
-        expected = ", ".join([*map(str, indices.shape), "dim"])
+    shape = indices.array.shape
+    if values.ndim != len(shape) + 1 or values.shape[:-1] != shape:
+        expected = ", ".join([*map(str, shape), "dim"])
         raise ValueError(
             f"{label}.values has shape {values.shape}: expected ({expected}), indices.shape + (dim,)"
         )
     arrays.check_contiguous(values, f"{label}.values")
-    return indices.reshape(-1), values.reshape(indices.size, values.shape[-1])
+    return RowGradient(values.reshape(indices.array.size, values.shape[-1]), indices)
+
+
+def checked_bag_gradient(gradient: BagGradient, label: str, rows: int | None) -> RowGradient:
+    """``gradient`` with its bags."""
+    values = arrays.host_array(gradient.grad_output, f"{label}.grad_output")
+    arrays.check_float(values, f"{label}.grad_output")
+    bags = checked_bags(gradient, label, rows, values.dtype)
+    if values.ndim != 2 or values.shape[0] != bags.count:
+        raise ValueError(
+            f"{label}.grad_output has shape {values.shape}: expected ({bags.count}, dim), a row for each bag"
+        )
+    arrays.check_contiguous(values, f"{label}.grad_output")
+    return RowGradient(values, bags.indices, bags)
+
+
+def values_of(gradient: IndexedSlices | BagGradient, label: str) -> tuple[Any, str]:
+    """The array that a sparse gradient takes its numbers from, with its label."""
+    if isinstance(gradient, IndexedSlices):
+        return gradient.values, f"{label}.values"
+    return gradient.grad_output, f"{label}.grad_output"
+
+
+def checked_rows(gradient: IndexedSlices | BagGradient, label: str, rows: int | None) -> RowGradient:
+    """A sparse gradient, checked for a table of so many rows."""
+    if isinstance(gradient, IndexedSlices):
+        return checked_slices(gradient, label, rows)
+    return checked_bag_gradient(gradient, label, rows)
 
 
 def row_gradient(
-    slices: IndexedSlices, label: str, parameter: np.ndarray, parameter_label: str
+    gradient: IndexedSlices | BagGradient, label: str, parameter: np.ndarray, parameter_label: str
 ) -> RowGradient:
-    """``slices`` checked against its parameter and grouped."""
+    """A sparse gradient checked against its parameter; it is not grouped yet."""
     if parameter.ndim != 2:
+        noun = "IndexedSlices" if isinstance(gradient, IndexedSlices) else "a BagGradient"
         raise ValueError(
-            f"{label} is IndexedSlices but {parameter_label} has shape {parameter.shape}: "
+            f"{label} is {noun} but {parameter_label} has shape {parameter.shape}: "
             "expected a 2-D parameter, pass a dense gradient"
         )
-    arrays.check_like(
-        arrays.host_array(slices.values, f"{label}.values"), f"{label}.values", parameter, parameter_label
-    )
-    indices, values = checked_slices(slices, label, parameter.shape[0])
-    if values.shape[1] != parameter.shape[1]:
+    values, values_label = values_of(gradient, label)
+    arrays.check_like(arrays.host_array(values, values_label), values_label, parameter, parameter_label)
+    checked = checked_rows(gradient, label, parameter.shape[0])
+    if checked.values.shape[1] != parameter.shape[1]:
         raise ValueError(
-            f"{label}.values has rows of {values.shape[1]} but {parameter_label} of {parameter.shape[1]}: "
-            "they must be the same"
+            f"{values_label} has rows of {checked.values.shape[1]} but {parameter_label} of "
+            f"{parameter.shape[1]}: they must be the same"
         )
-    return RowGradient(values, group(indices, parameter.shape[0]))
+    return checked
 
 
 def leaves(grads: Any, label: str) -> Iterator[tuple[Any, str]]:
-    """Each gradient of an array, IndexedSlices, or nested lists and dicts of them, with its label."""
+    """Each gradient of an array, a sparse gradient, or nested lists and dicts of them, with its label."""
     if grads is None:
         return
     if isinstance(grads, dict):

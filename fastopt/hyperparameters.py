@@ -17,12 +17,13 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "eps": _AT_LEAST_0,
     "alpha": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
     "lr_decay": _AT_LEAST_0,
+    "clip_row_norm": _AT_LEAST_0,
     "initial_accumulator_value": _AT_LEAST_0,
     "beta": _FRACTION,
     "beta1": _FRACTION,
     "beta2": _FRACTION,
 }
-_FLAGS = {"maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay"}
+_FLAGS = {"maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "step_per_row"}
 
 
 def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -37,6 +38,12 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
         if name in _FLAGS:
             if not isinstance(value, bool):
                 raise TypeError(f"{where}: expected True or False")
+            checked[name] = value
+        elif name == "rows":
+            if value not in ("lazy", "dense"):
+                raise ValueError(f"{where}: expected 'lazy' or 'dense'")
+            checked[name] = value
+        elif name == "clip_row_norm" and value is None:
             checked[name] = value
         elif name == "betas":
             if not isinstance(value, tuple | list) or len(value) != 2:

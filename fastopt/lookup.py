@@ -1,20 +1,37 @@
-"""Reading rows of embedding tables."""
+"""Reading rows of embedding tables, one by one or pooled."""
 
-from typing import Any
+import math
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastopt import arrays
-from fastopt.gradients import checked_indices
+from fastopt.bags import NO_WEIGHTS, Bags, checked_bags
+from fastopt.clipping import check_limit
+from fastopt.gradients import BagGradient
+from fastopt.kernels.cpu.bags import dots, limit_norms
 from fastopt.kernels.cpu.rows import gather
+from fastopt.plan import Indices
+
+if TYPE_CHECKING:
+    from fastopt.optimizer import Optimizer
 
 
-def embedding(table: Any, indices: Any) -> np.ndarray:
+def embedding(
+    table: Any, indices: Any, *, max_norm: float | None = None, optimizer: "Optimizer | None" = None
+) -> np.ndarray:
     """The rows of ``table`` that ``indices`` name, as ``torch.nn.functional.embedding``.
 
     Args:
-        table: float32 or float64 array of shape (rows, dim), C-contiguous; NumPy or torch, CPU.
-        indices: int32 or int64 array of any shape, each in [0, rows).
+        table: float32 or float64 array of shape (rows, dim), C-contiguous; NumPy or torch, CPU; or
+            a :class:`fastopt.Table`.
+        indices: int32 or int64 array of any shape, each in [0, rows), or an
+            :class:`fastopt.IndexPlan` of them.
+        max_norm: first scale those of the rows named whose L2 norm is larger down to it, in place,
+            as ``torch.nn.Embedding(max_norm=)`` does.
+        optimizer: one with ``rows="dense"`` that updates ``table``: first bring the rows named up
+            to date, in place.
 
     Returns:
         A new array of shape ``indices.shape + (dim,)`` and the table's dtype.
@@ -23,12 +40,107 @@ def embedding(table: Any, indices: Any) -> np.ndarray:
         ValueError: an index out of range, a table that is not 2-D or not contiguous.
         TypeError: other dtypes.
     """
+    source = _table(table, max_norm is not None)
+    where = Indices(indices, "indices", source.shape[0])
+    _make_ready(table, source, where, max_norm, optimizer)
+    out = np.empty((where.array.size, source.shape[1]), source.dtype)
+    gather(out.size, source, where.flat, out)
+    return out.reshape(*where.array.shape, source.shape[1])
+
+
+def embedding_bag(
+    table: Any,
+    indices: Any,
+    offsets: Any = None,
+    *,
+    mode: str = "sum",
+    per_sample_weights: Any = None,
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+    max_norm: float | None = None,
+    optimizer: "Optimizer | None" = None,
+) -> np.ndarray:
+    """Rows of ``table`` pooled by bags, as ``torch.nn.functional.embedding_bag``.
+
+    Args:
+        table: float32 or float64 array of shape (rows, dim), C-contiguous; NumPy or torch, CPU; or
+            a :class:`fastopt.Table`.
+        indices: int32 or int64 array, each in [0, rows), or an :class:`fastopt.IndexPlan` of them;
+            2-D, a bag in each row, or 1-D with ``offsets``.
+        offsets: int32 or int64 array, where each bag begins in ``indices``: the first 0, none
+            smaller than the one before.
+        mode: "sum", "mean" or "max"; an empty bag gives zeros. (torch's default is "mean".)
+        per_sample_weights: a factor for each index, of the shape of ``indices`` and the table's
+            dtype; for "sum" and, other than in torch, for "mean", which divides by the number of
+            rows all the same, as FBGEMM does.
+        padding_idx: a row that counts for nothing; may be negative, as in Python.
+        include_last_offset: ``offsets`` ends with the number of indices.
+        max_norm, optimizer: as for :func:`embedding`.
+
+    Returns:
+        A new array of shape (bags, dim) and the table's dtype. The rows of a bag are added in the
+        order of their indices.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; nothing has changed then.
+    """
+    source = _table(table, max_norm is not None)
+    given = SimpleNamespace(
+        indices=indices,
+        offsets=offsets,
+        mode=mode,
+        per_sample_weights=per_sample_weights,
+        padding_idx=padding_idx,
+        include_last_offset=include_last_offset,
+    )
+    bags = checked_bags(given, "", source.shape[0], source.dtype)
+    _make_ready(table, source, bags.indices, max_norm, optimizer)
+    return bags.pool_max(source)[0] if mode == "max" else bags.pool(source)
+
+
+def per_sample_weights_grad(table: Any, gradient: BagGradient) -> np.ndarray:
+    """See :meth:`fastopt.BagGradient.per_sample_weights_grad`."""
+    source = _table(table, False)
+    if gradient.mode == "max":
+        raise ValueError("mode is 'max', which takes no per_sample_weights: expected 'sum' or 'mean'")
+    bags: Bags = checked_bags(gradient, "", source.shape[0], source.dtype)
+    values = arrays.host_array(gradient.grad_output, "grad_output")
+    arrays.check_like(values, "grad_output", source, "table")
+    if values.shape != (bags.count, source.shape[1]):
+        raise ValueError(
+            f"grad_output has shape {values.shape}: expected {(bags.count, source.shape[1])}, "
+            "(bags, dim of the table)"
+        )
+    arrays.check_contiguous(values, "grad_output")
+    unweighted = Bags(bags.indices, bags.offsets, bags.mode, None, bags.padding)
+    where, scales = unweighted.of_positions(source.dtype)
+    out = np.empty(bags.indices.array.size, source.dtype)
+    scales = NO_WEIGHTS[source.dtype] if scales is None else scales
+    work = out.size * source.shape[1]
+    dots(work, source, bags.indices.flat, where, scales, bags.padding, values, out)
+    return out.reshape(bags.indices.array.shape)
+
+
+def _table(table: Any, written: bool) -> np.ndarray:
     source = arrays.host_array(table, "table")
     arrays.check_float(source, "table")
     if source.ndim != 2:
         raise ValueError(f"table has shape {source.shape}: expected (rows, dim)")
     arrays.check_contiguous(source, "table")
-    where = checked_indices(indices, "indices", source.shape[0])
-    out = np.empty((where.size, source.shape[1]), source.dtype)
-    gather(out.size, source, np.ascontiguousarray(where).reshape(-1), out)
-    return out.reshape(*where.shape, source.shape[1])
+    if written and not source.flags.writeable:
+        raise ValueError("table is read-only: expected one whose rows can be scaled to max_norm")
+    return source
+
+
+def _make_ready(
+    table: Any, source: np.ndarray, indices: Indices, max_norm: float | None, optimizer: "Optimizer | None"
+) -> None:
+    """Do to the rows named what must be done before they are read."""
+    if max_norm is not None:
+        max_norm = check_limit(max_norm, "max_norm")
+    if optimizer is not None:
+        optimizer._bring_up_to_date(table, indices)
+    if max_norm is not None and not math.isinf(max_norm):
+        groups = indices.groups
+        arrays.before_writing(table, groups.rows - groups.first_row)
+        limit_norms(groups.rows.size * source.shape[1], source, groups.rows, groups.first_row, max_norm)

@@ -3,18 +3,30 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from fastopt import arrays
+from fastopt import arrays, stored
 from fastopt.clipping import check_limit, clip_factor, total_norm
-from fastopt.gradients import DenseGradient, IndexedSlices, RowGradient, row_gradient
+from fastopt.gradients import (
+    BagGradient,
+    DenseGradient,
+    IndexedSlices,
+    RowGradient,
+    row_gradient,
+    values_of,
+)
 from fastopt.hyperparameters import checked_options
 from fastopt.kernels import rules
 from fastopt.kernels.cpu.flat import flat, flat_rows
-from fastopt.kernels.cpu.rows import update_rows
-from fastopt.kernels.jit import Kernel
+from fastopt.kernels.cpu.rows import Lazy, PerRow
+from fastopt.launch import Launch, RowUpdate, catch_up_launch, row_launches
+from fastopt.plan import Indices, group_all
+from fastopt.state import state_arrays
+from fastopt.storage import Table
+from fastopt.tables import ROW_STEPS, Counts, Tracking
 
 
 class StepInfo(NamedTuple):
@@ -30,6 +42,20 @@ class StepInfo(NamedTuple):
     skipped: bool = False
 
 
+class TableOptions(TypedDict, total=False):
+    """Options that all optimizers have, for parameters with sparse gradients (see :class:`Optimizer`)."""
+
+    rows: str
+    step_per_row: bool
+    clip_row_norm: float | None
+
+
+TABLE_DEFAULTS: dict[str, Any] = {"rows": "lazy", "step_per_row": False, "clip_row_norm": None}
+
+
+Slot = tuple[tuple[int, ...], np.dtype, float]  # shape, dtype and first value of a state array
+
+
 @dataclass(eq=False)
 class _Parameter:
     """One of the caller's arrays, and what the optimizer keeps for it."""
@@ -41,6 +67,18 @@ class _Parameter:
     dtype: np.dtype
     step: int = 0
     state: dict[str, np.ndarray] = field(default_factory=dict)
+    tracking: Tracking | None = None
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def stored(self) -> Table | None:
+        """The table in files that the parameter is, if it is one."""
+        return self.value if isinstance(self.value, Table) else None
+
+    def before_writing(self, rows: np.ndarray | None) -> None:
+        """Have a table in files keep what is about to change: rows, or all."""
+        if self.stored is not None:
+            self.stored.keep(rows)
 
     @property
     def rows(self) -> int:
@@ -59,6 +97,10 @@ class _Parameter:
     def by_row(self, array: np.ndarray) -> np.ndarray:
         """``array``, of the parameter's shape, with one row for each index of its first axis."""
         return array.reshape(self.rows, array.size // max(self.rows, 1))
+
+    def every_row(self) -> Indices:
+        """Each row once, which needs no sorting."""
+        return Indices.of_all(self.rows)
 
 
 class _Update(NamedTuple):
@@ -91,11 +133,26 @@ class Optimizer:
         params: the arrays to update: one array, a sequence of arrays, a dict name -> array, or a
             sequence of groups, dicts with the key ``params`` (any of the former) and options of
             their own. Arrays are NumPy or torch CPU (same memory, no copy), float32 or float64,
-            C-contiguous, writable, and none shares memory with another.
+            C-contiguous, writable, and none shares memory with another; or a table in files, of
+            :func:`fastopt.open_table`, which has the state in files too.
         lr: learning rate, at least 0, or a function of the step, such as
             ``1e-3 * fastopt.schedules.cosine(1000)``.
         weight_decay: at least 0; an L2 penalty unless the optimizer says decoupled.
         maximize: ascend the gradient.
+        rows: what rows of a 2-D parameter see that a sparse gradient does not name. "lazy", the
+            default: nothing happens to them, as in torch.optim.SparseAdam and FBGEMM; weight decay
+            and momentum act on named rows alone. "dense": what a dense gradient of zeros would have
+            done, momentum, moments and weight decay going on, made up for when the row is next
+            named or read (by ``fastopt.embedding(..., optimizer=)``), or by :meth:`flush`. Exact up to
+            rounding and, for Adam and its kin, to less than 1e-4 of the movement missed, whatever eps
+            is; see ``fastopt.kernels.rest``. It costs no more for the steps missed than for one, but for
+            an L2 ``weight_decay`` with a rule that divides by a root (AdaGrad, RMSProp, Adam, RAdam),
+            where steps are gone through one by one. Needs lr * weight_decay below 1.
+        step_per_row: count the steps of each row, from its first gradient on, for what depends on
+            the step (Adam's bias corrections, AdaGrad's ``lr_decay``), instead of the parameter's.
+            Not with rows="dense".
+        clip_row_norm: scale the gradient of each row of a 2-D parameter, after ``grad_scale`` and
+            ``clip_norm``, by ``min(1, clip_row_norm / (norm + 1e-6))``; None, the default, does not.
 
     Attributes:
         param_groups: list of dicts with each group's ``params`` and options; options may be
@@ -107,8 +164,13 @@ class Optimizer:
             naming the argument, what was got and what was expected.
     """
 
-    def __init__(self, params: Any, **defaults: Any) -> None:
-        self.defaults = defaults
+    def __init__(
+        self, params: Any, table_options: Mapping[str, Any] = MappingProxyType({}), /, **defaults: Any
+    ) -> None:
+        for name in table_options:
+            if name not in TABLE_DEFAULTS:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
+        self.defaults = {**defaults, **TABLE_DEFAULTS, **table_options}
         self._steps = 0
         self.param_groups: list[dict[str, Any]] = []
         self._groups: list[_Group] = []
@@ -122,6 +184,7 @@ class Optimizer:
         if not any(group.parameters for group in self._groups):
             raise ValueError("params holds no arrays: expected at least one to update")
         arrays.check_apart([(p.view(), p.label) for p in self._parameters()], [])
+        stored.resume(self)
 
     @property
     def steps(self) -> int:
@@ -159,6 +222,7 @@ class Optimizer:
                 )
             parameters.append(_Parameter(value, key, one_label, view.shape, view.dtype))
         checked = self._check(options, label)
+        self._check_table_options(checked, label)
         self.param_groups.append(options)
         self._groups.append(_Group(options, params, parameters, label, self.rule(checked), checked))
 
@@ -174,6 +238,14 @@ class Optimizer:
         if missing:
             raise ValueError(f"{label} lacks the option {min(missing)!r}: set it again")
         return checked_options(own, label)
+
+    def _check_table_options(self, checked: Mapping[str, Any], label: str) -> None:
+        """Refuse combinations that can't be honoured."""
+        if checked["rows"] == "dense" and checked["step_per_row"]:
+            raise ValueError(
+                f"{label} has rows='dense' and step_per_row=True: expected one of them, since dense rows "
+                "all have the parameter's step"
+            )
 
     def _parameters(self) -> Iterator[_Parameter]:
         for group in self._groups:
@@ -194,8 +266,9 @@ class Optimizer:
         Args:
             grads: gradients in the structure of ``params``: one array, a sequence, a dict, or a
                 sequence with one of these, or ``{"params": ...}`` of it, for each group. Each is an array
-                of its parameter's shape and dtype, :class:`fastopt.IndexedSlices` for a 2-D
-                parameter, or ``None`` to leave the parameter and its step count alone. They are not changed.
+                of its parameter's shape and dtype, :class:`fastopt.IndexedSlices` or
+                :class:`fastopt.BagGradient` for a 2-D parameter, or ``None`` to leave the parameter and
+                its step count alone. They are not changed.
             clip_norm: scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, norm being the
                 L2 norm over all of them, as ``torch.nn.utils.clip_grad_norm_``.
             grad_scale: factor on the gradients, before anything else; more than 0.
@@ -208,9 +281,8 @@ class Optimizer:
         Raises:
             ValueError, TypeError: an argument or an option does not fit; nothing has changed then.
 
-        With ``IndexedSlices`` each row named gets the sum of its gradients and one update; other
-        rows are left as they are, so weight decay and momentum act on the named rows alone, as in
-        torch.optim.SparseAdam.
+        With sparse gradients each row named gets the sum of its gradients and one update; what other
+        rows see is chosen by the option ``rows``. All tables are sorted and updated in one launch.
         """
         if clip_norm is not None:
             clip_norm = check_limit(clip_norm, "clip_norm")
@@ -223,8 +295,14 @@ class Optimizer:
             raise TypeError(f"param_groups is {self.param_groups!r}: expected the list it was at first")
         if [id(options) for options in self.param_groups] != [id(group.options) for group in self._groups]:
             raise ValueError("param_groups holds other dicts than at first: change the options in those")
-        learning_rates = {id(group): self._learning_rate(group) for group in self._groups}
-        updates = self._match(grads)
+        checked = {id(group): self._changed_options(group) for group in self._groups}
+        learning_rates = {id(group): self._learning_rate(group, checked[id(group)]) for group in self._groups}
+        updates = self._match(grads, checked)
+        sparse = [update.gradient for update in updates if isinstance(update.gradient, RowGradient)]
+        group_all([gradient.indices for gradient in sparse])
+        for group in self._groups:
+            self._adopt(group, checked[id(group)])
+        self._take_maxima(updates)
 
         norm, factor = None, 1.0
         if clip_norm is not None or skip_nonfinite:
@@ -235,46 +313,116 @@ class Optimizer:
             if clip_norm is not None:
                 factor = clip_factor(norm, clip_norm)
 
-        states = [self._state(update) for update in updates]
         folded: dict[tuple[int, int, np.dtype], tuple[Any, Any]] = {}
-        launches = []
-        for update, state in zip(updates, states, strict=True):
+        for update in updates:
             key = id(update.group), update.parameter.step, update.parameter.dtype
             if key not in folded:
                 folded[key] = self._fold(update, learning_rates[key[0]], grad_scale * factor)
-            launches.append(_launch(update, state, *folded[key]))
-        if len(launches) > 1:  # compiling takes seconds, and must not be interrupted after a first write
-            for launch in launches:
-                launch.compile()
-        for update, state, launch in zip(updates, states, launches, strict=True):
+        before = [(update.parameter, update.parameter.state, update.parameter.tracking) for update in updates]
+        try:
+            launches = self._launches(updates, folded, learning_rates)
+        except BaseException:
+            for parameter, state, tracking in before:
+                parameter.state, parameter.tracking = state, tracking
+            raise
+        for launch in launches:
             launch.run()
-            update.parameter.state = state
-            update.parameter.step += 1
+        for update in updates:
+            parameter = update.parameter
+            parameter.step += 1
+            if parameter.tracking is not None:
+                parameter.tracking.history.advance(learning_rates[id(update.group)])
         self._steps += 1
         return StepInfo(norm, clipped=factor != 1.0)
 
-    def _learning_rate(self, group: _Group) -> float:
-        """Check options changed since the last step; the learning rate of this step."""
+    def _launches(
+        self,
+        updates: list[_Update],
+        folded: Mapping[Any, tuple[Any, Any]],
+        learning_rates: Mapping[int, float],
+    ) -> list[Launch]:
+        """All launches of a step, compiled, and what they write kept where it is in files."""
+        launches, rows = [], []
+        for update in updates:
+            self._prepare_rows(update)
+            h, c = folded[id(update.group), update.parameter.step, update.parameter.dtype]
+            if isinstance(update.gradient, RowGradient):
+                rows.append(self._row_update(update, h, c, learning_rates[id(update.group)]))
+            else:
+                launches.append(_dense_launch(update, h, c))
+        launches += row_launches(rows)
+        if len(launches) > 1:  # compiling takes seconds, and must not be interrupted after a first write
+            for launch in launches:
+                launch.compile()
+        for update in updates:
+            update.parameter.before_writing(_rows_written(update.gradient))
+        return launches
+
+    def flush(self) -> None:
+        """Bring every row up to date, and tables in files to the disk.
+
+        With ``rows="dense"`` all rows take the steps that they have missed: call it before you read a
+        table directly, to evaluate or export it. A table of :func:`fastopt.open_table` has from now on
+        what a crash goes back to; all tables of the optimizer together.
+
+        Raises:
+            OSError: a table's files can't be written; its former flush counts.
+        """
+        for parameter in self._parameters():
+            self._catch_up(parameter)
+        stored.flush(self)
+
+    def _changed_options(self, group: _Group) -> dict[str, Any]:
+        """The group's options, checked anew if they were changed since the last step."""
         checked = group.checked
         if group.options.get("params") is not group.params or not _same(group):
             raise ValueError(
                 f"the params of {group.label} were changed: make a new optimizer for other parameters"
             )
-        if _changed(group.options, checked):
-            checked = self._check(group.options, group.label)
-            rule = self.rule(checked)
-            if rule != group.rule:
+        if not _changed(group.options, checked):
+            return checked
+        checked = self._check(group.options, group.label)
+        rule = self.rule(checked)
+        if rule != group.rule:
+            raise ValueError(
+                f"the options of {group.label} now need the state {_names(rule)}, at first "
+                f"{_names(group.rule)}: make a new optimizer to change them"
+            )
+        for name in ("rows", "step_per_row"):
+            if checked[name] != group.checked[name]:
                 raise ValueError(
-                    f"the options of {group.label} now need the state {_names(rule)}, at first "
-                    f"{_names(group.rule)}: make a new optimizer to change them"
+                    f"{name} of {group.label} is now {checked[name]!r}, at first {group.checked[name]!r}: "
+                    "make a new optimizer to change it"
                 )
-            group.checked = checked
-        lr = checked["lr"]
-        if not callable(lr):
-            return lr
-        return checked_options({"lr": lr(self.steps)}, f"{group.label}, at step {self.steps},")["lr"]
+        return checked
 
-    def _match(self, grads: Any) -> list[_Update]:
+    def _adopt(self, group: _Group, checked: dict[str, Any]) -> None:
+        """Go on with changed options; rows first take the steps they have missed under the old ones."""
+        if {**checked, "lr": None} != {**group.checked, "lr": None}:
+            for parameter in group.parameters:
+                self._catch_up(parameter)
+        group.checked = checked
+
+    def _adopt_options(self) -> None:
+        """Where rows are behind, adopt options changed since the last step."""
+        for group in self._groups:
+            if any(parameter.tracking is not None for parameter in group.parameters):
+                self._adopt(group, self._changed_options(group))
+
+    def _learning_rate(self, group: _Group, checked: Mapping[str, Any]) -> float:
+        """The learning rate of this step."""
+        lr = checked["lr"]
+        if callable(lr):
+            lr = checked_options({"lr": lr(self.steps)}, f"{group.label}, at step {self.steps},")["lr"]
+        weight_decay = checked["weight_decay"]
+        if checked["rows"] == "dense" and lr * weight_decay >= 1:
+            raise ValueError(
+                f"lr is {lr!r} and weight_decay {weight_decay!r} in {group.label}: rows='dense' needs "
+                "lr * weight_decay below 1"
+            )
+        return lr
+
+    def _match(self, grads: Any, checked: Mapping[int, Mapping[str, Any]]) -> list[_Update]:
         """Pair parameters and gradients, checked."""
         views = {id(p): p.view() for p in self._parameters()}
         written = [(views[id(p)], p.label) for p in self._parameters()]
@@ -285,12 +433,12 @@ class Optimizer:
                     continue
                 view = views[id(parameter)]
                 gradient: DenseGradient | RowGradient
-                if isinstance(value, IndexedSlices):
+                if isinstance(value, IndexedSlices | BagGradient):
                     gradient = row_gradient(value, one_label, view, parameter.label)
-                    read.append((gradient.values, f"{one_label}.values"))
+                    read.append((gradient.values, values_of(value, one_label)[1]))
                 else:
                     array = arrays.gradient_view(value, one_label, view, parameter.label)
-                    gradient = DenseGradient(array.reshape(-1))
+                    gradient = _as_rows(array, parameter, checked[id(group)], one_label)
                     read.append((array, one_label))
                 updates.append(_Update(parameter, group, view, gradient))
         arrays.check_apart(written, read)
@@ -310,58 +458,169 @@ class Optimizer:
                 entry, label = entry["params"], f"{label}['params']"
             yield group, entry, label
 
-    def _state(self, update: _Update) -> dict[str, np.ndarray]:
-        """The parameter's state, made at its first gradient."""
-        parameter = update.parameter
-        if parameter.state or not (update.group.rule.state_slots or update.group.rule.row_slots):
-            return parameter.state
-        first = self.initial_state(update.group.checked)
-        state = {}
-        for slot, shape in self._slot_shapes(update.group, parameter):
-            value = first.get(slot, 0.0)
-            # zeros come from the system unread: a huge table costs nothing until rows are touched
-            state[slot] = (
-                np.full(shape, value, parameter.dtype) if value else np.zeros(shape, parameter.dtype)
-            )
-        return state
+    def _take_maxima(self, updates: list[_Update]) -> None:
+        """Find where the maxima of bags come from, in rows that are up to date."""
+        for update in updates:
+            gradient = update.gradient
+            if (
+                isinstance(gradient, RowGradient)
+                and gradient.bags is not None
+                and gradient.bags.mode == "max"
+            ):
+                self._catch_up(update.parameter, gradient.indices)
+                gradient.find_winners(update.view)
 
-    @staticmethod
-    def _slot_shapes(group: _Group, parameter: _Parameter) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for slot in group.rule.state_slots:
-            yield slot, parameter.shape
-        for slot in group.rule.row_slots:
-            yield slot, (parameter.rows,)
+    def _slots(self, group: _Group, parameter: _Parameter) -> dict[str, Slot]:
+        """Shape, dtype and first value of each state array."""
+        first = self.initial_state(group.checked)
+        rule = group.rule
+        shapes = dict.fromkeys(rule.state_slots, parameter.shape)
+        shapes |= dict.fromkeys(rule.row_slots, (parameter.rows,))
+        slots = {name: (shape, parameter.dtype, first.get(name, 0.0)) for name, shape in shapes.items()}
+        if group.checked["step_per_row"] and len(parameter.shape) == 2:
+            slots[ROW_STEPS] = (parameter.rows,), np.dtype(np.int64), 0.0
+        return slots
+
+    def _prepare_rows(self, update: _Update) -> None:
+        """Have the state, made at the parameter's first gradient, as this gradient needs it."""
+        parameter, group = update.parameter, update.group
+        slots = self._slots(group, parameter)
+        if not parameter.state and slots:
+            if parameter.stored is not None:
+                parameter.state = parameter.stored.state(slots)
+            else:
+                together = group.rule.state_slots if isinstance(update.gradient, RowGradient) else ()
+                parameter.state = _new_state(slots, together)
+        if group.checked["rows"] != "dense":
+            return
+        full = parameter.tracking is not None and parameter.tracking.full
+        if full or isinstance(update.gradient, DenseGradient):
+            self._catch_up(parameter)
+        if isinstance(update.gradient, RowGradient) and parameter.tracking is None:
+            parameter.tracking = self._tracking(group, parameter, parameter.step, None)
+
+    def _tracking(
+        self, group: _Group, parameter: _Parameter, base: int, last_step: np.ndarray | None
+    ) -> Tracking:
+        """Tracking that starts after step ``base``, when all rows were up to date."""
+        if last_step is None:
+            last_step = np.full(parameter.rows, base, np.int64)
+        return Tracking(group.rule, self._decay(group.checked), group.checked, base, last_step)
+
+    def _row_update(self, update: _Update, h: Any, c: Any, lr: float) -> RowUpdate:
+        parameter, checked, rule = update.parameter, update.group.checked, update.group.rule
+        assert isinstance(update.gradient, RowGradient)
+        mode: Any = Lazy()
+        row_steps = numbers = None
+        if ROW_STEPS in parameter.state:
+            mode, row_steps = PerRow(), parameter.state[ROW_STEPS]
+            numbers = parameter.counts.up_to(parameter.step + 1, rule, checked)
+            h = h._replace(**{h._fields[0]: parameter.dtype.type(lr)})
+        elif parameter.tracking is not None:
+            mode = parameter.tracking.history.kind()
+        limit = checked["clip_row_norm"]
+        return RowUpdate(
+            mode,
+            h,
+            c,
+            update.view,
+            update.gradient,
+            tuple(parameter.state[slot] for slot in (*rule.state_slots, *rule.row_slots)),
+            math.inf if limit is None else limit,
+            parameter.step + 1,
+            row_steps,
+            numbers,
+            parameter.tracking,
+        )
+
+    def _catch_up(self, parameter: _Parameter, indices: Indices | None = None) -> None:
+        """Let rows, those that ``indices`` name or all, take the steps that they have missed."""
+        tracking = parameter.tracking
+        if tracking is None:
+            return
+        if tracking.history.now > tracking.history.base:
+            group = next(group for group in self._groups if parameter in group.parameters)
+            h, c = self._fold_options(group, parameter, tracking.options, 0.0, 1.0, parameter.step)
+            rows = None if indices is None else indices.groups.rows - indices.groups.first_row
+            launch = catch_up_launch(
+                tracking, parameter.view(), parameter.state, group.rule, h, c, parameter.step, rows
+            )
+            parameter.before_writing(rows)
+            launch.run()
+        if indices is None:
+            parameter.tracking = None
+
+    def _bring_up_to_date(self, table: Any, indices: Indices) -> None:
+        """Before rows of ``table`` are read."""
+        where = arrays.address(arrays.host_array(table, "table"))
+        for parameter in self._parameters():
+            if parameter.value is table or arrays.address(parameter.view()) == where:
+                self._catch_up(parameter, indices)
+                return
+        raise ValueError("table is not a parameter of optimizer: expected the optimizer that updates it")
+
+    def _flushed_alone(self, table: Table) -> dict[str, Any]:
+        """What a table's own flush stores."""
+        group, parameter = next((g, p) for g in self._groups for p in g.parameters if p.value is table)
+        self._catch_up(parameter)
+        return stored.progress(self, group, parameter)
 
     def _fold(self, update: _Update, lr: float, scale: float) -> tuple[Any, Any]:
-        options = {**update.group.checked, "lr": lr}
-        h = update.group.rule.fold(update.parameter.step + 1, options)
+        parameter = update.parameter
+        return self._fold_options(
+            update.group, parameter, update.group.checked, lr, scale, parameter.step + 1
+        )
+
+    def _decay(self, options: Mapping[str, Any]) -> type:
+        """The type of weight decay."""
+        if not options["weight_decay"]:
+            return rules.Scaled
+        return rules.Decoupled if self.decoupled(options) else rules.L2
+
+    def _fold_options(
+        self,
+        group: _Group,
+        parameter: _Parameter,
+        options: Mapping[str, Any],
+        lr: float,
+        scale: float,
+        step: int,
+    ) -> tuple[Any, Any]:
+        """The hyperparameters of a launch, in the parameter's dtype."""
+        h = group.rule.fold(step, {**options, "lr": lr})
         if options["maximize"]:
             scale = -scale
+        decay = self._decay(options)
         c: Any
-        if not options["weight_decay"]:
+        if decay is rules.Scaled:
             c = rules.Scaled(scale)
-        elif self.decoupled(options):
+        elif decay is rules.Decoupled:
             c = rules.Decoupled(scale, 1.0 - lr * options["weight_decay"])
         else:
             c = rules.L2(scale, options["weight_decay"])
-        dtype = update.parameter.dtype.type
-        return _cast(h, dtype, update.group.label), _cast(c, dtype, update.group.label)
+        dtype = parameter.dtype.type
+        return _cast(h, dtype, group.label), _cast(c, dtype, group.label)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything but the parameters.
 
+        With ``rows="dense"`` rows may be behind: their last steps and the learning rates since then
+        are part of the state, so that a resumed run has the same bits. (Options changed since the
+        last step are adopted first, see :meth:`step`.)
+
         Returns:
             ``optimizer``: the class name. ``steps``. ``state``: for each parameter's name, or
             position, a dict with its ``step`` and state arrays. ``param_groups``: each group's
             options, with ``params`` the names.
         """
+        self._adopt_options()
         return {
             "optimizer": type(self).__name__,
             "steps": self.steps,
             "state": {
-                p.key: {"step": p.step, **{slot: array.copy() for slot, array in p.state.items()}}
+                p.key: {"step": p.step, **{slot: a.copy() for slot, a in state_arrays(p).items()}}
                 for p in self._parameters()
             },
             "param_groups": [
@@ -422,63 +681,67 @@ class Optimizer:
         for group in self._groups:
             size = sum(math.prod(p.shape) for p in group.parameters)
             noun = "array" if len(group.parameters) == 1 else "arrays"
-            options = ", ".join(f"{name}={group.options.get(name)!r}" for name in self.defaults)
+            options = ", ".join(
+                f"{name}={group.options.get(name)!r}"
+                for name in self.defaults
+                if group.options.get(name) != TABLE_DEFAULTS.get(name, ())
+            )
             lines.append(f"{len(group.parameters)} {noun}, {size:,} parameters: {options}")
         body = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines) + "\n"
         return f"{type(self).__name__}({body})"
 
 
-class _Launch(NamedTuple):
-    """A kernel and what it is to be called with."""
-
-    kernel: Kernel
-    work: int
-    arguments: tuple
-
-    def run(self) -> None:
-        if self.work:
-            self.kernel(self.work, *self.arguments)
-
-    def compile(self) -> None:
-        """Have the kernel compiled, by a call with empty arrays, if it has not been for such types."""
-        if not self.work:
-            return
-        h, c, *rest = self.arguments
-        kinds = tuple(_kind(value) for value in rest)
-        key = self.kernel, self.kernel.runs_serial(self.work), type(h), type(c), kinds
-        if key not in _compiled:
-            self.kernel(self.work, h, c, *map(_emptied, rest))
-            _compiled.add(key)
-
-
-_compiled: set[tuple] = set()
-
-
-def _kind(value: Any) -> Any:
-    """What a kernel's machine code depends on, of an array or a tuple of them."""
-    if isinstance(value, tuple):
-        return tuple(map(_kind, value))
-    return value.dtype, value.ndim, value.flags.writeable
-
-
-def _emptied(value: Any) -> Any:
-    return tuple(map(_emptied, value)) if isinstance(value, tuple) else value[:0]
-
-
-def _launch(update: _Update, state: dict[str, np.ndarray], h: Any, c: Any) -> _Launch:
+def _dense_launch(update: _Update, h: Any, c: Any) -> Launch:
     parameter, rule, gradient = update.parameter, update.group.rule, update.gradient
-    slots = tuple(state[slot] for slot in rule.state_slots)
-    row_slots = tuple(state[slot] for slot in rule.row_slots)
+    for slot in rule.state_slots:  # rows of several arrays may lie together
+        parameter.state[slot] = np.asarray(parameter.state[slot], order="C")
+    slots = tuple(parameter.state[slot] for slot in rule.state_slots)
+    row_slots = tuple(parameter.state[slot] for slot in rule.row_slots)
     work = gradient.values.size
-    if isinstance(gradient, RowGradient):
-        rows = update.view, gradient.values, *gradient.groups, slots, row_slots
-        return _Launch(update_rows, work, (h, c, *rows))
     if rule.row_slots:
         by_row = parameter.by_row
         table = by_row(update.view), by_row(gradient.values), tuple(map(by_row, slots)), row_slots
-        return _Launch(flat_rows, work, (h, c, *table))
+        return Launch(flat_rows, work, (h, c, *table))
     buffers = update.view.reshape(-1), gradient.values, tuple(slot.reshape(-1) for slot in slots)
-    return _Launch(flat, work, (h, c, *buffers))
+    return Launch(flat, work, (h, c, *buffers))
+
+
+def _as_rows(
+    array: np.ndarray, parameter: _Parameter, checked: Mapping[str, Any], label: str
+) -> DenseGradient | RowGradient:
+    """A dense gradient, by rows where an option needs them."""
+    if checked["clip_row_norm"] is not None and array.ndim != 2:
+        raise ValueError(
+            f"{label} has shape {array.shape} and clip_row_norm is {checked['clip_row_norm']!r}: expected a "
+            "2-D parameter, put others into a group without it"
+        )
+    if array.ndim == 2 and (checked["clip_row_norm"] is not None or checked["step_per_row"]):
+        return RowGradient(array, parameter.every_row())
+    return DenseGradient(array.reshape(-1))
+
+
+def _rows_written(gradient: DenseGradient | RowGradient) -> np.ndarray | None:
+    """The rows that an update writes, None for all."""
+    if isinstance(gradient, DenseGradient):
+        return None
+    groups = gradient.indices.groups
+    return groups.rows - groups.first_row
+
+
+def _new_state(slots: Mapping[str, Slot], together: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """State arrays; those of ``together`` lie row by row side by side, which memory answers faster."""
+    state = {}
+    if len(together) > 1:
+        (rows, dim), dtype, _ = slots[together[0]]
+        both = np.zeros((rows, len(together), dim), dtype)
+        state = {slot: both[:, k] for k, slot in enumerate(together)}
+    for name, (shape, dtype, value) in slots.items():
+        if name not in state:
+            # zeros come from the system unread: a huge table costs nothing until rows are touched
+            state[name] = np.full(shape, value, dtype) if value else np.zeros(shape, dtype)
+        elif value:
+            state[name][...] = value
+    return {name: state[name] for name in slots}
 
 
 def _cast(values: Any, dtype: type[np.floating], label: str) -> Any:

@@ -1,11 +1,12 @@
 """The optimizers. Arguments, defaults and results are those of torch.optim 2.13 where it has them;
-the formulas are in ``fastopt.kernels.rules``."""
+the formulas are in ``fastopt.kernels.rules``. Options that all have, for tables with sparse gradients
+too, are those of :class:`fastopt.Optimizer`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from fastopt.kernels import rules
-from fastopt.optimizer import Optimizer
+from fastopt.optimizer import Optimizer, TableOptions
 
 LearningRate = float | Callable[[int], float]
 Options = Mapping[str, Any]
@@ -36,9 +37,11 @@ class SGD(Optimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        **table_options: Unpack[TableOptions],
     ) -> None:
         super().__init__(
             params,
+            table_options,
             lr=lr,
             momentum=momentum,
             dampening=dampening,
@@ -79,9 +82,11 @@ class AdaGrad(Optimizer):
         eps: float = 1e-10,
         *,
         maximize: bool = False,
+        **table_options: Unpack[TableOptions],
     ) -> None:
         super().__init__(
             params,
+            table_options,
             lr=lr,
             lr_decay=lr_decay,
             weight_decay=weight_decay,
@@ -97,15 +102,50 @@ class AdaGrad(Optimizer):
         return {"sum": options["initial_accumulator_value"]}
 
 
-class RowwiseAdaGrad(AdaGrad):
+class RowwiseAdaGrad(Optimizer):
     """AdaGrad with one accumulator a row, s = s + mean(g^2 over the row): FBGEMM's
     EXACT_ROWWISE_ADAGRAD. A row is an index of the first axis. State: ``sum``, of shape (rows,).
 
-    The arguments are those of :class:`AdaGrad`.
+    Args:
+        params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize: as for
+            :class:`AdaGrad`.
+        decoupled_weight_decay: decouple weight decay as :class:`AdamW` does (FBGEMM's
+            WeightDecayMode.DECOUPLE; else its L2).
     """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        **table_options: Unpack[TableOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            table_options,
+            lr=lr,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+        )
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.ROWWISE_ADAGRAD
+
+    def decoupled(self, options: Options) -> bool:
+        return options["decoupled_weight_decay"]
+
+    def initial_state(self, options: Options) -> dict[str, float]:
+        return {"sum": options["initial_accumulator_value"]}
 
 
 class RMSProp(Optimizer):
@@ -134,9 +174,11 @@ class RMSProp(Optimizer):
         centered: bool = False,
         *,
         maximize: bool = False,
+        **table_options: Unpack[TableOptions],
     ) -> None:
         super().__init__(
             params,
+            table_options,
             lr=lr,
             alpha=alpha,
             eps=eps,
@@ -177,9 +219,11 @@ class Adam(Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        **table_options: Unpack[TableOptions],
     ) -> None:
         super().__init__(
             params,
+            table_options,
             lr=lr,
             betas=betas,
             eps=eps,
@@ -209,8 +253,9 @@ class AdamW(Adam):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        **table_options: Unpack[TableOptions],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, **table_options)
 
     def decoupled(self, options: Options) -> bool:
         return True
@@ -234,13 +279,62 @@ class AMSGrad(Adam):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        **table_options: Unpack[TableOptions],
     ) -> None:
         Optimizer.__init__(
-            self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize
+            self,
+            params,
+            table_options,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
         )
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.AMSGRAD
+
+
+class RowwiseAdam(Optimizer):
+    """Adam with one second moment a row, v = beta2 * v + (1 - beta2) * mean(g^2 over the row): FBGEMM's
+    PARTIAL_ROWWISE_ADAM. A row is an index of the first axis.
+
+    State: ``exp_avg``, and ``exp_avg_sq``, of shape (rows,).
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize: as for :class:`Adam`.
+        decoupled_weight_decay: decouple weight decay as :class:`AdamW` does, and FBGEMM.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        **table_options: Unpack[TableOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            table_options,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.ROWWISE_ADAM
+
+    def decoupled(self, options: Options) -> bool:
+        return options["decoupled_weight_decay"]
 
 
 class RAdam(Optimizer):
@@ -267,9 +361,11 @@ class RAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
+        **table_options: Unpack[TableOptions],
     ) -> None:
         super().__init__(
             params,
+            table_options,
             lr=lr,
             betas=betas,
             eps=eps,

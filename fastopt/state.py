@@ -6,12 +6,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastopt import arrays
+from fastopt.tables import LAST_STEP, LR_HISTORY, MOST_STEPS, ROW_STEPS, Tracking
 
 if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer, _Group, _Parameter
 
-MOST_STEPS = 2**53  # which float64 still counts
+MOST_COUNTED = 2**53  # steps, which float64 still counts
 _KEYS = ("optimizer", "steps", "state", "param_groups")
+
+
+def state_arrays(parameter: "_Parameter") -> dict[str, np.ndarray]:
+    """A parameter's state as it is saved, C-contiguous."""
+    state = {slot: np.asarray(array, order="C") for slot, array in parameter.state.items()}
+    if parameter.tracking is not None:
+        state[LAST_STEP] = parameter.tracking.last_step
+        state[LR_HISTORY] = parameter.tracking.history.lrs
+    return state
 
 
 def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
@@ -47,8 +57,8 @@ def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
             f"{', '.join(map(repr, keys))}"
         )
     states = [
-        _state(optimizer, group, parameter, saved_state[parameter.key])
-        for group in optimizer._groups
+        _state(optimizer, group, own, parameter, saved_state[parameter.key])
+        for group, own in zip(optimizer._groups, options, strict=True)
         for parameter in group.parameters
     ]
 
@@ -56,9 +66,25 @@ def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
     for group, new in zip(optimizer._groups, options, strict=True):
         group.options.update(new)
         group.checked = new
-    for parameter, (step, arrays_by_slot) in zip(optimizer._parameters(), states, strict=True):
+    own = [(group, parameter) for group in optimizer._groups for parameter in group.parameters]
+    for (group, parameter), (step, arrays_by_slot, tracking) in zip(own, states, strict=True):
         parameter.step = step
-        parameter.state = arrays_by_slot
+        parameter.tracking = tracking
+        _take_over(parameter, arrays_by_slot, optimizer._slots(group, parameter))
+
+
+def _take_over(
+    parameter: "_Parameter", state: dict[str, np.ndarray], slots: Mapping[str, tuple[Any, np.dtype, float]]
+) -> None:
+    """Have ``state``, which is empty before the first step; tables in files then have first values."""
+    if parameter.stored is None:
+        parameter.state = state
+    elif state or parameter.state:
+        parameter.before_writing(None)
+        if not parameter.state:
+            parameter.state = parameter.stored.state(slots)
+        for name, (_, _, first) in slots.items():
+            parameter.state[name][...] = state.get(name, first)
 
 
 def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) -> dict[str, Any]:
@@ -71,6 +97,12 @@ def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) ->
             f"{label}['params'] is {saved['params']!r}: expected {keys!r}, the optimizer's parameters"
         )
     options = optimizer._check({**saved, "params": None}, label)
+    for name in ("rows", "step_per_row"):
+        if options[name] != group.checked[name]:
+            raise ValueError(
+                f"{label} has {name} {options[name]!r}: expected {group.checked[name]!r}, "
+                "build the optimizer with the same options"
+            )
     rule = optimizer.rule(options)
     if rule != group.rule:
         own = (*group.rule.state_slots, *group.rule.row_slots)
@@ -82,34 +114,80 @@ def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) ->
 
 
 def _state(
-    optimizer: "Optimizer", group: "_Group", parameter: "_Parameter", saved: Any
-) -> tuple[int, dict[str, np.ndarray]]:
+    optimizer: "Optimizer", group: "_Group", options: Mapping[str, Any], parameter: "_Parameter", saved: Any
+) -> tuple[int, dict[str, np.ndarray], Tracking | None]:
     label = f"state_dict['state'][{parameter.key!r}]"
-    shapes = dict(optimizer._slot_shapes(group, parameter))
+    expected = optimizer._slots(group, parameter)
     if not isinstance(saved, Mapping) or "step" not in saved:
         raise ValueError(
-            f"{label} has {_length(saved)}: expected step and {', '.join(shapes) or 'nothing else'}"
+            f"{label} has {_length(saved)}: expected step and {', '.join(expected) or 'nothing else'}"
         )
     step = _count(saved["step"], f"{label}['step']")
-    slots = set(saved) - {"step"}
-    if slots != set(shapes) and (slots or step):
+    behind = {LAST_STEP, LR_HISTORY} & set(saved) if options["rows"] == "dense" else set()
+    slots = set(saved) - {"step"} - behind
+    if slots != set(expected) and (slots or step):
         raise ValueError(
             f"{label} has the state {', '.join(sorted(map(str, slots))) or 'none'}: expected "
-            f"{', '.join(shapes) or 'none'}"
+            f"{', '.join(expected) or 'none'}"
         )
     state = {}
-    for slot in shapes if slots else ():
-        array = arrays.host_array(saved[slot], f"{label}[{slot!r}]")
-        if array.shape != shapes[slot]:
-            raise ValueError(f"{label}[{slot!r}] has shape {array.shape}: expected {shapes[slot]}")
-        if array.dtype != parameter.dtype:
-            raise TypeError(f"{label}[{slot!r}] has dtype {array.dtype}: expected {parameter.dtype}")
-        state[slot] = np.array(array, order="C")
-    return step, state
+    for slot in expected if slots else ():
+        shape, dtype, _ = expected[slot]
+        state[slot] = _array(saved[slot], f"{label}[{slot!r}]", shape, dtype)
+    counts = state.get(ROW_STEPS, np.empty(0, np.int64))
+    if counts.size and not 0 <= counts.min() <= counts.max() <= step:
+        raise ValueError(
+            f"{label}[{ROW_STEPS!r}] has counts from {counts.min()} to {counts.max()}: expected 0 to {step}"
+        )
+    return step, state, _tracking(optimizer, group, options, parameter, saved, step) if behind else None
+
+
+def _tracking(
+    optimizer: "Optimizer",
+    group: "_Group",
+    options: Mapping[str, Any],
+    parameter: "_Parameter",
+    saved: Mapping[str, Any],
+    step: int,
+) -> Tracking:
+    """Which rows are behind, and the steps since none was."""
+    label = f"state_dict['state'][{parameter.key!r}]"
+    if LAST_STEP not in saved or LR_HISTORY not in saved:
+        raise ValueError(f"{label} has one of {LAST_STEP} and {LR_HISTORY}: expected both or none")
+    integer = np.dtype(np.int64)
+    last_step = _array(saved[LAST_STEP], f"{label}[{LAST_STEP!r}]", (parameter.rows,), integer)
+    lrs = arrays.host_array(saved[LR_HISTORY], f"{label}[{LR_HISTORY!r}]")
+    if lrs.ndim != 1 or lrs.dtype != np.float64 or lrs.size > min(step, MOST_STEPS):
+        raise ValueError(
+            f"{label}[{LR_HISTORY!r}] has shape {lrs.shape} and dtype {lrs.dtype}: expected at most "
+            f"{min(step, MOST_STEPS)} float64 numbers"
+        )
+    base = step - lrs.size
+    if last_step.size and not base <= last_step.min() <= last_step.max() <= step:
+        raise ValueError(
+            f"{label}[{LAST_STEP!r}] has steps from {last_step.min()} to {last_step.max()}: expected "
+            f"{base} to {step}"
+        )
+    tracking = Tracking(group.rule, optimizer._decay(options), options, base, last_step)
+    for lr in lrs.tolist():
+        if not 0 <= lr < np.inf:
+            raise ValueError(f"{label}[{LR_HISTORY!r}] holds {lr!r}: expected finite numbers, at least 0")
+        tracking.history.advance(lr)
+    return tracking
+
+
+def _array(value: Any, label: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A copy of ``value``, which must have this shape and dtype."""
+    array = arrays.host_array(value, label)
+    if array.shape != shape:
+        raise ValueError(f"{label} has shape {array.shape}: expected {shape}")
+    if array.dtype != dtype:
+        raise TypeError(f"{label} has dtype {array.dtype}: expected {dtype}")
+    return np.array(array, order="C")
 
 
 def _count(value: Any, label: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= MOST_STEPS:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= MOST_COUNTED:
         raise ValueError(f"{label} is {value!r}: expected a whole number, at least 0")
     return int(value)
 

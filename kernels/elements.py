@@ -5,11 +5,17 @@ the ``@overload`` is what compiled kernels on the CPU and the GPU get. Loops ove
 state are unrolled into source text: a recursion over its tuple compiles several times slower.
 """
 
+import math
 from collections.abc import Callable
 
+import numpy as np
+from numba import types
 from numba.extending import overload, register_jitable
+from numba.np.numpy_support import as_dtype
 
 from fastopt.kernels.rules import L2, RULES, Decoupled, Rule
+
+NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm it divides by
 
 
 def define(name: str, arguments: str, *lines: str, **names: object) -> Callable:
@@ -39,6 +45,67 @@ def store(arrays, i, values):
 def _store(arrays, i, values):
     lines = [f"arrays[{k}][i] = values[{k}]" for k in range(len(arrays))]
     return define("store", "arrays, i, values", *lines, "return None")
+
+
+def unpack(prototype, numbers):
+    """A named tuple of the type of ``prototype`` from an array of its numbers, flags being 0 or 1."""
+    return type(prototype)(
+        *(n != 0 if isinstance(p, bool) else n for p, n in zip(prototype, numbers, strict=True))
+    )
+
+
+@overload(unpack)
+def _unpack(prototype, numbers):
+    items = ", ".join(
+        f"numbers[{k}] != 0" if isinstance(kind, types.Boolean) else f"numbers[{k}]"
+        for k, kind in enumerate(prototype.types)
+    )
+    return define("unpack", "prototype, numbers", f"return cls({items})", cls=prototype.instance_class)
+
+
+def unpack_times(prototype, numbers, factor, like):
+    """The same of the first of ``numbers``, cast to the type of ``like``, the first times ``factor``."""
+    numbers = [numbers[0] * factor, *numbers[1:]]
+    cast = type(like)
+    return type(prototype)(
+        *(n != 0 if isinstance(p, bool) else cast(n) for p, n in zip(prototype, numbers, strict=False))
+    )
+
+
+@overload(unpack_times)
+def _unpack_times(prototype, numbers, factor, like):
+    items = ", ".join(
+        f"numbers[{k}] != 0"
+        if isinstance(kind, types.Boolean)
+        else f"cast(numbers[{k}]{' * factor' if k == 0 else ''})"
+        for k, kind in enumerate(prototype.types)
+    )
+    return define(
+        "unpack_times",
+        "prototype, numbers, factor, like",
+        f"return cls({items})",
+        cls=prototype.instance_class,
+        cast=as_dtype(like).type,
+    )
+
+
+def unpack_decay(prototype, numbers, like):
+    """A weight decay of the type of ``prototype`` for a gradient of zeros, from its numbers but for the
+    scale."""
+    cast = type(like)
+    return type(prototype)(cast(1), *(cast(n) for n in numbers))
+
+
+@overload(unpack_decay)
+def _unpack_decay(prototype, numbers, like):
+    items = "".join(f", cast(numbers[{k}])" for k in range(len(prototype.types) - 1))
+    return define(
+        "unpack_decay",
+        "prototype, numbers, like",
+        f"return cls(cast(1){items})",
+        cls=prototype.instance_class,
+        cast=as_dtype(like).type,
+    )
 
 
 def _adapter(rule: Rule) -> Callable:
@@ -104,9 +171,36 @@ def update_element(h, c, p, g, *state):
     return update(h, decayed(c, p), regularise(c, p, g), *state)
 
 
+def rescaled(c, factor):
+    """``c`` with the gradient's scale times ``factor``."""
+    return c._replace(scale=c.scale * factor)
+
+
+@overload(rescaled)
+def _rescaled(c, factor):
+    others = "".join(f", c.{name}" for name in c.fields[1:])
+    return define("rescaled", "c, factor", f"return cls(c.scale * factor{others})", cls=c.instance_class)
+
+
 @register_jitable
-def mean_square(c, p, g, row):
-    """Mean over a row of the squared gradient ``g`` (1-D) as the rule sees it.
+def limited(c, g, limit):
+    """``c`` with its scale such that the row's gradient ``g`` has at most the norm ``limit``:
+    ``limit / (norm + NORM_EPS)`` as ``torch.nn.utils.clip_grad_norm_``, NaN for a NaN norm."""
+    if limit == np.inf:
+        return c
+    total = 0.0
+    for d in range(g.size):
+        x = np.float64(c.scale * g[d])
+        total += x * x
+    factor = limit / (math.sqrt(total) + NORM_EPS)
+    if factor > 1.0:
+        return c
+    return rescaled(c, g.dtype.type(factor))
+
+
+@register_jitable
+def mean_square(c, p, g):
+    """Mean over a row of the squared gradient ``g`` as the rule sees it; ``p`` and ``g`` are 1-D.
 
     Four interleaved sums: a fixed order, in which the additions need not wait for each other.
     """
@@ -115,49 +209,71 @@ def mean_square(c, p, g, row):
     sums = zero, zero, zero, zero
     whole = dim - dim % 4
     for d in range(0, whole, 4):
-        g0 = regularise(c, p[row, d], g[d])
-        g1 = regularise(c, p[row, d + 1], g[d + 1])
-        g2 = regularise(c, p[row, d + 2], g[d + 2])
-        g3 = regularise(c, p[row, d + 3], g[d + 3])
+        g0 = regularise(c, p[d], g[d])
+        g1 = regularise(c, p[d + 1], g[d + 1])
+        g2 = regularise(c, p[d + 2], g[d + 2])
+        g3 = regularise(c, p[d + 3], g[d + 3])
         sums = sums[0] + g0 * g0, sums[1] + g1 * g1, sums[2] + g2 * g2, sums[3] + g3 * g3
     total = (sums[0] + sums[1]) + (sums[2] + sums[3])
     for d in range(whole, dim):
-        g0 = regularise(c, p[row, d], g[d])
+        g0 = regularise(c, p[d], g[d])
         total += g0 * g0
     return total / p.dtype.type(dim)
 
 
-def begin_row(h, c, p, g, row, row_state):
-    """Update a row's own state, of one element a row; returns it for the row's elements."""
+def begin_row(h, c, p, g, row_state):
+    """Update a row's own state, arrays of one element; returns it for the row's elements."""
     rule = RULES[type(h)]
     if rule.update_row is None:
         return ()
-    new = rule.update_row(h, mean_square(c, p, g, row), *load(row_state, row))
-    store(row_state, row, new)
+    new = rule.update_row(h, mean_square(c, p, g), *load(row_state, 0))
+    store(row_state, 0, new)
     return new
 
 
 @overload(begin_row)
-def _begin_row(h, c, p, g, row, row_state):
+def _begin_row(h, c, p, g, row_state):
     rule = RULES[h.instance_class]
     if rule.update_row is None:
-        return lambda h, c, p, g, row, row_state: ()
+        return lambda h, c, p, g, row_state: ()
     update_state = register_jitable(rule.update_row)
 
-    def implementation(h, c, p, g, row, row_state):
-        new = update_state(h, mean_square(c, p, g, row), *load(row_state, row))
-        store(row_state, row, new)
+    def implementation(h, c, p, g, row_state):
+        new = update_state(h, mean_square(c, p, g), *load(row_state, 0))
+        store(row_state, 0, new)
         return new
 
     return implementation
 
 
+def row_of(arrays, row):
+    """Row ``row`` of each array of a tuple."""
+    return tuple(array[row] for array in arrays)
+
+
+@overload(row_of)
+def _row_of(arrays, row):
+    items = "".join(f"arrays[{k}][row], " for k in range(len(arrays)))
+    return define("row_of", "arrays, row", f"return ({items})")
+
+
+def element_of(arrays, row):
+    """Element ``row`` of each 1-D array of a tuple, as arrays of one element."""
+    return tuple(array[row : row + 1] for array in arrays)
+
+
+@overload(element_of)
+def _element_of(arrays, row):
+    items = "".join(f"arrays[{k}][row : row + 1], " for k in range(len(arrays)))
+    return define("element_of", "arrays, row", f"return ({items})")
+
+
 @register_jitable
-def update_row(h, c, p, g, row, state, row_state):
-    """Update row ``row`` of the 2-D ``p`` and of its state with the row's whole gradient ``g``."""
-    row_values = begin_row(h, c, p, g, row, row_state)
+def update_row(h, c, p, g, state, row_state):
+    """Update the row ``p`` and its state with the row's whole gradient ``g``, all of them 1-D and
+    the arrays of ``row_state`` of one element."""
+    row_values = begin_row(h, c, p, g, row_state)
     for d in range(g.size):
-        at = (row, d)
-        new = update_element(h, c, p[at], g[d], *load(state, at), *row_values)
-        p[at] = new[0]
-        store(state, at, new[1:])
+        new = update_element(h, c, p[d], g[d], *load(state, d), *row_values)
+        p[d] = new[0]
+        store(state, d, new[1:])

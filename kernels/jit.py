@@ -34,8 +34,30 @@ _njit: Any = numba.njit  # its type leaves out some options
 
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
-# for functions that only CPU kernels call: compiled once, shared by both variants
-helper = _njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+
+def helper(function: Callable, **options: Any) -> Any:
+    """Decorate a function that only CPU kernels call: compiled once, shared by both variants."""
+    return _njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS, **options)
+
+
+def restricted_helper(function: Callable) -> Any:
+    """A :data:`helper` whose array arguments never overlap, compiled into its callers.
+
+    Else the compiler checks that before each loop, a row of 8 elements then costing 8 times as much.
+    """
+    dispatcher = helper(function, forceinline=True)
+    compiler = getattr(dispatcher, "_compiler", None)  # none without JIT
+    if compiler is not None:
+        customize = compiler._customize_flags
+
+        def without_overlap(flags: Any) -> Any:
+            flags = customize(flags)
+            flags.noalias = True
+            return flags
+
+        compiler._customize_flags = without_overlap
+    return dispatcher
+
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
 

@@ -225,6 +225,24 @@ def adam(h, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq):
     return p, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
+class RowwiseAdamH(AdamH):
+    __slots__ = ()
+
+
+@register_jitable
+def rowwise_adam(h, p, g, exp_avg, row_exp_avg_sq):
+    """Adam with one second moment a row, v = beta2 * v + (1 - beta2) * mean(g^2 over the row);
+    FBGEMM's PARTIAL_ROWWISE_ADAM."""
+    exp_avg = lerp(exp_avg, g, h.one_minus_beta1, h.beta1)
+    return p - h.step_size * exp_avg / (math.sqrt(row_exp_avg_sq) * h.root_correction + h.eps), exp_avg
+
+
+@register_jitable
+def average_mean_square(h, mean_sq, row_exp_avg_sq):
+    """The row's part of :func:`rowwise_adam`."""
+    return (h.beta2 * row_exp_avg_sq + h.one_minus_beta2 * mean_sq,)
+
+
 class RAdamH(NamedTuple):
     step_size: float
     beta1: float
@@ -269,7 +287,8 @@ def radam(h, p, g, exp_avg, exp_avg_sq):
 class Rule:
     """A rule as kernels and optimizers see it.
 
-    hyper: NamedTuple class; kernels find the rule by it. Its classmethod
+    hyper: NamedTuple class; kernels find the rule by it. Its first field is a multiple of the
+        learning rate. Its classmethod
         ``fold(step, *, lr, **options)`` makes the tuple of one step; without one, the options
         are taken by field name.
     update: the scalar function ``(h, p, g, *slots, *row_slots) -> (p, *slots)``.
@@ -320,5 +339,6 @@ CENTERED_RMSPROP_MOMENTUM = register(
     Rule(CenteredRMSPropMomentumH, rmsprop, ("square_avg", "grad_avg", "momentum_buffer"))
 )
 ADAM = register(Rule(AdamH, adam, ("exp_avg", "exp_avg_sq", None)))
+ROWWISE_ADAM = register(Rule(RowwiseAdamH, rowwise_adam, ("exp_avg",), average_mean_square, ("exp_avg_sq",)))
 AMSGRAD = register(Rule(AMSGradH, adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")))
 RADAM = register(Rule(RAdamH, radam, ("exp_avg", "exp_avg_sq")))

@@ -94,6 +94,8 @@ CASES = [
     Case("adagrad", "AdaGrad", "adagrad", "Adagrad", ("eps",)),
     Case("adagrad_decay", "AdaGrad", "adagrad", "Adagrad", ADAGRAD),
     Case("rowwise_adagrad", "RowwiseAdaGrad", "rowwise_adagrad", None, ADAGRAD),
+    Case("rowwise_adagrad_decoupled", "RowwiseAdaGrad", "rowwise_adagrad", None, ("eps",),
+         {"decoupled_weight_decay": True}, decoupled=True),
     Case("rmsprop", "RMSProp", "rmsprop", "RMSprop", RMSPROP),
     Case("rmsprop_momentum", "RMSProp", "rmsprop", "RMSprop", (*RMSPROP, "momentum")),
     Case("rmsprop_centered", "RMSProp", "rmsprop", "RMSprop", RMSPROP, {"centered": True}),
@@ -105,6 +107,9 @@ CASES = [
          reference_own={"amsgrad": True}),
     Case("adamw", "AdamW", "adam", "AdamW", ADAM, decoupled=True),
     Case("adamw_amsgrad", "AdamW", "adam", "AdamW", ADAM, {"amsgrad": True}, decoupled=True),
+    Case("rowwise_adam", "RowwiseAdam", "rowwise_adam", None, ADAM),
+    Case("rowwise_adam_decoupled", "RowwiseAdam", "rowwise_adam", None, ADAM,
+         {"decoupled_weight_decay": True}, decoupled=True),
     Case("radam", "RAdam", "radam", "RAdam", ADAM),
     Case("radam_decoupled", "RAdam", "radam", "RAdam", ADAM, {"decoupled_weight_decay": True},
          decoupled=True),
@@ -115,7 +120,7 @@ BY_NAME = {case.name: case for case in CASES}
 # One for each rule that has kernels of its own.
 RULES = [BY_NAME[name] for name in (
     "sgd", "dampening", "adagrad_decay", "rowwise_adagrad", "rmsprop", "rmsprop_momentum",
-    "rmsprop_centered", "rmsprop_centered_momentum", "adam", "amsgrad", "radam",
+    "rmsprop_centered", "rmsprop_centered_momentum", "adam", "amsgrad", "rowwise_adam", "radam",
 )]  # fmt: skip
 
 

@@ -84,6 +84,19 @@ def adam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, amsgrad=False, 
     return p - lr * m_hat / (np.sqrt(v_hat) + eps)
 
 
+def rowwise_adam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, **common):
+    p, g = prepared(p, g, lr=lr, **common)
+    if g.size == 0:
+        return p
+    beta1, beta2 = betas
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, 1 - beta1)
+    mean = (g.reshape(state["exp_avg_sq"].size, -1) ** 2).mean(axis=1)
+    v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * mean
+    m_hat = m.reshape(v.size, -1) / (1 - beta1**step)
+    v_hat = v / (1 - beta2**step)
+    return p - lr * (m_hat / (np.sqrt(v_hat)[:, None] + eps)).reshape(p.shape)
+
+
 def radam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, **common):
     p, g = prepared(p, g, lr=lr, **common)
     beta1, beta2 = betas
@@ -119,17 +132,16 @@ def slots(rule, options):
         return [name for name, present in wanted.items() if present]
     if rule is adam:
         return ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * options.get("amsgrad", False)
-    if rule is radam:
+    if rule in (radam, rowwise_adam):
         return ["exp_avg", "exp_avg_sq"]
     return ["exp_avg"] if rule is lion else []
 
 
 def new_state(rule, p, options):
     """State before the first update."""
-    shape = p.shape
-    if rule is rowwise_adagrad:
-        shape = p.shape[:1] or (1,)
-    return {name: np.full(shape, options.get("initial_accumulator_value", 0.0))
+    by_row = {rowwise_adagrad: ["sum"], rowwise_adam: ["exp_avg_sq"]}.get(rule, [])
+    return {name: np.full((p.shape[:1] or (1,)) if name in by_row else p.shape,
+                          options.get("initial_accumulator_value", 0.0))
             for name in slots(rule, options)}  # fmt: skip
 
 

@@ -188,3 +188,165 @@ def test_a_gradient_given_twice_is_refused(function):
             function(pair, 0.5)
     np.testing.assert_array_equal(g, 2.0)
     assert fastopt.grad_norm([g, g]) == pytest.approx(math.sqrt(24))
+
+
+# Gradients of bags
+
+
+def some_bags(rng, dtype, mode="sum", weighted=False, padding_idx=None, rows=9):
+    """The gradient of 20 bags, and the same as the gradients of positions."""
+    ends = np.sort(np.append(rng.integers(0, 90, 19, endpoint=True), [0, 90]))
+    lengths = np.diff(ends)
+    indices, bag_of = rng.integers(0, rows, 90), np.repeat(np.arange(20), lengths)
+    g = cases.gradient(rng, (20, 5), dtype)
+    weights = np.asarray(rng.integers(-8, 9, 90) / 8, dtype) if weighted else None
+    bags = fastopt.BagGradient(indices, ends[:-1], g, mode, weights, padding_idx)
+    kept = indices != (-1 if padding_idx is None else padding_idx)
+    values = g[bag_of] if weights is None else g[bag_of] * weights[:, None]
+    if mode == "mean":
+        values = (values / np.maximum(np.bincount(bag_of[kept], minlength=20), 1)[bag_of, None]).astype(dtype)
+    return bags, fastopt.IndexedSlices(indices[kept], values[kept])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@given(seed=SEEDS, weighted=st.booleans(), padding_idx=st.sampled_from([None, 0, 3]))
+def test_the_norm_of_bags_is_that_of_the_gradients_of_their_rows(dtype, mode, seed, weighted, padding_idx):
+    rng = np.random.default_rng(seed)
+    bags, slices = some_bags(rng, dtype, mode, weighted, padding_idx)
+    other = some_grads(rng, dtype)
+    rel = 1e-14 if mode == "sum" else 4 * float(np.finfo(dtype).eps)
+    assert fastopt.grad_norm(bags) == pytest.approx(naive_norm([slices]), rel=rel)
+    together = naive_norm([slices, *other])
+    assert fastopt.grad_norm({"a": other, "b": [None, bags]}) == pytest.approx(together, rel=rel)
+
+
+@given(seed=SEEDS, share=st.floats(0, 2))
+def test_clipping_bags_by_norm_scales_the_gradient_of_their_output(seed, share):
+    rng = np.random.default_rng(seed)
+    bags, slices = some_bags(rng, np.float64, weighted=True, padding_idx=2)
+    other = cases.gradient(rng, 7, np.float64)
+    before, norm = bags.grad_output.copy(), naive_norm([slices, other])
+    factor = min(1.0, share * norm / (norm + 1e-6))
+    old = other.copy()
+    assert fastopt.clip_grad_norm([bags, other], share * norm) == pytest.approx(norm, rel=1e-14)
+    np.testing.assert_allclose(bags.grad_output, before * factor, rtol=1e-15)
+    np.testing.assert_allclose(other, old * factor, rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_steps_with_bags_clip_as_with_the_gradients_of_their_rows(dtype, weighted):
+    bags, slices = some_bags(np.random.default_rng(2), dtype, weighted=weighted, padding_idx=4)
+    norm = naive_norm([slices])
+    before = bags.grad_output.copy()
+    for options in (
+        {"clip_norm": norm / 3},
+        {"clip_norm": norm * 3},
+        {"clip_norm": norm / 3, "grad_scale": 0.5, "skip_nonfinite": True},
+    ):
+        p, twin = np.ones((9, 5), dtype), np.ones((9, 5), dtype)
+        info = fastopt.Adam(p, lr=0.1).step(bags, **options)
+        assert info == fastopt.Adam(twin, lr=0.1).step(slices, **options)
+        assert info.norm == pytest.approx(norm * options.get("grad_scale", 1.0), rel=1e-14)
+        assert info.clipped == (options["clip_norm"] < info.norm)
+        assert p.tobytes() == twin.tobytes()
+        assert (p[4] == 1).all() and (p[0] != 1).any()
+    assert bags.grad_output.tobytes() == before.tobytes()
+
+
+def test_steps_with_maxima_clip_by_the_norm_of_what_comes_through():
+    table = np.array([[1.0, 9.0], [5.0, 2.0], [3.0, 3.0]])
+    bags = fastopt.BagGradient(np.array([[0, 1], [2, 0]]), None, np.array([[3.0, 1.0], [5.0, 3.0]]), "max")
+    p = table.copy()  # rows get [0, 1 + 3], [3, 0] and [5, 0]
+    info = fastopt.SGD(p, lr=1.0).step(bags, clip_norm=math.sqrt(50) / 2)
+    assert info == fastopt.StepInfo(pytest.approx(math.sqrt(50), rel=1e-14), True, False)
+    np.testing.assert_allclose(p, table - [[0, 2], [1.5, 0], [2.5, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_steps_skip_bags_that_are_not_finite(bad):
+    p = np.ones((4, 2))
+    opt = fastopt.Adam(p)
+    where, start, g = np.array([0, 1, 1]), np.array([0, 1]), np.ones((2, 2))
+    for options in (
+        {"grad_output": g * bad},
+        {"grad_output": g, "per_sample_weights": np.array([1, 1, bad])},
+    ):
+        bags = fastopt.BagGradient(where, start, **options)
+        info = opt.step(bags, skip_nonfinite=True, clip_norm=1.0)
+        assert info.skipped and not math.isfinite(info.norm)
+        assert not math.isfinite(fastopt.grad_norm(bags))
+    maxima = fastopt.BagGradient(where, start, g * bad, "max")
+    assert opt.step(maxima, skip_nonfinite=True).skipped
+    np.testing.assert_array_equal(p, 1.0)
+    assert opt.steps == 0
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_the_norm_of_bags_neither_overflows_nor_underflows(size):
+    bags = fastopt.BagGradient(np.array([[0, 1], [0, 2]]), None, np.array([[1.5 * size], [2.5 * size]]))
+    want = size * math.sqrt(4**2 + 1.5**2 + 2.5**2)
+    assert fastopt.grad_norm(bags) == pytest.approx(want, rel=1e-14)
+
+
+def test_the_norm_of_many_bags_is_that_of_the_gradients_of_their_rows():
+    rng = np.random.default_rng(3)
+    indices = rng.integers(0, 700, (3_000, 20))
+    g = cases.gradient(rng, (3_000, 9), np.float32)
+    bags = fastopt.BagGradient(indices, None, g)
+    values = np.repeat(g, 20, axis=0).reshape(3_000, 20, 9)
+    want = fastopt.grad_norm(fastopt.IndexedSlices(indices, values))
+    assert fastopt.grad_norm(bags) == pytest.approx(want, rel=1e-14)
+    assert want == pytest.approx(naive_norm([fastopt.IndexedSlices(indices, values)]), rel=1e-14)
+
+
+BAGS = {"indices": np.array([0, 1]), "offsets": np.array([0, 1])}
+TWO = np.full((2, 2), 3.0)
+BAD_BAGS = [
+    (
+        {"mode": "max"},
+        ValueError,
+        r"grads\[1\]\.mode is 'max', whose gradient depends on the table: use step",
+    ),
+    ({"mode": "min"}, ValueError, r"grads\[1\]\.mode is 'min': expected 'sum', 'mean' or 'max'"),
+    ({"indices": np.array([0, -1])}, ValueError, r"grads\[1\]\.indices holds -1: .*not negative"),
+    ({"offsets": np.array([0, 3])}, ValueError, r"grads\[1\]\.offsets has 3 before 2"),
+    ({"padding_idx": -1}, ValueError, r"grads\[1\]\.padding_idx is -1: expected at least 0 where no table"),
+    ({"per_sample_weights": np.ones(2, np.float32)}, TypeError, r"grads\[1\]\.per_sample_weights has dtype"),
+    ({"grad_output": np.ones((3, 2))}, ValueError, r"grads\[1\]\.grad_output has shape \(3, 2\)"),
+    ({"grad_output": np.ones((2, 2), int)}, TypeError, r"grads\[1\]\.grad_output has dtype int64"),
+    ({"grad_output": np.ones((2, 4))[:, ::2]}, ValueError, r"grads\[1\]\.grad_output has strides"),
+    ({"grad_output": read_only(np.ones((2, 2)))}, ValueError, r"grads\[1\]\.grad_output is read-only"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), BAD_BAGS, ids=[m for *_, m in BAD_BAGS])
+def test_bags_that_do_not_fit_are_refused_before_any_is_changed(changed, error, message):
+    good = np.full(3, 2.0)
+    bags = fastopt.BagGradient(**{"grad_output": TWO.copy(), **BAGS, **changed})
+    before = bags.grad_output.copy()
+    functions = [lambda grads: fastopt.clip_grad_norm(grads, 0.5), fastopt.grad_norm]
+    for function in functions[: 1 if "read-only" in message else 2]:
+        with pytest.raises(error, match=f"^{message}"):
+            function([good, bags])
+    np.testing.assert_array_equal(good, 2.0)
+    np.testing.assert_array_equal(bags.grad_output, before)
+
+
+def test_bags_are_not_clipped_by_value():
+    good, g = np.full(3, 2.0), TWO.copy()
+    message = r"grads\['b'\]\.grad_output belongs to a BagGradient, whose rows can't be clipped by value"
+    with pytest.raises(ValueError, match=message):
+        fastopt.clip_grad_value({"a": good, "b": fastopt.BagGradient(**BAGS, grad_output=g)}, 0.5)
+    np.testing.assert_array_equal(good, 2.0)
+    np.testing.assert_array_equal(g, 3.0)
+
+
+def test_bags_that_share_the_gradient_of_their_output_are_refused():
+    g = TWO.copy()
+    bags = fastopt.BagGradient(**BAGS, grad_output=g)
+    for other in (bags, g[1:], fastopt.IndexedSlices(np.array([0]), g[1:])):
+        with pytest.raises(ValueError, match="grad_output"):
+            fastopt.clip_grad_norm([bags, other], 0.5)
+    np.testing.assert_array_equal(g, 3.0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fastopt
+from fastopt.gradients import checked_rows
 from fastopt.kernels import jit
 from fastopt.kernels.cpu import norms, rows
 from fastopt.kernels.cpu.index import group
@@ -74,12 +75,15 @@ def test_norms_have_the_same_bits_for_any_number_of_threads_and_variant(dtype, r
     numba.set_num_threads(1)
     assert fastopt.grad_norm(grads) == first
 
-    flat, groups = g.reshape(-1), group(indices, 500)
-    for kernel, args, blocks in (
+    flat = g.reshape(-1)
+    gradient = checked_rows(fastopt.IndexedSlices(indices, g), "grads", 500)
+    table = np.stack([gradient.describe(gradient.values)])
+    blocks = np.array([[0, block] for block in range(-(-500 // norms.GROUPS_PER_BLOCK))])
+    for kernel, args, count in (
         (norms.sum_squares, (flat,), -(-flat.size // norms.BLOCK)),
-        (norms.sum_squares_rows, (g, groups.order, groups.starts), -(-500 // norms.GROUPS_PER_BLOCK)),
+        (norms.sum_squares_tables, (dtype(0), table, blocks), len(blocks)),
     ):
-        partials = np.empty((2, blocks))
+        partials = np.empty((2, count))
         kernel.serial(*args, 1.0, partials[0])
         kernel.parallel(*args, 1.0, partials[1])
         assert partials[0].tobytes() == partials[1].tobytes()
@@ -106,9 +110,9 @@ def test_coalescing_and_lookups_have_the_same_bits_in_both_variants():
     serial = rng.standard_normal((5_001, 9)).astype(np.float32)
     parallel = serial.copy()
     indices = rng.integers(0, 700, 5_001)
-    _, order, starts = group(indices, 700)
-    rows.coalesce.serial(serial, order, starts)
-    rows.coalesce.parallel(parallel, order, starts)
+    [groups] = group([(indices, 700)])
+    rows.coalesce.serial(serial, groups.order, groups.starts, 0)
+    rows.coalesce.parallel(parallel, groups.order, groups.starts, 0)
     assert serial.tobytes() == parallel.tobytes()
     found = np.empty((2, 5_001, 9), np.float32)
     rows.gather.serial(serial, indices, found[0])

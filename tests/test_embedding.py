@@ -1,11 +1,15 @@
 """Lookups in embedding tables."""
 
+import math
+
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
+from fastopt.kernels import jit
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -72,3 +76,139 @@ REFUSED = [
 def test_what_does_not_fit_is_refused(table, indices, error, message):
     with pytest.raises(error, match=message):
         fastopt.embedding(table, indices)
+
+
+# max_norm
+
+
+RTOL = {np.dtype(np.float32): 2e-6, np.dtype(np.float64): 1e-14}
+
+
+def uneven_table(rng, rows, width, dtype):
+    """Rows of norms from 0 to some hundred, none of them near 1.5."""
+    table = rng.standard_normal((rows, width))
+    norms = rng.choice([0.0, 0.5, 1.4, 1.6, 10.0, 300.0], rows)
+    return np.asarray(table * (norms / np.maximum(np.linalg.norm(table, axis=1), 1e-9))[:, None], dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(
+    rows=st.integers(1, 50),
+    width=st.sampled_from([1, 3, 8, 64, 100]),
+    shape=st.sampled_from([(0,), (1,), (17,), (3, 4), (2, 3, 2)]),
+    index_type=st.sampled_from([np.int32, np.int64]),
+    max_norm=st.sampled_from([0.0, 1.5, 1_000.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_norms_are_limited_in_place_as_by_torch(dtype, rows, width, shape, index_type, max_norm, seed):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(seed)
+    table = uneven_table(rng, rows, width, dtype)
+    before, twin = table.copy(), torch.tensor(table)
+    indices = np.asarray(rng.integers(0, rows, shape), index_type)
+    found = fastopt.embedding(table, indices, max_norm=max_norm)
+    want = torch.nn.functional.embedding(torch.tensor(indices), twin, max_norm=max_norm).numpy()
+    rtol = RTOL[table.dtype]
+    np.testing.assert_allclose(found, want, rtol=rtol, atol=0)
+    np.testing.assert_allclose(table, twin.numpy(), rtol=rtol, atol=0)
+    np.testing.assert_array_equal(found, table[indices])
+    changed = np.isin(np.arange(rows), indices) & (np.linalg.norm(before, axis=1) > max_norm)
+    assert table[~changed].tobytes() == before[~changed].tobytes()
+    assert (table[changed] != before[changed]).any(axis=1).all()
+    assert (np.linalg.norm(table[changed], axis=1) <= max_norm * (1 + rtol)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding_idx", [None, 7])
+def test_norms_are_limited_before_bags_are_pooled_as_by_torch(dtype, mode, padding_idx):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(1)
+    table = uneven_table(rng, 30, 8, dtype)
+    twin = torch.tensor(table)
+    indices, offsets = rng.integers(0, 20, 60), np.array([0, 5, 5, 40])
+    indices[::9] = 7
+    options = {"mode": mode, "padding_idx": padding_idx, "max_norm": 1.5}
+    got = fastopt.embedding_bag(table, indices, offsets, **options)
+    want = torch.nn.functional.embedding_bag(torch.tensor(indices), twin, torch.tensor(offsets), **options)
+    rtol = RTOL[table.dtype]
+    np.testing.assert_allclose(table, twin.numpy(), rtol=rtol, atol=0)
+    np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=60 * rtol)
+    again = fastopt.embedding_bag(table, indices, offsets, mode=mode, padding_idx=padding_idx)
+    np.testing.assert_array_equal(got, again)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_without_a_norm_are_limited_as_by_torch(dtype):
+    torch = pytest.importorskip("torch")
+    nan, inf = np.nan, np.inf
+    table = np.array([[nan, 9.0], [inf, 1.0], [0.0, 0.0], [-0.0, 0.0], [3.0, 4.0], [30.0, 40.0]], dtype)
+    before, twin = table.copy(), torch.tensor(table)
+    indices = np.arange(6)
+    fastopt.embedding(table, indices, max_norm=5.0)
+    torch.nn.functional.embedding(torch.tensor(indices), twin, max_norm=5.0)
+    np.testing.assert_allclose(table, twin.numpy(), rtol=RTOL[table.dtype])
+    assert table[[0, 2, 3, 4]].tobytes() == before[[0, 2, 3, 4]].tobytes()
+
+
+def test_a_row_named_many_times_is_limited_once():
+    table = np.full((3, 4), 2.0)
+    fastopt.embedding(table, np.full(10_000, 1), max_norm=1.0)
+    np.testing.assert_array_equal(table[[0, 2]], 2.0)
+    np.testing.assert_array_equal(table[1], 2.0 * (1.0 / (4.0 + 1e-7)))
+
+
+def test_an_infinite_limit_changes_nothing():
+    table = np.array([[np.inf, 1.0], [1e30, np.nan]])
+    before = table.tobytes()
+    found = fastopt.embedding(table, np.array([0, 1]), max_norm=math.inf)
+    assert found.tobytes() == table.tobytes() == before
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
+def test_limits_and_lookups_have_the_same_bits_for_any_number_of_threads_and_variant(monkeypatch):
+    rng = np.random.default_rng(2)
+    table = rng.standard_normal((20_000, 17)).astype(np.float32)
+    indices = rng.integers(0, 20_000, 40_000)
+
+    def run():
+        own = table.copy()
+        return fastopt.embedding(own, indices, max_norm=4.0).tobytes(), own.tobytes()
+
+    threads = numba.get_num_threads()
+    try:
+        numba.set_num_threads(2)
+        first = run()
+        numba.set_num_threads(1)
+        assert run() == first
+    finally:
+        numba.set_num_threads(threads)
+    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+    assert run() == first
+    assert first[1] != table.tobytes()
+
+
+@pytest.mark.parametrize(
+    "lookup",
+    [
+        lambda table, indices, limit: fastopt.embedding(table, indices, max_norm=limit),
+        lambda table, indices, limit: fastopt.embedding_bag(table, indices, np.array([0]), max_norm=limit),
+    ],
+    ids=["embedding", "embedding_bag"],
+)
+def test_limits_that_do_not_fit_are_refused_before_any_row_is_changed(lookup):
+    table, indices = np.full((5, 2), 9.0), np.array([0, 3])
+    for limit in (-1.0, math.nan, -math.inf, -(10**400)):
+        with pytest.raises(ValueError, match=r"max_norm is .*: expected at least 0"):
+            lookup(table, indices, limit)
+    for limit in ("1", True, [1.0]):
+        with pytest.raises(TypeError, match=r"max_norm is .*: expected a number"):
+            lookup(table, indices, limit)
+    with pytest.raises(ValueError, match="indices holds 5"):
+        lookup(table, np.array([0, 5]), 1.0)
+    np.testing.assert_array_equal(table, 9.0)
+    table.flags.writeable = False
+    with pytest.raises(ValueError, match="table is read-only: expected one whose rows can be scaled"):
+        lookup(table, indices, 1.0)
+    np.testing.assert_array_equal(table, 9.0)
+    lookup(table, indices, None)

@@ -13,7 +13,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_example_runs(number):
+def test_example_runs(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # tables in files are made there
     exec(compile(BLOCKS[number], f"README example {number}", "exec"), {"__name__": f"readme{number}"})
 
 
@@ -36,6 +37,6 @@ def test_every_optimizer_has_a_row():
         and issubclass(getattr(fastopt, name), fastopt.Optimizer)
         and name != "Optimizer"
     ]
-    assert len(classes) == 8
+    assert len(classes) == 9
     for name in classes:
         assert f"| `{name}`" in table, name

@@ -1,68 +1,233 @@
-"""Grouping of indices: which positions belong to each distinct row, in order."""
+"""Grouping of indices: which positions belong to each distinct row, in order.
 
+A key is an index plus the number of rows of all tables before its own, so that one sort groups
+the indices of any number of tables. Sorted are 64-bit words that hold a key above a position;
+which block of the words a thread works on does not show in the result, since the sort is stable.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numba
 import numpy as np
+from numba import prange
 
-from fastopt.kernels.jit import Kernel
+from fastopt.kernels.jit import Kernel, helper
+from fastopt.kernels.scratch import empty
 
 DIGIT_BITS = 11  # 2,048 counters fit the first-level cache
+BLOCK = 32_768  # indices that a thread counts and moves at a time
 
 
 class Groups(NamedTuple):
     """Positions of each distinct row: ``order[starts[k]:starts[k + 1]]``, ascending, has row
-    ``rows[starts[k]]``."""
+    ``rows[k] - first_row``; positions and rows count from ``first_position`` and ``first_row``.
+
+    order, starts: int32; rows: int64, ascending.
+    """
 
     rows: np.ndarray
     order: np.ndarray
     starts: np.ndarray
+    first_row: int = 0
+    first_position: int = 0
 
 
-def group(indices: np.ndarray, table_rows: int) -> Groups:
-    """Group 1-D ``indices``, each in [0, table_rows), by a stable radix sort."""
-    key_type = np.int32 if table_rows <= 2**31 else np.int64
-    position_type = np.int32 if indices.size < 2**31 else np.int64
-    rows = indices.astype(key_type)
-    rows_scratch = np.empty_like(rows)
-    order = np.arange(indices.size, dtype=position_type)
-    order_scratch = np.empty_like(order)
-    starts = np.empty(indices.size + 1, position_type)
-    passes = -(-max(table_rows - 1, 1).bit_length() // DIGIT_BITS)
-    distinct = sort_and_mark.serial(rows, rows_scratch, order, order_scratch, starts, passes)
-    if passes % 2:
-        rows, order = rows_scratch, order_scratch
-    return Groups(rows, order, starts[: distinct + 1])
+@helper
+def bounds_of(indices, first, last):
+    """Smallest and largest of ``indices[first:last]``."""
+    low = np.int64(indices[first])
+    high = low
+    for i in range(first, last):
+        x = np.int64(indices[i])
+        low = min(low, x)
+        high = max(high, x)
+    return low, high
 
 
 @Kernel
-def sort_and_mark(rows, rows_scratch, order, order_scratch, starts, passes):
-    """Sort ``rows``, least significant digit first, ``order`` along with it, and mark where each
-    distinct row starts; returns how many there are. With an odd number of passes the sorted
-    arrays are the scratch ones."""
-    size = rows.size
-    counts = np.empty(1 << DIGIT_BITS, np.int64)
-    for digit in range(passes):
-        shift = digit * DIGIT_BITS
-        counts[:] = 0
-        for i in range(size):
-            counts[(rows[i] >> shift) & ((1 << DIGIT_BITS) - 1)] += 1
-        before = 0
-        for value in range(counts.size):
-            count = counts[value]
-            counts[value] = before
+def find_bounds(indices, found):
+    """``found[block]``: smallest and largest of each block of the 1-D ``indices``."""
+    for block in prange(found.shape[0]):
+        first = block * BLOCK
+        last = min(first + BLOCK, indices.size)
+        found[block, 0], found[block, 1] = bounds_of(indices, first, last)
+
+
+@helper
+def pack(indices, first, last, position_bits, words):
+    """``words[i]``: ``indices[i]`` above its position."""
+    bits = np.uint64(position_bits)
+    for i in range(first, last):
+        words[i] = (np.uint64(indices[i]) << bits) | np.uint64(i)
+
+
+@helper
+def count_digits(words, first, last, shift, mask, counts):
+    """How often each digit occurs; runs of one digit, as of popular rows, are counted apart
+    from memory."""
+    counts[:] = 0
+    digit = np.uint64(0)
+    run = np.uint32(0)
+    for i in range(first, last):
+        new = (words[np.uint64(i)] >> shift) & mask
+        if new != digit:
+            counts[digit] += run
+            run = np.uint32(0)
+            digit = new
+        run += np.uint32(1)
+    counts[digit] += run
+
+
+@helper
+def move_words(words, scratch, first, last, shift, mask, places):
+    """Move each word to the place of its digit, and the place on by one."""
+    digit = np.uint64(0)
+    place = places[digit]
+    for i in range(first, last):
+        word = words[np.uint64(i)]
+        new = (word >> shift) & mask
+        if new != digit:
+            places[digit] = place
+            place = places[new]
+            digit = new
+        scratch[np.uint64(place)] = word
+        place += np.uint32(1)
+    places[digit] = place
+
+
+@helper
+def counts_to_places(counts):
+    """From counts of [block, digit] to the place of the first of each."""
+    before = np.uint32(0)
+    for digit in range(counts.shape[1]):
+        for block in range(counts.shape[0]):
+            count = counts[block, digit]
+            counts[block, digit] = before
             before += count
-        for i in range(size):
-            value = (rows[i] >> shift) & ((1 << DIGIT_BITS) - 1)
-            at = counts[value]
-            counts[value] = at + 1
-            rows_scratch[at] = rows[i]
-            order_scratch[at] = order[i]
-        rows, rows_scratch = rows_scratch, rows
-        order, order_scratch = order_scratch, order
-    distinct = 0
-    for i in range(size):
-        if i == 0 or rows[i] != rows[i - 1]:
-            starts[distinct] = i
-            distinct += 1
-    starts[distinct] = size
-    return distinct
+
+
+@helper
+def mark_heads(words, first, last, position_bits, order, heads):
+    """Split words into positions, and list where a new key starts; returns how many do."""
+    bits = np.uint64(position_bits)
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    found = 0
+    key = ~np.uint64(0)
+    if first:
+        key = words[first - 1] >> bits
+    for i in range(first, last):
+        word = words[i]
+        order[i] = np.int32(word & mask)
+        heads[first + found] = i
+        found += (word >> bits) != key
+        key = word >> bits
+    return found
+
+
+@helper
+def unpack_heads(words, heads, first, found, before, position_bits, starts, rows):
+    """Write down the starts and keys of a block's groups, ``before`` of which are in earlier blocks."""
+    bits = np.uint64(position_bits)
+    for k in range(found):
+        head = heads[first + k]
+        starts[before + k] = head
+        rows[before + k] = np.int64(words[head] >> bits)
+
+
+@Kernel
+def find_groups(indices, position_bits, words, scratch, counts, passes, found, order, starts, rows):
+    """Sort the positions of ``indices`` by them, least significant digit first, and find where each distinct
+    one starts; ``found[-1]`` is how many there are.
+
+    words, scratch: uint64, as large as indices; counts: [blocks, digits].
+
+    Bytes moved: 8 an index for each pass over the words, three for each digit.
+    """
+    blocks, size = counts.shape[0], indices.size
+    digit_bits = 0
+    while (1 << digit_bits) < counts.shape[1]:
+        digit_bits += 1
+    mask = np.uint64(counts.shape[1] - 1)
+    for digit in range(passes):
+        shift = np.uint64(position_bits + digit * digit_bits)
+        for block in prange(blocks):
+            first, last = block * size // blocks, (block + 1) * size // blocks
+            if digit == 0:
+                pack(indices, first, last, position_bits, words)
+            count_digits(words, first, last, shift, mask, counts[block])
+        counts_to_places(counts)
+        for block in prange(blocks):
+            first, last = block * size // blocks, (block + 1) * size // blocks
+            move_words(words, scratch, first, last, shift, mask, counts[block])
+        words, scratch = scratch, words
+    heads = scratch.view(np.int64)
+    for block in prange(blocks):
+        first, last = block * size // blocks, (block + 1) * size // blocks
+        found[block + 1] = mark_heads(words, first, last, position_bits, order, heads)
+    for block in range(blocks):
+        found[block + 1] += found[block]
+    for block in prange(blocks):
+        own = found[block + 1] - found[block]
+        unpack_heads(words, heads, block * size // blocks, own, found[block], position_bits, starts, rows)
+    starts[found[blocks]] = size
+
+
+def check_bounds(indices: np.ndarray) -> tuple[int, int]:
+    """Smallest and largest of the 1-D ``indices``, which are not empty."""
+    found = np.empty((-(-indices.size // BLOCK), 2), np.int64)
+    find_bounds(indices.size, indices, found)
+    return int(found[:, 0].min()), int(found[:, 1].max())
+
+
+def group(parts: Sequence[tuple[np.ndarray, int]]) -> list[Groups]:
+    """Group the indices of each part, (1-D indices, rows of its table), each in [0, rows)."""
+    size = sum(indices.size for indices, _ in parts)
+    all_rows = sum(rows for _, rows in parts)
+    key_bits = max(all_rows - 1, 1).bit_length()
+    position_bits = max(size - 1, 1).bit_length()
+    if key_bits + position_bits > 64 or size >= 2**31:
+        raise ValueError(
+            f"{size} indices of tables of {all_rows} rows are too many at once: "
+            "expected them to take 64 bits together, split the batch"
+        )
+    words, scratch = empty(size, np.uint64), empty(size, np.uint64)
+    passes = -(-key_bits // DIGIT_BITS)
+    blocks = max(1, min(-(-size // BLOCK), 4 * numba.get_num_threads()))
+    counts = np.empty((blocks, 1 << -(-key_bits // passes)), np.uint32)
+    order, starts, rows_of = empty(size, np.int32), empty(size + 1, np.int32), empty(size, np.int64)
+    found = np.zeros(blocks + 1, np.int64)
+    keys = parts[0][0] if len(parts) == 1 else _keys(parts, size)
+    find_groups(size, keys, position_bits, words, scratch, counts, passes, found, order, starts, rows_of)
+    return _split(parts, Groups(rows_of[: found[-1]], order, starts[: found[-1] + 1]))
+
+
+def _keys(parts: Sequence[tuple[np.ndarray, int]], size: int) -> np.ndarray:
+    keys = empty(size, np.int64)
+    first, first_row = 0, 0
+    for indices, rows in parts:
+        np.add(indices, first_row, out=keys[first : first + indices.size])
+        first += indices.size
+        first_row += rows
+    return keys
+
+
+def _split(parts: Sequence[tuple[np.ndarray, int]], groups: Groups) -> list[Groups]:
+    """The groups of each part."""
+    first_rows = np.cumsum([0, *(rows for _, rows in parts)])
+    firsts = np.searchsorted(groups.rows, first_rows) if len(parts) > 1 else (0, groups.rows.size)
+    split = []
+    first_position = 0
+    for k, (indices, _) in enumerate(parts):
+        first, last = int(firsts[k]), int(firsts[k + 1])
+        split.append(
+            Groups(
+                groups.rows[first:last],
+                groups.order,
+                groups.starts[first : last + 1],
+                int(first_rows[k]),
+                first_position,
+            )
+        )
+        first_position += indices.size
+    return split

@@ -6,7 +6,8 @@ Sums go over blocks of a fixed size, each in a fixed order, whatever the number 
 import numpy as np
 from numba import prange
 
-from fastopt.kernels.cpu.rows import sum_group
+from fastopt.kernels.cpu.memory import view
+from fastopt.kernels.cpu.tables import DIM, GROUPS, PARAM, SKIPPED, gradient_of, row_of_group
 from fastopt.kernels.jit import Kernel, helper
 
 BLOCK = 8_192  # elements
@@ -47,17 +48,23 @@ def sum_squares(g, scale, partials):
 
 
 @Kernel
-def sum_squares_rows(values, order, starts, scale, partials):
-    """The same for blocks of the rows that result when the gradients of each group are summed."""
-    groups = starts.size - 1
-    for block in prange(partials.size):
-        total = np.empty(values.shape[1], values.dtype)
-        sums = np.zeros(values.shape[1])
-        first = block * GROUPS_PER_BLOCK
-        for k in range(first, min(first + GROUPS_PER_BLOCK, groups)):
-            sum_group(total, values, order, starts[k], starts[k + 1])
-            add_squares(total, scale, sums)
-        partials[block] = total_of(sums)
+def sum_squares_tables(like, tables, blocks, scale, partials):
+    """The same for gradients of tables (see tables.py), a row's gradients summed: partials of
+    GROUPS_PER_BLOCK groups each, blocks being of [table, number of the block in it]."""
+    for block in prange(blocks.shape[0]):
+        partials[block] = sum_squares_block(like, tables[blocks[block, 0]], blocks[block, 1], scale)
+
+
+@helper
+def sum_squares_block(like, table, block, scale):
+    dim = table[DIM]
+    total = np.empty_like(view(table[PARAM], dim, like))
+    sums = np.zeros(dim)
+    first = block * GROUPS_PER_BLOCK
+    for group in range(first, min(first + GROUPS_PER_BLOCK, table[GROUPS])):
+        if row_of_group(table, group) != table[SKIPPED]:
+            add_squares(view(gradient_of(table, like, total, group), dim, like), scale, sums)
+    return total_of(sums)
 
 
 @Kernel

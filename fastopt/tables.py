@@ -1,0 +1,82 @@
+"""What an optimizer keeps for the rows of a table, beside its state: who is how far."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastopt.history import History
+from fastopt.kernels import rest, rules
+
+ROW_STEPS = "row_steps"  # with step_per_row: how often each row was updated
+LAST_STEP, LR_HISTORY = "last_step", "lr_history"  # with rows="dense", while rows are behind
+ROWS_PER_COEFFICIENTS = 4
+MOVES_PER_COEFFICIENTS = 100  # elements that a dense update handles in the time of one look-up
+MOST_STEPS = 1 << 17  # that a history holds; then all rows are brought up to date, and it starts anew
+
+
+class Tracking:
+    """For ``rows="dense"``: the last step of each row, and what happened since.
+
+    Rows that were never behind have no tracking: it starts with the first sparse gradient after all
+    rows were up to date.
+
+    Attributes:
+        last_step: int64 [rows], the step of the parameter that each row is up to date with.
+        history: the steps since tracking started.
+        options: those of these steps, but for the learning rate.
+    """
+
+    def __init__(
+        self, rule: rules.Rule, decay: type, options: Mapping[str, Any], step: int, last_step: np.ndarray
+    ) -> None:
+        self.last_step = last_step
+        self.options = options
+        self.history = History(rule, decay, dict(options), step)
+        self._tabulated = -1, np.empty((0, 0))
+
+    def tabulated(self, rows: int, dtype: np.dtype) -> np.ndarray:
+        """Coefficients (see kernels/rest.py) for rows that were last updated in one of the latest steps;
+        computed for so few steps that it pays for this many rows."""
+        history = self.history
+        now, table = self._tabulated
+        count = min(history.now - history.base + 1, rows // ROWS_PER_COEFFICIENTS)
+        if history.kind is rest.Loop:
+            count = 0
+        if now != history.now or len(table) < count:
+            columns = rest.numbers(history.kind) if count else 0
+            table = np.empty((count, columns), dtype)
+            if count:
+                steps = history.kind(), history.steps, history.window, history.base
+                rest.tabulate(
+                    count * MOVES_PER_COEFFICIENTS, *steps, history.now - count + 1, history.now, table
+                )
+            self._tabulated = history.now, table
+        return table
+
+    @property
+    def full(self) -> bool:
+        return self.history.now - self.history.base >= MOST_STEPS
+
+
+class Counts:
+    """For ``step_per_row=True``: what the rule folds at each number of updates, for the learning rate 1."""
+
+    def __init__(self) -> None:
+        self._numbers = np.empty((0, 0))
+        self._size = 0
+        self._key: tuple | None = None
+
+    def up_to(self, count: int, rule: rules.Rule, options: Mapping[str, Any]) -> np.ndarray:
+        """[at least count, numbers]: row t - 1 is that of the t-th update."""
+        own = {**options, "lr": 1.0}
+        key = rule.hyper, tuple(sorted(own.items()))
+        if key != self._key:
+            self._key, self._size = key, 0
+            self._numbers = np.empty((64, len(rule.fold(1, own))))
+        while self._size < count:
+            if self._size == len(self._numbers):
+                self._numbers = np.concatenate([self._numbers, np.empty_like(self._numbers)])
+            self._numbers[self._size] = rule.fold(self._size + 1, own)
+            self._size += 1
+        return self._numbers

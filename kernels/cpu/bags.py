@@ -1,0 +1,193 @@
+"""Pooled lookups: bags of rows summed, averaged or their maximum taken, and what their gradients need."""
+
+import numpy as np
+from numba import prange
+
+from fastopt.kernels.cpu.memory import prefetch, view
+from fastopt.kernels.cpu.sums import sum_rows
+from fastopt.kernels.cpu.tables import AHEAD, add_row, add_weighted_row
+from fastopt.kernels.jit import Kernel, helper, restricted_helper
+
+BAGS_PER_CHUNK = 64
+POSITIONS_PER_CHUNK = 8_192
+GROUPS_PER_CHUNK = 256
+
+
+@Kernel
+def pool(table, indices, offsets, weights, mean, padding, out):
+    """``out[b]``: sum of the rows ``indices[offsets[b]:offsets[b + 1]]``, each times its weight if
+    ``weights`` is not empty, without the row ``padding``; divided by how many they are for ``mean``.
+
+    Bytes moved: one row read for each index, one written for each bag.
+    """
+    bags = out.shape[0]
+    for chunk in prange((bags + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK):
+        first = chunk * BAGS_PER_CHUNK
+        pool_chunk(
+            table, indices, offsets, weights, mean, padding, out, first, min(first + BAGS_PER_CHUNK, bags)
+        )
+
+
+@helper
+def pool_chunk(table, indices, offsets, weights, mean, padding, out, first_bag, last_bag):
+    dim = table.shape[1]
+    stride = dim * table.itemsize
+    start, out_start, like = table.ctypes.data, out.ctypes.data, out.dtype.type(0)
+    for bag in range(first_bag, last_bag):
+        total = view(out_start + bag * stride, dim, like)  # without an owner, whose references are counted
+        first, last = offsets[bag], offsets[bag + 1]
+        count = last - first
+        if padding < 0:
+            sum_rows(start, stride, indices, np.int64(0), weights, first, last, indices.size, total)
+        else:
+            count = pool_without(padding, table, indices, weights, first, last, total)
+        if mean and count > 1:
+            divide_row(total, total.dtype.type(count))
+
+
+@helper
+def pool_without(padding, table, indices, weights, first, last, total):
+    """Sum the rows but for the row ``padding``; returns how many they are."""
+    total[:] = 0
+    count = 0
+    for k in range(first, last):
+        row = indices[k]
+        if row != padding:
+            count += 1
+            if weights.size:
+                add_weighted_row(total, weights[k], table[row])
+            else:
+                add_row(total, table[row])
+    return count
+
+
+@restricted_helper
+def divide_row(total, count):
+    for d in range(total.size):
+        total[d] /= count
+
+
+@Kernel
+def pool_max(table, indices, offsets, padding, out, winners):
+    """``out[b]``: maximum of each element over the rows of bag ``b``, NaN if one is NaN, 0 for none;
+    ``winners``: the position that it comes from, the first of equal ones, -1 for none."""
+    bags = out.shape[0]
+    for chunk in prange((bags + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK):
+        first = chunk * BAGS_PER_CHUNK
+        for bag in range(first, min(first + BAGS_PER_CHUNK, bags)):
+            pool_max_bag(table, indices, offsets[bag], offsets[bag + 1], padding, out[bag], winners[bag])
+
+
+@helper
+def pool_max_bag(table, indices, first, last, padding, best, winners):
+    best[:] = 0
+    winners[:] = -1
+    for k in range(first, last):
+        row = indices[k]
+        if row == padding:
+            continue
+        for d in range(best.size):
+            x = table[row, d]
+            if winners[d] < 0 or x > best[d] or (x != x and best[d] == best[d]):
+                best[d] = x
+                winners[d] = k
+
+
+@Kernel
+def bags_of_positions(offsets, indices, padding, mean, bags, scales):
+    """``bags[k]``: the bag of position ``k``; for ``mean``, ``scales[k]`` is times 1 / how many rows the
+    bag has, the row ``padding`` not counted."""
+    count = offsets.size - 1
+    for chunk in prange((count + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK):
+        first = chunk * BAGS_PER_CHUNK
+        for bag in range(first, min(first + BAGS_PER_CHUNK, count)):
+            fill_bag(offsets[bag], offsets[bag + 1], bag, indices, padding, mean, bags, scales)
+
+
+@helper
+def fill_bag(first, last, bag, indices, padding, mean, bags, scales):
+    for k in range(first, last):
+        bags[k] = bag
+    if mean:
+        members = 0
+        for k in range(first, last):
+            members += indices[k] != padding
+        if members > 1:
+            for k in range(first, last):
+                scales[k] /= scales.dtype.type(members)
+
+
+@Kernel
+def take(values, order, first_position, out):
+    """``out[j] = values[order[j] - first_position]``, for 1-D arrays."""
+    for chunk in prange((out.size + POSITIONS_PER_CHUNK - 1) // POSITIONS_PER_CHUNK):
+        first = chunk * POSITIONS_PER_CHUNK
+        for j in range(first, min(first + POSITIONS_PER_CHUNK, out.size)):
+            out[j] = values[np.int64(order[j]) - first_position]
+
+
+@Kernel
+def dots(table, indices, bags, scales, padding, grad_output, out):
+    """``out[k]``: ``scales[k]`` (1 if it is empty) times the product of row ``indices[k]`` with
+    ``grad_output[bags[k]]``; 0 for the row ``padding``."""
+    for chunk in prange((out.size + GROUPS_PER_CHUNK - 1) // GROUPS_PER_CHUNK):
+        first = chunk * GROUPS_PER_CHUNK
+        last = min(first + GROUPS_PER_CHUNK, out.size)
+        dots_chunk(table, indices, bags, scales, padding, grad_output, out, first, last)
+
+
+@helper
+def dots_chunk(table, indices, bags, scales, padding, grad_output, out, first, last):
+    stride = table.shape[1] * table.itemsize
+    start = table.ctypes.data
+    for k in range(first, last):
+        if k + AHEAD < last:
+            prefetch(start + np.int64(indices[k + AHEAD]) * stride, stride)
+        product = out.dtype.type(0)
+        if indices[k] != padding:
+            product = dot(table[indices[k]], grad_output[bags[k]])
+            if scales.size:
+                product *= scales[k]
+        out[k] = product
+
+
+@helper
+def dot(a, b):
+    """Product of two rows, in four interleaved sums, a fixed order."""
+    zero = a.dtype.type(0)
+    sums = zero, zero, zero, zero
+    whole = a.size - a.size % 4
+    for d in range(0, whole, 4):
+        sums = (
+            sums[0] + a[d] * b[d],
+            sums[1] + a[d + 1] * b[d + 1],
+            sums[2] + a[d + 2] * b[d + 2],
+            sums[3] + a[d + 3] * b[d + 3],
+        )
+    total = (sums[0] + sums[1]) + (sums[2] + sums[3])
+    for d in range(whole, a.size):
+        total += a[d] * b[d]
+    return total
+
+
+@Kernel
+def limit_norms(table, rows, first_row, max_norm):
+    """Scale those of the rows ``rows[k] - first_row``, all different, whose norm is above ``max_norm``
+    to that norm: by ``max_norm / (norm + 1e-7)``, as torch's ``embedding_renorm_``."""
+    for chunk in prange((rows.size + GROUPS_PER_CHUNK - 1) // GROUPS_PER_CHUNK):
+        first = chunk * GROUPS_PER_CHUNK
+        for k in range(first, min(first + GROUPS_PER_CHUNK, rows.size)):
+            limit_norm(table[rows[k] - first_row], max_norm)
+
+
+@helper
+def limit_norm(row, max_norm):
+    total = 0.0
+    for d in range(row.size):
+        x = np.float64(row[d])
+        total += x * x
+    norm = np.sqrt(total)
+    if norm > max_norm:
+        scale = row.dtype.type(max_norm / (norm + 1e-7))
+        for d in range(row.size):
+            row[d] *= scale

@@ -1,0 +1,158 @@
+"""Sums of rows, in registers.
+
+The compiler keeps a row's running sum in memory, adding to it row by row. Here a block of columns is
+summed over all rows before the next block is, its sum being one wide vector: each row is read
+once, in the order given, nothing else is read or written, and every element's additions are those of
+the plain loop, in the same order.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from fastopt.kernels.cpu.memory import CACHE_LINE, view
+from fastopt.kernels.jit import helper
+
+AHEAD = 12  # rows that are fetched before their turn
+WIDE, MIDDLE = 256, 128  # bytes of a block: eight and four common vector registers
+
+
+def _block_function(
+    module: ir.Module, number: ir.Type, index: ir.Type, width: int, weighted: bool
+) -> ir.Function:
+    """``void (address, stride, rows, base, weights, first, last, end, out)`` for ``width`` elements."""
+    i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+    name = f"fastopt_sum_{number}_{index}_{width}_{weighted}"
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [i64] * 9), name)
+    if function.blocks:
+        return function
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    fetch = cgutils.get_or_insert_function(
+        module, ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32]), "llvm.prefetch.p0"
+    )
+    address, stride, rows, base, weights, first, last, end, out = function.args
+    vector = number if width == 1 else ir.VectorType(number, width)
+    size = 4 if number == ir.FloatType() else 8
+    # to -0.0 every number can be added without changing it
+    start, zero = (ir.Constant(vector, x if width == 1 else [x] * width) for x in (-0.0, 0.0))
+    entry = function.append_basic_block()
+    loop = function.append_basic_block()
+    done = function.append_basic_block()
+    builder = ir.IRBuilder(entry)
+    rows = builder.inttoptr(rows, index.as_pointer())
+    weights = builder.inttoptr(weights, number.as_pointer())
+    final = builder.sub(end, i64(1))
+    builder.cbranch(builder.icmp_signed("<", first, last), loop, done)
+
+    def start_of(k):
+        row = builder.load(builder.gep(rows, [k]))
+        row = row if index == i64 else builder.sext(row, i64)
+        return builder.add(address, builder.mul(builder.sub(row, base), stride))
+
+    builder.position_at_end(loop)
+    k = builder.phi(i64)
+    total = builder.phi(vector)
+    ahead = builder.add(k, i64(AHEAD))
+    ahead = start_of(builder.select(builder.icmp_signed("<", ahead, final), ahead, final))
+    for line in range(0, width * size, CACHE_LINE):
+        target = builder.inttoptr(builder.add(ahead, i64(line)), i8.as_pointer())
+        builder.call(fetch, [target, i32(0), i32(3), i32(1)])  # to be read, kept in all levels, data
+    values = builder.load(builder.inttoptr(start_of(k), vector.as_pointer()), align=size)
+    if weighted:
+        weight = builder.load(builder.gep(weights, [k]))
+        if width > 1:
+            lanes = builder.insert_element(ir.Constant(vector, ir.Undefined), weight, i32(0))
+            mask = ir.Constant(ir.VectorType(i32, width), [0] * width)
+            weight = builder.shuffle_vector(lanes, ir.Constant(vector, ir.Undefined), mask)
+        values = builder.fmul(weight, values)
+    new = builder.fadd(total, values)
+    following = builder.add(k, i64(1))
+    k.add_incoming(first, entry)
+    k.add_incoming(following, loop)
+    total.add_incoming(start, entry)
+    total.add_incoming(new, loop)
+    builder.cbranch(builder.icmp_signed("<", following, last), loop, done)
+
+    builder.position_at_end(done)
+    result = builder.phi(vector)
+    result.add_incoming(zero, entry)
+    result.add_incoming(new, loop)
+    builder.store(result, builder.inttoptr(out, vector.as_pointer()), align=size)
+    builder.ret_void()
+    return function
+
+
+@intrinsic(prefer_literal=True)
+def _sum_block(context: Any, address: Any, stride: Any, rows: Any, base: Any, weights: Any,
+               first: Any, last: Any, end: Any, out: Any, size: Any) -> Any:  # fmt: skip
+    """Sum ``size`` bytes, at least an element, at ``address`` of each row into those at ``out``; rows before
+    ``end`` are fetched ahead."""
+    number = weights.dtype
+    width = max(size.literal_value * 8 // number.bitwidth, 1)
+
+    def generate(context, builder, signature, arguments):
+        kinds = [context.get_data_type(kind) for kind in (number, rows.dtype)]
+        address, stride, row_array, base, weight_array, first, last, end, out, _ = arguments
+        starts, sizes = [], []
+        for kind, value in ((rows, row_array), (weights, weight_array)):
+            array = context.make_array(kind)(context, builder, value)
+            starts.append(builder.ptrtoint(array.data, ir.IntType(64)))
+            sizes.append(array.nitems)
+        given = [address, stride, starts[0], base, starts[1], first, last, end, out]
+        weighted = builder.icmp_signed(">", sizes[1], ir.IntType(64)(0))
+        with builder.if_else(weighted) as (then, otherwise):
+            for branch, flag in ((then, True), (otherwise, False)):
+                with branch:
+                    builder.call(_block_function(builder.module, *kinds, width, flag), given)
+        return context.get_dummy_value()
+
+    count = types.int64
+    return types.void(count, count, rows, count, weights, count, count, count, count, size), generate
+
+
+def _python_sum_rows(address, stride, rows, base, weights, first, last, end, total):
+    """Plain Python's :func:`sum_rows`."""
+    total[:] = -0.0 if first < last else 0.0
+    for k in range(first, last):
+        values = view(address + (int(rows[k]) - base) * stride, total.size, total[0])
+        total += weights[k] * values if weights.size else values
+
+
+@helper
+def _compiled_sum_rows(address, stride, rows, base, weights, first, last, end, total):
+    """Set ``total`` to the sum of the rows ``rows[k] - base``, for k from ``first`` to ``last``, of an
+    array at ``address`` with ``stride`` bytes a row, times ``weights[k]`` if there are weights."""
+    size = total.itemsize
+    out = total.ctypes.data
+    bytes_left = total.size * size
+    at = np.int64(0)
+    while bytes_left - at >= WIDE:
+        _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, WIDE)
+        at += WIDE
+    if bytes_left - at >= MIDDLE:
+        _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, MIDDLE)
+        at += MIDDLE
+    while at < bytes_left:  # the last block may sum some columns once more
+        if bytes_left >= 32:
+            at = min(at, bytes_left - 32)
+            _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, 32)
+            at += 32
+        elif bytes_left >= 16:
+            at = min(at, bytes_left - 16)
+            _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, 16)
+            at += 16
+        elif bytes_left >= 8:
+            at = min(at, bytes_left - 8)
+            _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, 8)
+            at += 8
+        else:
+            _sum_block(address, stride, rows, base, weights, first, last, end, out, 4)
+            at += 4
+
+
+sum_rows: Any = _python_sum_rows if numba.config.DISABLE_JIT else _compiled_sum_rows  # type: ignore[attr-defined]
