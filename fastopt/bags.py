@@ -36,7 +36,7 @@ class Bags:
 
     def pool(self, table: np.ndarray) -> np.ndarray:
         """[count, dim]: each bag's rows summed or averaged."""
-        out = np.empty((self.count, table.shape[1]), table.dtype)
+        out = empty((self.count, table.shape[1]), table.dtype)
         weights = NO_WEIGHTS[table.dtype] if self.weights is None else self.weights
         kernels.pool(
             self.indices.array.size * table.shape[1],
@@ -46,8 +46,8 @@ class Bags:
 
     def pool_max(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[count, dim]: the largest element of each bag's rows, and the position it comes from."""
-        out = np.empty((self.count, table.shape[1]), table.dtype)
-        winners = np.empty(out.shape, np.int32)
+        out = empty((self.count, table.shape[1]), table.dtype)
+        winners = empty(out.shape, np.int32)
         work = self.indices.array.size * table.shape[1]
         kernels.pool_max(work, table, self.indices.flat, self.offsets, self.padding, out, winners)
         return out, winners

@@ -169,7 +169,7 @@ def _row_launch(updates: list[RowUpdate]) -> Launch:
             np.array([update.c for update in updates], dtype),
             np.array([update.limit for update in updates]),
             parts,
-            empty(len(parts) * width, dtype).reshape(len(parts), width),
+            empty((len(parts), width), dtype),
         ),
         updates,
     )

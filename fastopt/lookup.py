@@ -12,6 +12,7 @@ from fastopt.clipping import check_limit
 from fastopt.gradients import BagGradient
 from fastopt.kernels.cpu.bags import dots, limit_norms
 from fastopt.kernels.cpu.rows import gather
+from fastopt.kernels.scratch import empty
 from fastopt.plan import Indices
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def embedding(
     source = _table(table, max_norm is not None)
     where = Indices(indices, "indices", source.shape[0])
     _make_ready(table, source, where, max_norm, optimizer)
-    out = np.empty((where.array.size, source.shape[1]), source.dtype)
+    out = empty((where.array.size, source.shape[1]), source.dtype)
     gather(out.size, source, where.flat, out)
     return out.reshape(*where.array.shape, source.shape[1])
 

@@ -22,6 +22,7 @@ from fastopt.hyperparameters import checked_options
 from fastopt.kernels import rules
 from fastopt.kernels.cpu.flat import flat, flat_rows
 from fastopt.kernels.cpu.rows import Lazy, PerRow
+from fastopt.kernels.scratch import ALIGNMENT, aligned
 from fastopt.launch import Launch, RowUpdate, catch_up_launch, row_launches
 from fastopt.plan import Indices, group_all
 from fastopt.state import state_arrays
@@ -728,18 +729,24 @@ def _rows_written(gradient: DenseGradient | RowGradient) -> np.ndarray | None:
     return groups.rows - groups.first_row
 
 
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that begin with a cache line. They come from the system unread: a huge table costs
+    nothing until rows are touched."""
+    size = math.prod(shape) * dtype.itemsize
+    return aligned(np.zeros(size + ALIGNMENT, np.uint8), size).view(dtype).reshape(shape)
+
+
 def _new_state(slots: Mapping[str, Slot], together: tuple[str, ...]) -> dict[str, np.ndarray]:
     """State arrays; those of ``together`` lie row by row side by side, which memory answers faster."""
     state = {}
     if len(together) > 1:
         (rows, dim), dtype, _ = slots[together[0]]
-        both = np.zeros((rows, len(together), dim), dtype)
+        both = _zeros((rows, len(together), dim), dtype)
         state = {slot: both[:, k] for k, slot in enumerate(together)}
     for name, (shape, dtype, value) in slots.items():
         if name not in state:
-            # zeros come from the system unread: a huge table costs nothing until rows are touched
-            state[name] = np.full(shape, value, dtype) if value else np.zeros(shape, dtype)
-        elif value:
+            state[name] = _zeros(shape, dtype)
+        if value:
             state[name][...] = value
     return {name: state[name] for name in slots}
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 SMALLEST = 1 << 16  # bytes; below, NumPy's own allocation is as fast
-KEPT = 4  # arrays of a size class that wait for their next use
+MOST_WAITING = 1 << 28  # bytes that wait for their next use
+ALIGNMENT = 64  # bytes, a cache line: a row that begins elsewhere takes one more
 
 _waiting: dict[int, list[np.ndarray]] = {}
+_waiting_bytes = 0
 _lock = threading.RLock()  # a collection of garbage may come while it is held
 
 
@@ -30,20 +32,36 @@ class _Loan:
         self.__array_interface__ = memory.__array_interface__
 
     def __del__(self) -> None:
+        global _waiting_bytes
         with _lock:
-            waiting = _waiting.setdefault(self.memory.size, [])
-            if len(waiting) < KEPT:
-                waiting.append(self.memory)
+            if _waiting_bytes + self.memory.size > MOST_WAITING:  # sizes that are no longer needed, too
+                _waiting.clear()
+                _waiting_bytes = 0
+            if self.memory.size <= MOST_WAITING:
+                _waiting.setdefault(self.memory.size, []).append(self.memory)
+                _waiting_bytes += self.memory.size
 
 
-def empty(size: int, dtype: Any) -> np.ndarray:
-    """As ``np.empty(size, dtype)``, from memory used before where there is some."""
+def aligned(memory: np.ndarray, size: int) -> np.ndarray:
+    """The first ``size`` bytes of ``memory``, uint8, that begin with a cache line."""
+    first = -memory.__array_interface__["data"][0] % ALIGNMENT
+    return memory[first : first + size]
+
+
+def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """As ``np.empty(shape, dtype)``, from memory used before where there is some."""
+    global _waiting_bytes
     dtype = np.dtype(dtype)
-    needed = size * dtype.itemsize
+    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if needed < SMALLEST:
-        return np.empty(size, dtype)
-    capacity = 1 << (needed - 1).bit_length()
+        return np.empty(shape, dtype)
+    eighth = 1 << max(needed.bit_length() - 4, 0)
+    capacity = -(-needed // eighth) * eighth
     with _lock:
         waiting = _waiting.get(capacity)
-        memory = waiting.pop() if waiting else np.empty(capacity, np.uint8)
-    return np.asarray(_Loan(memory))[:needed].view(dtype)
+        if waiting:
+            memory = waiting.pop()
+            _waiting_bytes -= capacity
+        else:
+            memory = aligned(np.empty(capacity + ALIGNMENT, np.uint8), capacity)
+    return np.asarray(_Loan(memory))[:needed].view(dtype).reshape(shape)

@@ -311,12 +311,14 @@ def test_scratch_arrays_are_as_numpys(size, dtype):
     array = scratch.empty(size, dtype)
     assert (array.shape, array.dtype) == ((size,), np.dtype(dtype))
     assert array.flags.c_contiguous and array.flags.aligned and array.flags.writeable
+    assert array.nbytes < scratch.SMALLEST or array.ctypes.data % scratch.ALIGNMENT == 0
     array[:] = 1
     assert array.sum() == size
 
 
 def test_scratch_memory_is_used_again_once_nothing_sees_it(monkeypatch):
     monkeypatch.setattr(scratch, "_waiting", {})
+    monkeypatch.setattr(scratch, "_waiting_bytes", 0)
     first = scratch.empty(20_000, np.int64)
     view, where = first[5:9], first.ctypes.data
     view[:] = 7
@@ -325,19 +327,24 @@ def test_scratch_memory_is_used_again_once_nothing_sees_it(monkeypatch):
     second[:] = 1
     np.testing.assert_array_equal(view, 7)
     del view
-    third = scratch.empty(50_000, np.int32)
+    third = scratch.empty(39_900, np.int32)
     assert third.ctypes.data == where
     assert not np.shares_memory(second, third)
 
 
 def test_little_scratch_memory_waits(monkeypatch):
     monkeypatch.setattr(scratch, "_waiting", {})
-    alive = [scratch.empty(100_000, np.uint8) for _ in range(scratch.KEPT + 5)]
+    monkeypatch.setattr(scratch, "_waiting_bytes", 0)
+    monkeypatch.setattr(scratch, "MOST_WAITING", 500_000)
+    alive = [scratch.empty(98_304 + 16_384 * (k % 2), np.uint8) for k in range(9)]
     for k, array in enumerate(alive):
         array[:] = k
-    assert [int(array[-1]) for array in alive] == list(range(scratch.KEPT + 5))
+    assert [int(array[-1]) for array in alive] == list(range(9))
     del alive, array
-    assert {size: len(waiting) for size, waiting in scratch._waiting.items()} == {131_072: scratch.KEPT}
+    waiting = [memory.size for same in scratch._waiting.values() for memory in same]
+    assert 0 < sum(waiting) == scratch._waiting_bytes <= 500_000
+    scratch.empty(2_000_000, np.uint8)
+    assert scratch._waiting_bytes == 0
 
 
 def test_threads_do_not_share_scratch_memory():

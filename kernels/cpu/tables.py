@@ -44,7 +44,7 @@ from fastopt.kernels.jit import helper, restricted_helper
 ) = range(27)
 WIDTH = STATE + 4
 
-AHEAD = 8  # rows that are fetched before their turn: memory answers in the time of a few
+AHEAD = 12  # rows that are fetched before their turn: memory answers in the time of a few
 
 
 @restricted_helper
