@@ -39,7 +39,8 @@ class TestRows:
             rng.standard_normal((INDICES, DIM), dtype=np.float32),
         )
         moved = update_bytes(DIM, indices, 1 + STATES[name])
-        measure(f"sparse {name}, {kind}", row_floor(table, values, indices, STATES[name]), moved)
+        row_states = int(name.startswith("Rowwise"))
+        measure(f"sparse {name}, {kind}", row_floor(table, values, indices, STATES[name], row_states), moved)
 
     def test_torch(self, measure, rng, name, kind):
         torch = pytest.importorskip("torch")
@@ -73,7 +74,7 @@ class TestTableSize:
         return np.zeros((100_000_000, 16), np.float32)
 
     @pytest.mark.parametrize("spread", ["the same indices", "over the whole table"])
-    def test_rows(self, measure, rng, tables, rows, spread):
+    def test_fastopt(self, measure, rng, tables, rows, spread):
         indices = rng.integers(0, 1_000_000 if spread == "the same indices" else rows, INDICES)
         table = tables[:rows]
         table[indices] = 1

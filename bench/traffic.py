@@ -57,7 +57,7 @@ def floor(p: np.ndarray, g: np.ndarray, states: int) -> Callable[[], Any]:
 
 
 @numba.njit(parallel=True)
-def _rows(table, state, values, rows, order, starts, parts):
+def _rows(table, state, row_state, values, rows, order, starts, parts):
     groups, dim = starts.size - 1, values.shape[1]
     like = values.dtype.type(0)
     stride = dim * values.itemsize
@@ -70,18 +70,26 @@ def _rows(table, state, values, rows, order, starts, parts):
                 for n in range(state.shape[1]):
                     at = rows[k + AHEAD] * state.shape[1] + n
                     prefetch(state.ctypes.data + at * stride, stride)
+                if row_state.size:
+                    prefetch(row_state.ctypes.data + rows[k + AHEAD] * values.itemsize, values.itemsize)
             first, last = np.int64(starts[k]), np.int64(starts[k + 1])
             sum_rows(values.ctypes.data, stride, order, 0, no_weights, first, last, order.size, total)
             add_row(view(table.ctypes.data + rows[k] * stride, dim, like), total)
             for n in range(state.shape[1]):
                 at = rows[k] * state.shape[1] + n
                 add_row(view(state.ctypes.data + at * stride, dim, like), total)
+            if row_state.size:
+                row_state[rows[k]] += total[0]
 
 
-def row_floor(table: np.ndarray, values: np.ndarray, indices: np.ndarray, states: int) -> Callable[[], Any]:
+def row_floor(
+    table: np.ndarray, values: np.ndarray, indices: np.ndarray, states: int, row_states: int
+) -> Callable[[], Any]:
     """A call that reads all ``values`` and adds them up, and reads and writes the rows ``indices`` of
-    ``table`` and of ``states`` arrays as large, side by side, all grouped beforehand."""
+    ``table``, of ``states`` arrays as large, side by side, and of ``row_states`` (0 or 1) of one number a
+    row, all grouped beforehand."""
     rows, order, starts, *_ = fastopt.IndexPlan(indices, table.shape[0])._groups
     state = np.zeros((table.shape[0], states, table.shape[1]), table.dtype)
+    row_state = np.zeros(table.shape[0] * row_states, table.dtype)
     parts = 8 * numba.get_num_threads()
-    return lambda: _rows(table, state, values, rows, order, starts, parts)
+    return lambda: _rows(table, state, row_state, values, rows, order, starts, parts)

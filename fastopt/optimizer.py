@@ -485,8 +485,8 @@ class Optimizer:
     def _prepare_rows(self, update: _Update) -> None:
         """Have the state, made at the parameter's first gradient, as this gradient needs it."""
         parameter, group = update.parameter, update.group
-        slots = self._slots(group, parameter)
-        if not parameter.state and slots:
+        slots = {} if parameter.state else self._slots(group, parameter)
+        if slots:
             if parameter.stored is not None:
                 parameter.state = parameter.stored.state(slots)
             else:

@@ -738,3 +738,32 @@ def test_large_tables_equal_dense_steps(name):
         indices = rng.integers(0, rows, rows)
         twin.assert_rows(fastopt.embedding(twin.p, indices, optimizer=twin.opt), indices)
     twin.assert_flushed()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-7])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (fastopt.Adam, {}),
+        (fastopt.AdamW, {"weight_decay": 0.1}),
+        (fastopt.SGD, {"momentum": 0.9}),
+        (fastopt.RMSProp, {}),
+    ],
+)
+def test_two_thousand_steps_with_warmup_and_cosine(optimizer, options, size):
+    """One row of a hundred a step, gradients down to where eps is most of the denominator."""
+    rng = np.random.default_rng(20)
+    lr = 1e-2 * schedules.warmup_cosine(warmup=200, total=2_000)
+    dense = rng.standard_normal((500, 4)).astype(F32)
+    rows = dense.copy()
+    twin, opt = optimizer(dense, lr=lr, **options), optimizer(rows, lr=lr, rows="dense", **options)
+    for _ in range(2_000):
+        indices = rng.integers(0, 500, 5)
+        values = cases.gradient(rng, (5, 4), F32) * F32(size)
+        g = np.zeros_like(dense)
+        np.add.at(g, indices, values)
+        twin.step(g)
+        opt.step(IndexedSlices(indices, values))
+    opt.flush()
+    assert np.abs(rows - dense).max() < 1e-4 * np.abs(dense).max()
+    assert np.linalg.norm(rows - dense) < 1e-5 * np.linalg.norm(dense)

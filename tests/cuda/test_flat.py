@@ -46,6 +46,7 @@ REFERENCES = {
     "CenteredRMSPropMomentumH": (reference.rmsprop, {"centered": True}),
     "AdamH": (reference.adam, {}),
     "AMSGradH": (reference.adam, {"amsgrad": True}),
+    "RowwiseAdamH": (reference.rowwise_adam, {}),
     "RAdamH": (reference.radam, {}),
     "LionH": (reference.lion, {}),
 }
