@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from fastopt import arrays
@@ -11,7 +10,7 @@ from fastopt.gradients import RowGradient
 from fastopt.kernels.cpu import norms, tables
 from fastopt.kernels.cpu.norms import GROUPS_PER_BLOCK
 from fastopt.kernels.cpu.rows import catch_up, update_tables
-from fastopt.kernels.jit import Kernel
+from fastopt.kernels.jit import Kernel, thread_count
 from fastopt.kernels.rules import Rule
 from fastopt.kernels.scratch import empty
 from fastopt.tables import Tracking
@@ -177,7 +176,7 @@ def _row_launch(updates: list[RowUpdate]) -> Launch:
 
 def shares(works: list[int]) -> np.ndarray:
     """[table, part, how many parts the table has] of parts of about equal work."""
-    goal = max(1, sum(works) // (PARTS_PER_THREAD * numba.get_num_threads()))
+    goal = max(1, sum(works) // (PARTS_PER_THREAD * thread_count()))
     return np.array(
         [
             (t, part, parts)

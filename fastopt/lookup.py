@@ -140,6 +140,8 @@ def _make_ready(
     if max_norm is not None:
         max_norm = check_limit(max_norm, "max_norm")
     if optimizer is not None:
+        if not hasattr(optimizer, "_bring_up_to_date"):
+            raise TypeError(f"optimizer is {optimizer!r}: expected one of fastopt's")
         optimizer._bring_up_to_date(table, indices)
     if max_norm is not None and not math.isinf(max_norm):
         groups = indices.groups

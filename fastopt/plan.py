@@ -40,10 +40,9 @@ class IndexPlan:
     """
 
     def __init__(self, indices: Any, rows: int) -> None:
-        try:
-            self.rows = operator.index(rows)
-        except TypeError:
-            raise TypeError(f"rows is {rows!r}: expected a whole number") from None
+        if isinstance(rows, bool) or not hasattr(rows, "__index__"):
+            raise TypeError(f"rows is {rows!r}: expected a whole number")
+        self.rows = operator.index(rows)
         if not 0 <= self.rows <= MOST_ROWS:
             raise ValueError(f"rows is {rows!r}: expected a whole number from 0 to 2**40")
         self._indices = np.array(checked_indices(indices, "indices", self.rows), order="C")

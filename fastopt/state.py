@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastopt import arrays
-from fastopt.tables import LAST_STEP, LR_HISTORY, MOST_STEPS, ROW_STEPS, Tracking
+from fastopt.tables import LAST_STEP, LR_HISTORY, MOST_COUNTED, MOST_STEPS, ROW_STEPS, Tracking
 
 if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer, _Group, _Parameter
 
-MOST_COUNTED = 2**53  # steps, which float64 still counts
 _KEYS = ("optimizer", "steps", "state", "param_groups")
 
 

@@ -164,6 +164,7 @@ class Table(arrays.InFiles):
         path: the folder.
         shape: rows and elements of a row.
         dtype: float32 or float64.
+        owner: the optimizer that updates the table, whose ``flush`` is the table's, or None.
 
     What a crash leaves:
 
@@ -189,7 +190,7 @@ class Table(arrays.InFiles):
         self._next: _Meta | None = None
         self._log: _Log | None = None
         self._unsynced = False
-        self._source: weakref.WeakMethod | None = None
+        self.owner: Any = None
         self._kept = _bits(meta.rows)
         self._weights: _Mapped | None = _map(path / _WEIGHTS, meta.weights)
         self._state = {name: _map(self._slot_path(name), slot) for name, slot in meta.slots.items()}
@@ -199,6 +200,16 @@ class Table(arrays.InFiles):
         self._owner = os.getpid()
         self._lock = lock
         self._release = weakref.finalize(self, os.close, lock)
+
+    @property
+    def changed(self) -> bool:
+        """Whether rows were kept for changing since the last flush."""
+        return self._log is not None
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._weights is None
 
     @property
     def weights(self) -> np.ndarray:
@@ -348,25 +359,21 @@ class Table(arrays.InFiles):
         """Bring everything to the disk: what opening goes back to from now on.
 
         Args:
-            progress: as for :meth:`prepare`; by default that of the optimizer that updates the table
-                or, without one, what it was.
+            progress: as for :meth:`prepare`; by default that of the optimizer that updates the table,
+                which then flushes all its tables, or, without one, what it was.
 
         Raises:
             TypeError, OSError, RuntimeError: as :meth:`prepare` and :meth:`commit` do.
         """
-        source = None if self._source is None else self._source()
+        self._opened()
         if progress is not None:
             self.prepare(progress)
-        elif source is not None:
-            self.prepare(source(self))
+        elif self.owner is not None:
+            self.owner.flush()
+            return
         else:
-            self._opened()
             self._prepare(self.progress)
         self.commit()
-
-    def attach(self, progress: Callable[["Table"], Mapping[str, Any]]) -> None:
-        """Have :meth:`flush` store what the method ``progress`` returns, as long as its object lives."""
-        self._source = weakref.WeakMethod(progress)
 
     def roll_back(self) -> None:
         """Go back to the flush before the last one; once, and before rows are kept for changing.
@@ -408,6 +415,7 @@ class Table(arrays.InFiles):
             self._log = None
         self._weights = None
         self._state = {}
+        self.owner = None
         if os.getpid() == self._owner:  # a forked child must not unlock its parent's table
             fcntl.flock(self._lock, fcntl.LOCK_UN)
         self._release()

@@ -24,6 +24,7 @@ def progress(optimizer: "Optimizer", group: "_Group", parameter: "_Parameter") -
     """What a flush stores with a table; all that belongs to one state of the optimizer has its ``steps``."""
     return {
         "optimizer": type(optimizer).__name__,
+        "key": parameter.key,
         "steps": optimizer.steps,
         "step": parameter.step,
         "slots": list(optimizer._slots(group, parameter)),
@@ -32,8 +33,9 @@ def progress(optimizer: "Optimizer", group: "_Group", parameter: "_Parameter") -
 
 
 def flush(optimizer: "Optimizer") -> None:
-    """Bring all tables in files to the disk, then make that what counts."""
-    stored = _tables(optimizer)
+    """Bring all open tables in files to the disk, then make that what counts."""
+    every = _tables(optimizer)
+    stored = [one for one in every if not one[2].closed] or every  # which then says that it is closed
     for group, parameter, table in stored:
         table.prepare(progress(optimizer, group, parameter))
     for _, _, table in stored:
@@ -45,12 +47,17 @@ def resume(optimizer: "Optimizer") -> None:
     stored = _tables(optimizer)
     back = _interrupted(stored)
     chosen: list[Progress] = [table.previous if table in back else table.progress for _, _, table in stored]
-    for (group, parameter, _), own in zip(stored, chosen, strict=True):
+    for (group, parameter, table), own in zip(stored, chosen, strict=True):
+        if table.changed and table.owner is not None:
+            raise ValueError(
+                f"{parameter.label}, {table.path}, was changed by another optimizer since its last flush: "
+                "flush it first"
+            )
         _check(optimizer, group, parameter, own)
     for table in back:
         table.roll_back()
     for (group, parameter, table), own in zip(stored, chosen, strict=True):
-        table.attach(optimizer._flushed_alone)
+        table.owner = optimizer
         if own is not None:
             optimizer._steps = own["steps"]
             parameter.step = own["step"]
@@ -86,6 +93,11 @@ def _check(optimizer: "Optimizer", group: "_Group", parameter: "_Parameter", own
     if own["optimizer"] != name:
         raise ValueError(
             f"{parameter.label} was updated by the optimizer {own['optimizer']!r}: expected {name!r}"
+        )
+    if own["key"] != parameter.key:
+        raise ValueError(
+            f"{parameter.label} was the parameter {own['key']!r} of its optimizer: "
+            "expected it to be that again"
         )
     slots = list(optimizer._slots(group, parameter))
     if own["slots"] != slots:

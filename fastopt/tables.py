@@ -11,8 +11,9 @@ from fastopt.kernels import rest, rules
 ROW_STEPS = "row_steps"  # with step_per_row: how often each row was updated
 LAST_STEP, LR_HISTORY = "last_step", "lr_history"  # with rows="dense", while rows are behind
 ROWS_PER_COEFFICIENTS = 4
+MOST_COUNTED = 2**53  # steps, which float64 still counts
 MOVES_PER_COEFFICIENTS = 100  # elements that a dense update handles in the time of one look-up
-MOST_STEPS = 1 << 17  # that a history holds; then all rows are brought up to date, and it starts anew
+MOST_STEPS = 1 << 14  # that a history holds, 2 MB; then all rows are brought up to date, and it starts anew
 
 
 class Tracking:
@@ -68,15 +69,16 @@ class Counts:
         self._key: tuple | None = None
 
     def up_to(self, count: int, rule: rules.Rule, options: Mapping[str, Any]) -> np.ndarray:
-        """[at least count, numbers]: row t - 1 is that of the t-th update."""
+        """Row t - 1 is that of the t-th update; of fewer than ``count`` rows the last is for all later."""
         own = {**options, "lr": 1.0}
-        key = rule.hyper, tuple(sorted(own.items()))
+        final = rule.fold(MOST_COUNTED, own)
+        key = rule.hyper, rule.fold(1, own), rule.fold(2, own), final
         if key != self._key:
             self._key, self._size = key, 0
-            self._numbers = np.empty((64, len(rule.fold(1, own))))
-        while self._size < count:
+            self._numbers = np.empty((64, len(final)))
+        while self._size < count and (not self._size or tuple(self._numbers[self._size - 1]) != tuple(final)):
             if self._size == len(self._numbers):
                 self._numbers = np.concatenate([self._numbers, np.empty_like(self._numbers)])
             self._numbers[self._size] = rule.fold(self._size + 1, own)
             self._size += 1
-        return self._numbers
+        return self._numbers[: self._size]

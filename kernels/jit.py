@@ -12,6 +12,7 @@ Options, each for a reason:
 
 import functools
 import hashlib
+import multiprocessing
 import os
 import pickle
 import sys
@@ -64,6 +65,13 @@ SPIN_COUNT = "GOMP_SPINCOUNT"
 PARALLEL_FROM = 262_144  # elements, 0.1 ms of Adam; below, waking the other threads costs more than it saves
 
 
+def _is_forked_worker() -> bool:
+    """Whether this is a child of ``multiprocessing`` that was forked before this module was imported."""
+    command = " ".join(sys.orig_argv)
+    others = "--multiprocessing-fork", "multiprocessing.forkserver"  # how spawned children are started
+    return multiprocessing.parent_process() is not None and not any(other in command for other in others)
+
+
 class _Threads:
     """Launches parallel kernels so that forks and Python threads are safe.
 
@@ -75,7 +83,7 @@ class _Threads:
 
     def __init__(self) -> None:
         self.layer: str | None = None
-        self.forked = False
+        self.forked = _is_forked_worker()
         self.lock = threading.RLock()
 
     def launch(self, function: Callable, args: tuple) -> None:
@@ -112,6 +120,11 @@ def _short_spins() -> Iterator[None]:
 
 _threads = _Threads()
 os.register_at_fork(after_in_child=_threads.after_fork)
+
+
+def thread_count() -> int:
+    """How many threads a parallel kernel gets; asking Numba starts them, which is left to a launch."""
+    return _config.NUMBA_NUM_THREADS if _threads.layer is None else numba.get_num_threads()
 
 
 class Kernel:

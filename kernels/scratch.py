@@ -60,8 +60,8 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     with _lock:
         waiting = _waiting.get(capacity)
         if waiting:
+            _waiting_bytes -= capacity  # first: a collection of garbage may clear what waits
             memory = waiting.pop()
-            _waiting_bytes -= capacity
         else:
             memory = aligned(np.empty(capacity + ALIGNMENT, np.uint8), capacity)
     return np.asarray(_Loan(memory))[:needed].view(dtype).reshape(shape)

@@ -350,3 +350,15 @@ def test_bags_that_share_the_gradient_of_their_output_are_refused():
         with pytest.raises(ValueError, match="grad_output"):
             fastopt.clip_grad_norm([bags, other], 0.5)
     np.testing.assert_array_equal(g, 3.0)
+
+
+def test_int32_indices_of_tables_that_are_large_together_keep_apart():
+    rng = np.random.default_rng(12)
+    grads, total = [], 0.0
+    for limit in (2**31 - 1, 2**31 - 1, 40):
+        indices = np.append(rng.integers(0, limit, 20), [limit - 1, 5]).astype(np.int32)
+        values = rng.standard_normal((22, 3)).astype(np.float32)
+        grads.append(fastopt.IndexedSlices(indices, values))
+        _, sums = reference.coalesce(indices, values)
+        total += np.square(sums).sum()
+    np.testing.assert_allclose(fastopt.grad_norm(grads), np.sqrt(total), rtol=1e-6)

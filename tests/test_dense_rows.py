@@ -767,3 +767,15 @@ def test_two_thousand_steps_with_warmup_and_cosine(optimizer, options, size):
     opt.flush()
     assert np.abs(rows - dense).max() < 1e-4 * np.abs(dense).max()
     assert np.linalg.norm(rows - dense) < 1e-5 * np.linalg.norm(dense)
+
+
+def test_a_part_or_another_shape_of_a_table_is_not_its_parameter():
+    table = np.zeros((8, 4), F32)
+    opt = fastopt.AdamW(table, rows="dense")
+    opt.step(IndexedSlices(np.array([1]), np.ones((1, 4), F32)))
+    for view in (table[:4], table.reshape(4, 8), table.reshape(-1, 1), table.view(np.int32).view(F32)[1:]):
+        with pytest.raises(ValueError, match="table is not a parameter of optimizer"):
+            fastopt.embedding(view, np.array([0]), optimizer=opt)
+    fastopt.embedding(table[:], np.array([0]), optimizer=opt)
+    with pytest.raises(TypeError, match="optimizer is 'adam'"):
+        fastopt.embedding(table, np.array([0]), optimizer="adam")

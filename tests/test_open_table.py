@@ -575,3 +575,36 @@ def test_training_touches_few_pages_of_a_huge_table(tmp_path):
         opt = fastopt.Adam(table)
         assert opt.steps == 4
         assert np.count_nonzero(table.weights[np.random.default_rng(3).integers(0, rows, size)]) == size * dim
+
+
+def test_a_flush_of_one_table_is_one_of_all(tmp_path):
+    with new_table(tmp_path / "a") as a, new_table(tmp_path / "b") as b:
+        opt = fastopt.Adam([a, b])
+        for at in range(3):
+            opt.step([gradient(at), gradient(at)])
+            a.flush()
+        weights = a.weights.copy(), b.weights.copy()
+    with fastopt.open_table(tmp_path / "a") as a, fastopt.open_table(tmp_path / "b") as b:
+        assert fastopt.Adam([a, b]).steps == 3
+        assert (a.weights.tobytes(), b.weights.tobytes()) == (weights[0].tobytes(), weights[1].tobytes())
+        with pytest.raises(ValueError, match="was the parameter 1 of its optimizer"):
+            fastopt.Adam(b)
+
+
+def test_a_table_keeps_its_optimizer_until_it_is_closed(tmp_path):
+    def train(table):
+        opt = fastopt.Adam(table)
+        for at in range(3):
+            opt.step(gradient(at))
+
+    with new_table(tmp_path / "t") as table:
+        train(table)
+        with pytest.raises(ValueError, match="changed by another optimizer since its last flush"):
+            fastopt.Adam(table)
+    with fastopt.open_table(tmp_path / "t") as table:
+        opt = fastopt.Adam(table)
+        assert opt.steps == 3
+        later = fastopt.Adam(table)
+        with pytest.raises(ValueError, match="now belongs to another optimizer"):
+            opt.step(gradient(3))
+        later.step(gradient(3))

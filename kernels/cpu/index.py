@@ -8,11 +8,10 @@ which block of the words a thread works on does not show in the result, since th
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numba import prange
 
-from fastopt.kernels.jit import Kernel, helper
+from fastopt.kernels.jit import Kernel, helper, thread_count
 from fastopt.kernels.scratch import empty
 
 DIGIT_BITS = 11  # 2,048 counters fit the first-level cache
@@ -193,7 +192,7 @@ def group(parts: Sequence[tuple[np.ndarray, int]]) -> list[Groups]:
         )
     words, scratch = empty(size, np.uint64), empty(size, np.uint64)
     passes = -(-key_bits // DIGIT_BITS)
-    blocks = max(1, min(-(-size // BLOCK), 4 * numba.get_num_threads()))
+    blocks = max(1, min(-(-size // BLOCK), 4 * thread_count()))
     counts = np.empty((blocks, 1 << -(-key_bits // passes)), np.uint32)
     order, starts, rows_of = empty(size, np.int32), empty(size + 1, np.int32), empty(size, np.int64)
     found = np.zeros(blocks + 1, np.int64)
@@ -206,7 +205,7 @@ def _keys(parts: Sequence[tuple[np.ndarray, int]], size: int) -> np.ndarray:
     keys = empty(size, np.int64)
     first, first_row = 0, 0
     for indices, rows in parts:
-        np.add(indices, first_row, out=keys[first : first + indices.size])
+        np.add(indices, first_row, out=keys[first : first + indices.size], dtype=np.int64)
         first += indices.size
         first_row += rows
     return keys
