@@ -1,6 +1,7 @@
 """Memory that is used again: large arrays of a size are needed at every step, and getting them
 from the system costs more, page by page, than what is done with them."""
 
+import math
 import os
 import threading
 from typing import Any
@@ -52,7 +53,7 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     """As ``np.empty(shape, dtype)``, from memory used before where there is some."""
     global _waiting_bytes
     dtype = np.dtype(dtype)
-    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    needed = (shape if isinstance(shape, int) else math.prod(shape)) * dtype.itemsize
     if needed < SMALLEST:
         return np.empty(shape, dtype)
     eighth = 1 << max(needed.bit_length() - 4, 0)

@@ -198,7 +198,9 @@ def group(parts: Sequence[tuple[np.ndarray, int]]) -> list[Groups]:
     found = np.zeros(blocks + 1, np.int64)
     keys = parts[0][0] if len(parts) == 1 else _keys(parts, size)
     find_groups(size, keys, position_bits, words, scratch, counts, passes, found, order, starts, rows_of)
-    return _split(parts, Groups(rows_of[: found[-1]], order, starts[: found[-1] + 1]))
+    distinct = int(found[-1])
+    groups = Groups(rows_of[:distinct], order, starts[: distinct + 1])
+    return [groups] if len(parts) == 1 else _split(parts, groups)
 
 
 def _keys(parts: Sequence[tuple[np.ndarray, int]], size: int) -> np.ndarray:
@@ -214,7 +216,7 @@ def _keys(parts: Sequence[tuple[np.ndarray, int]], size: int) -> np.ndarray:
 def _split(parts: Sequence[tuple[np.ndarray, int]], groups: Groups) -> list[Groups]:
     """The groups of each part."""
     first_rows = np.cumsum([0, *(rows for _, rows in parts)])
-    firsts = np.searchsorted(groups.rows, first_rows) if len(parts) > 1 else (0, groups.rows.size)
+    firsts = np.searchsorted(groups.rows, first_rows)
     split = []
     first_position = 0
     for k, (indices, _) in enumerate(parts):
