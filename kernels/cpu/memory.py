@@ -12,7 +12,6 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array, populate_array
 
 CACHE_LINE = 64  # bytes
 MOST_BYTES = 16 * CACHE_LINE  # of a row: the processor itself fetches on from there
@@ -20,6 +19,8 @@ MOST_BYTES = 16 * CACHE_LINE  # of a row: the processor itself fetches on from t
 
 def _array_at(context: Any, builder: Any, kind: Any, address: Any, shape: list[Any]) -> Any:
     """A C-contiguous array without an owner."""
+    from numba.np.arrayobj import make_array, populate_array  # slow to import, and there when compiling
+
     array = make_array(kind)(context, builder)
     item = context.get_abi_sizeof(context.get_data_type(kind.dtype))
     size = ir.IntType(64)(item)
