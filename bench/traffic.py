@@ -8,9 +8,9 @@ import numpy as np
 from numba import prange
 
 import fastopt
-from fastopt.kernels.cpu.memory import prefetch, view
+from fastopt.kernels.cpu.memory import AHEAD, prefetch, view
 from fastopt.kernels.cpu.sums import sum_rows
-from fastopt.kernels.cpu.tables import AHEAD, add_row
+from fastopt.kernels.cpu.tables import add_row
 
 
 @numba.njit(parallel=True)

@@ -136,7 +136,7 @@ def catch_up_launch(
     like = table.dtype.type(0)
     work = count * table.shape[1]
     return Launch(
-        catch_up, work, (tracking.history.kind(), h, c, like, row, listed, 0, count), (table, state, tracking)
+        catch_up, work, (tracking.history.kind(), h, c, like, row, listed, count), (table, state, tracking)
     )
 
 

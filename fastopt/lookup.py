@@ -144,6 +144,6 @@ def _make_ready(
             raise TypeError(f"optimizer is {optimizer!r}: expected one of fastopt's")
         optimizer._bring_up_to_date(table, indices)
     if max_norm is not None and not math.isinf(max_norm):
-        groups = indices.groups
-        arrays.before_writing(table, groups.rows - groups.first_row)
-        limit_norms(groups.rows.size * source.shape[1], source, groups.rows, groups.first_row, max_norm)
+        rows = indices.groups.own_rows()
+        arrays.before_writing(table, rows)
+        limit_norms(rows.size * source.shape[1], source, rows, max_norm)

@@ -358,7 +358,8 @@ class Optimizer:
             for launch in launches:
                 launch.compile()
         for update in updates:
-            update.parameter.before_writing(_rows_written(update.gradient))
+            if update.parameter.stored is not None:
+                update.parameter.stored.keep(_rows_written(update.gradient))
         return launches
 
     def flush(self) -> None:
@@ -506,15 +507,9 @@ class Optimizer:
         if full or isinstance(update.gradient, DenseGradient):
             self._catch_up(parameter)
         if isinstance(update.gradient, RowGradient) and parameter.tracking is None:
-            parameter.tracking = self._tracking(group, parameter, parameter.step, None)
-
-    def _tracking(
-        self, group: _Group, parameter: _Parameter, base: int, last_step: np.ndarray | None
-    ) -> Tracking:
-        """Tracking that starts after step ``base``, when all rows were up to date."""
-        if last_step is None:
-            last_step = np.full(parameter.rows, base, np.int64)
-        return Tracking(group.rule, self._decay(group.checked), group.checked, base, last_step)
+            last_step = np.full(parameter.rows, parameter.step, np.int64)
+            decay = self._decay(group.checked)
+            parameter.tracking = Tracking(group.rule, decay, group.checked, parameter.step, last_step)
 
     def _row_update(self, update: _Update, h: Any, c: Any, lr: float) -> RowUpdate:
         parameter, checked, rule = update.parameter, update.group.checked, update.group.rule
@@ -550,7 +545,7 @@ class Optimizer:
         if tracking.history.now > tracking.history.base:
             group = next(group for group in self._groups if parameter in group.parameters)
             h, c = self._fold_options(group, parameter, tracking.options, 0.0, 1.0, parameter.step)
-            rows = None if indices is None else indices.groups.rows - indices.groups.first_row
+            rows = None if indices is None else indices.groups.own_rows()
             launch = catch_up_launch(
                 tracking, parameter.view(), parameter.state, group.rule, h, c, parameter.step, rows
             )
@@ -730,10 +725,7 @@ def _as_rows(
 
 def _rows_written(gradient: DenseGradient | RowGradient) -> np.ndarray | None:
     """The rows that an update writes, None for all."""
-    if isinstance(gradient, DenseGradient):
-        return None
-    groups = gradient.indices.groups
-    return groups.rows - groups.first_row
+    return None if isinstance(gradient, DenseGradient) else gradient.indices.groups.own_rows()
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -25,7 +25,7 @@ def define(name: str, arguments: str, *lines: str, **names: object) -> Callable:
 
 
 def load(arrays, i):
-    """Element ``i`` of each array of a tuple."""
+    """Element, or row, ``i`` of each array of a tuple."""
     return tuple(array[i] for array in arrays)
 
 
@@ -244,17 +244,6 @@ def _begin_row(h, c, p, g, row_state):
         return new
 
     return implementation
-
-
-def row_of(arrays, row):
-    """Row ``row`` of each array of a tuple."""
-    return tuple(array[row] for array in arrays)
-
-
-@overload(row_of)
-def _row_of(arrays, row):
-    items = "".join(f"arrays[{k}][row], " for k in range(len(arrays)))
-    return define("row_of", "arrays, row", f"return ({items})")
 
 
 def element_of(arrays, row):

@@ -3,11 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numba
 import numpy as np
+import pytest
 import reference
 from hypothesis import strategies as st
 
 import fastopt
+
+needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
 
 RANGES = {
     "lr": (1e-4, 0.1),

@@ -15,14 +15,6 @@ DIMS = [0, 1, 3, 7, 8, 64, 100, 128, 1024]
 MODES = ["sum", "mean", "max"]
 DTYPES = [np.float32, np.float64]
 RTOL = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-14}
-needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
-
-
-@pytest.fixture
-def restored_threads():
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
 
 
 class Problem:
@@ -458,7 +450,7 @@ def large(mode, weighted):
 @pytest.mark.parametrize(
     ("mode", "weighted"), [("sum", False), ("sum", True), ("mean", True), ("max", False)]
 )
-@needs_two_threads
+@cases.needs_two_threads
 def test_bags_have_the_same_bits_for_any_number_of_threads_variant_and_run(
     mode, weighted, restored_threads, monkeypatch
 ):

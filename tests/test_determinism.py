@@ -16,15 +16,6 @@ from fastopt.kernels import jit
 from fastopt.kernels.cpu import norms, rows
 from fastopt.kernels.cpu.index import group
 
-needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
-
-
-@pytest.fixture
-def restored_threads():
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
-
 
 def run(case, sparse, rows=9_001, width=33):
     """Bytes of parameter and state after some steps, large enough to run in parallel."""
@@ -41,7 +32,7 @@ def run(case, sparse, rows=9_001, width=33):
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("case", cases.RULES, ids=str)
-@needs_two_threads
+@cases.needs_two_threads
 def test_steps_have_the_same_bits_for_any_number_of_threads_variant_and_run(
     case, sparse, restored_threads, monkeypatch
 ):
@@ -64,7 +55,7 @@ def test_small_steps_have_the_same_bits_in_both_variants(case, sparse, monkeypat
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@needs_two_threads
+@cases.needs_two_threads
 def test_norms_have_the_same_bits_for_any_number_of_threads_and_variant(dtype, restored_threads):
     rng = np.random.default_rng(22)
     g = np.asarray(rng.standard_normal((5_001, 21)) * 10.0 ** rng.integers(-9, 9, (5_001, 1)), dtype)

@@ -7,6 +7,7 @@ import signal
 import threading
 import tracemalloc
 
+import cases
 import numba
 import numpy as np
 import pytest
@@ -20,14 +21,6 @@ from fastopt.kernels import jit, scratch
 SEEDS = st.integers(0, 2**32 - 1)
 ROWS = [1, 5, 2048, 2049, 5_000_011, 2**31 + 7, 2**40]
 KINDS = ["uniform", "skewed", "constant", "ends"]
-needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
-
-
-@pytest.fixture
-def restored_threads():
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
 
 
 def some_indices(rng, shape, rows, kind, dtype=np.int64):
@@ -95,7 +88,7 @@ def test_no_indices_of_no_rows_are_grouped():
 
 
 @pytest.mark.parametrize("rows", [5, 2049, 2**40])
-@needs_two_threads
+@cases.needs_two_threads
 def test_groups_are_the_same_for_any_number_of_threads_and_variant(rows, restored_threads, monkeypatch):
     rng = np.random.default_rng(2)
     for size, kind in ((300_001, "skewed"), (300_001, "uniform"), (70, "uniform")):

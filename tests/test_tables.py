@@ -19,7 +19,6 @@ from fastopt.kernels.cpu.rows import update_tables
 
 F32, F64 = np.float32, np.float64
 SEEDS = st.integers(0, 2**32 - 1)
-needs_two_threads = pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
 
 
 def assert_states(opt, twin, keys=None):
@@ -514,13 +513,6 @@ def test_state_is_given_out_as_contiguous_copies(tmp_path):
 # Any number of threads, both variants
 
 
-@pytest.fixture
-def restored_threads():
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
-
-
 def run(options, rows=9_001, width=33, small=3):
     rng = np.random.default_rng(10)
     tables = [cases.parameter(rng, (rows, width), F32)]
@@ -544,7 +536,7 @@ def run(options, rows=9_001, width=33, small=3):
 @pytest.mark.parametrize(
     "options", [{"rows": "dense"}, {"step_per_row": True}, {"clip_row_norm": 1.0}], ids=str
 )
-@needs_two_threads
+@cases.needs_two_threads
 def test_the_same_bits_for_any_number_of_threads_and_variant(options, restored_threads, monkeypatch):
     assert jit.PARALLEL_FROM < 9_001 * 33
     first = run(options)

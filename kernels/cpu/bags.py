@@ -3,9 +3,9 @@
 import numpy as np
 from numba import prange
 
-from fastopt.kernels.cpu.memory import prefetch, view
+from fastopt.kernels.cpu.memory import AHEAD, prefetch, view
 from fastopt.kernels.cpu.sums import sum_rows
-from fastopt.kernels.cpu.tables import AHEAD, add_row, add_weighted_row
+from fastopt.kernels.cpu.tables import add_row, add_weighted_row
 from fastopt.kernels.jit import Kernel, helper, restricted_helper
 
 BAGS_PER_CHUNK = 64
@@ -171,13 +171,13 @@ def dot(a, b):
 
 
 @Kernel
-def limit_norms(table, rows, first_row, max_norm):
-    """Scale those of the rows ``rows[k] - first_row``, all different, whose norm is above ``max_norm``
+def limit_norms(table, rows, max_norm):
+    """Scale those of the different ``rows`` whose norm is above ``max_norm``
     to that norm: by ``max_norm / (norm + 1e-7)``, as torch's ``embedding_renorm_``."""
     for chunk in prange((rows.size + GROUPS_PER_CHUNK - 1) // GROUPS_PER_CHUNK):
         first = chunk * GROUPS_PER_CHUNK
         for k in range(first, min(first + GROUPS_PER_CHUNK, rows.size)):
-            limit_norm(table[rows[k] - first_row], max_norm)
+            limit_norm(table[rows[k]], max_norm)
 
 
 @helper

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import prange
 
-from fastopt.kernels.elements import element_of, load, row_of, store, update_element, update_row
+from fastopt.kernels.elements import element_of, load, store, update_element, update_row
 from fastopt.kernels.jit import Kernel
 
 ROWS_PER_CHUNK = 64
@@ -29,4 +29,4 @@ def flat_rows(h, c, p, g, state, row_state):
     for chunk in prange(chunks):
         first = chunk * ROWS_PER_CHUNK
         for row in range(first, min(first + ROWS_PER_CHUNK, p.shape[0])):
-            update_row(h, c, p[row], g[row], row_of(state, row), element_of(row_state, row))
+            update_row(h, c, p[row], g[row], load(state, row), element_of(row_state, row))

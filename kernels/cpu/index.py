@@ -31,6 +31,10 @@ class Groups(NamedTuple):
     first_row: int = 0
     first_position: int = 0
 
+    def own_rows(self) -> np.ndarray:
+        """The distinct rows, as the table counts them."""
+        return self.rows - self.first_row
+
 
 @helper
 def bounds_of(indices, first, last):

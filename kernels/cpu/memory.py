@@ -14,6 +14,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 CACHE_LINE = 64  # bytes
+AHEAD = 12  # rows that are fetched before their turn: memory answers in the time of a few
 MOST_BYTES = 16 * CACHE_LINE  # of a row: the processor itself fetches on from there
 
 

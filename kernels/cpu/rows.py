@@ -6,9 +6,8 @@ import numpy as np
 from numba import prange
 from numba.extending import overload, register_jitable
 
-from fastopt.kernels.cpu.memory import prefetch, view, view_2d
+from fastopt.kernels.cpu.memory import AHEAD, prefetch, view, view_2d
 from fastopt.kernels.cpu.tables import (
-    AHEAD,
     DIM,
     GROUPS,
     HISTORY,
@@ -206,24 +205,24 @@ def _enter_row(mode, h, c, like, table, row, p, state, row_state):
 
 
 @Kernel
-def catch_up(mode, h, c, like, table, rows, first, count):
-    """Bring rows up to date with the step before ``table[STEP]``: ``count`` rows from ``first`` on or,
-    if ``rows`` is not empty, the rows ``rows[k] - first``, all different."""
+def catch_up(mode, h, c, like, table, rows, count):
+    """Bring rows up to date with the step before ``table[STEP]``: the ``count`` different ones of ``rows``
+    or, if that is empty, the first ``count``."""
     for chunk in prange((count + GROUPS_PER_CHUNK - 1) // GROUPS_PER_CHUNK):
         begin = chunk * GROUPS_PER_CHUNK
-        catch_up_chunk(mode, h, c, like, table, rows, first, begin, min(begin + GROUPS_PER_CHUNK, count))
+        catch_up_chunk(mode, h, c, like, table, rows, begin, min(begin + GROUPS_PER_CHUNK, count))
 
 
 @helper
-def catch_up_chunk(mode, h, c, like, table, rows, first, begin, end):
+def catch_up_chunk(mode, h, c, like, table, rows, begin, end):
     dim = table[DIM]
     stride = dim * view(table[PARAM], dim, like).itemsize
     for k in range(begin, end):
         if k + AHEAD < end:
-            ahead = rows[k + AHEAD] - first if rows.size else first + k + AHEAD
+            ahead = rows[k + AHEAD] if rows.size else k + AHEAD
             prefetch(table[PARAM] + ahead * stride, stride)
             prefetch_state(h, table, like, ahead)
-        row = rows[k] - first if rows.size else first + k
+        row = rows[k] if rows.size else k
         p = view(table[PARAM] + row * stride, dim, like)
         state, row_state = state_rows(h, table, like, row)
         take_missed_steps(mode, h, c, like, table, row, p, state, row_state, table[STEP] - 1)

@@ -14,10 +14,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from fastopt.kernels.cpu.memory import CACHE_LINE, view
+from fastopt.kernels.cpu.memory import AHEAD, CACHE_LINE, view
 from fastopt.kernels.jit import helper
 
-AHEAD = 12  # rows that are fetched before their turn
 WIDE, MIDDLE = 256, 128  # bytes of a block: eight and four common vector registers
 
 

@@ -9,7 +9,7 @@ elements count whose winner is the position itself: the gradient of a maximum.
 
 import numpy as np
 
-from fastopt.kernels.cpu.memory import prefetch, view
+from fastopt.kernels.cpu.memory import AHEAD, prefetch, view
 from fastopt.kernels.cpu.sums import sum_rows
 from fastopt.kernels.jit import helper, restricted_helper
 
@@ -43,8 +43,6 @@ from fastopt.kernels.jit import helper, restricted_helper
     STATE,  # addresses of the state arrays, then of those of one element a row
 ) = range(27)
 WIDTH = STATE + 4
-
-AHEAD = 12  # rows that are fetched before their turn: memory answers in the time of a few
 
 
 @restricted_helper

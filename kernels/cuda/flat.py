@@ -3,7 +3,7 @@
 import numpy as np
 from numba import cuda
 
-from fastopt.kernels.elements import element_of, load, row_of, store, update_element, update_row
+from fastopt.kernels.elements import element_of, load, store, update_element, update_row
 
 
 def flat(h, c, p, g, state):
@@ -25,5 +25,5 @@ def flat_rows(h, c, p, g, state, row_state):
     stride = np.uint64(cuda.gridsize(1))
     rows = np.uint64(p.shape[0])
     while row < rows:
-        update_row(h, c, p[row], g[row], row_of(state, row), element_of(row_state, row))
+        update_row(h, c, p[row], g[row], load(state, row), element_of(row_state, row))
         row += stride
