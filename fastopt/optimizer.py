@@ -596,11 +596,11 @@ class Optimizer:
         decay = self._decay(options)
         c: Any
         if decay is rules.Scaled:
-            c = rules.Scaled(scale)
+            c = rules.Scaled(scale, limit)
         elif decay is rules.Decoupled:
-            c = rules.Decoupled(scale, 1.0 - lr * options["weight_decay"])
+            c = rules.Decoupled(scale, limit, 1.0 - lr * options["weight_decay"])
         else:
-            c = rules.L2(scale, options["weight_decay"])
+            c = rules.L2(scale, limit, options["weight_decay"])
         dtype = parameter.dtype.type
         return _cast(h, dtype, group.label), _cast(c, dtype, group.label)
 

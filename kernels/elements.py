@@ -47,20 +47,28 @@ def _store(arrays, i, values):
     return define("store", "arrays, i, values", *lines, "return None")
 
 
-def unpack(prototype, numbers):
-    """A named tuple of the type of ``prototype`` from an array of its numbers, flags being 0 or 1."""
+def unpack(prototype, numbers, like):
+    """A named tuple of the type of ``prototype`` from an array of its numbers, cast to the type of
+    ``like``, flags being 0 or 1."""
+    cast = type(like)
     return type(prototype)(
-        *(n != 0 if isinstance(p, bool) else n for p, n in zip(prototype, numbers, strict=True))
+        *(n != 0 if isinstance(p, bool) else cast(n) for p, n in zip(prototype, numbers, strict=False))
     )
 
 
 @overload(unpack)
-def _unpack(prototype, numbers):
+def _unpack(prototype, numbers, like):
     items = ", ".join(
-        f"numbers[{k}] != 0" if isinstance(kind, types.Boolean) else f"numbers[{k}]"
+        f"numbers[{k}] != 0" if isinstance(kind, types.Boolean) else f"cast(numbers[{k}])"
         for k, kind in enumerate(prototype.types)
     )
-    return define("unpack", "prototype, numbers", f"return cls({items})", cls=prototype.instance_class)
+    return define(
+        "unpack",
+        "prototype, numbers, like",
+        f"return cls({items})",
+        cls=prototype.instance_class,
+        cast=as_dtype(like).type,
+    )
 
 
 def unpack_times(prototype, numbers, factor, like):
@@ -91,19 +99,20 @@ def _unpack_times(prototype, numbers, factor, like):
 
 def unpack_decay(prototype, numbers, like):
     """A weight decay of the type of ``prototype`` for a gradient of zeros, from its numbers but for the
-    scale."""
+    scale and the limit."""
     cast = type(like)
-    return type(prototype)(cast(1), *(cast(n) for n in numbers))
+    return type(prototype)(cast(1), cast(np.inf), *(cast(n) for n in numbers))
 
 
 @overload(unpack_decay)
 def _unpack_decay(prototype, numbers, like):
-    items = "".join(f", cast(numbers[{k}])" for k in range(len(prototype.types) - 1))
+    items = "".join(f", cast(numbers[{k}])" for k in range(len(prototype.types) - 2))
     return define(
         "unpack_decay",
         "prototype, numbers, like",
-        f"return cls(cast(1){items})",
+        f"return cls(cast(1), cast(inf){items})",
         cls=prototype.instance_class,
+        inf=np.inf,
         cast=as_dtype(like).type,
     )
 
@@ -141,16 +150,24 @@ def _update(h, p, g, *state):
     return _adapter(RULES[h.instance_class])
 
 
+@register_jitable
+def scaled(c, g):
+    """The gradient, scaled and clipped; NaN stays NaN."""
+    g = c.scale * g
+    g = c.limit if g > c.limit else g
+    return -c.limit if g < -c.limit else g
+
+
 def regularise(c, p, g):
     """The gradient as the rule sees it."""
-    return c.scale * g + c.weight_decay * p if isinstance(c, L2) else c.scale * g
+    return scaled(c, g) + c.weight_decay * p if isinstance(c, L2) else scaled(c, g)
 
 
 @overload(regularise)
 def _regularise(c, p, g):
     if c.instance_class is L2:
-        return lambda c, p, g: c.scale * g + c.weight_decay * p
-    return lambda c, p, g: c.scale * g
+        return lambda c, p, g: scaled(c, g) + c.weight_decay * p
+    return lambda c, p, g: scaled(c, g)
 
 
 def decayed(c, p):

@@ -29,15 +29,17 @@ from numba.extending import register_jitable
 
 class Scaled(NamedTuple):
     """No weight decay. scale: factor on the gradient: loss scale, clipping and, when negative,
-    maximisation."""
+    maximisation. limit: what an element of the scaled gradient is clipped to, either way."""
 
     scale: float
+    limit: float
 
 
 class L2(NamedTuple):
     """Weight decay as an L2 penalty: weight_decay * p is added to the scaled gradient."""
 
     scale: float
+    limit: float
     weight_decay: float
 
 
@@ -46,6 +48,7 @@ class Decoupled(NamedTuple):
     (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2)."""
 
     scale: float
+    limit: float
     keep: float
 
 

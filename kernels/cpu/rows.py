@@ -248,8 +248,8 @@ def update_tables(mode, h, c, like, tables, hs, cs, limits, parts, totals):
 @helper
 def update_part(mode, h, c, like, table, h_numbers, c_numbers, limit, part, parts, total):
     """One part's share of :func:`update_tables`; apart, because what stands in a prange compiles slowly."""
-    h = unpack(h, h_numbers)
-    c = unpack(c, c_numbers)
+    h = unpack(h, h_numbers, like)
+    c = unpack(c, c_numbers, like)
     dim, groups = table[DIM], table[GROUPS]
     stride = dim * total.itemsize
     for group in range(first_group(table, part, parts), first_group(table, part + 1, parts)):

@@ -24,6 +24,9 @@ def lion(h, p, g, exp_avg):
     return p, g + h.beta2 * (exp_avg - g)
 
 
+LIMIT = 0.7  # that elements of the scaled gradient are clipped to
+
+
 PACKAGE = [hyper for hyper in rules.RULES if hyper.__module__ == "fastopt.kernels.rules"]
 
 
@@ -49,11 +52,11 @@ def hyperparameters(rule: rules.Rule, decay: type) -> Callable[..., tuple]:
     def hyperparameters(dtype, step, scale, weight_decay, options):
         h = rule.fold(step, options)
         if decay is rules.Scaled:
-            c = rules.Scaled(scale)
+            c = rules.Scaled(scale, LIMIT)
         elif decay is rules.L2:
-            c = rules.L2(scale, weight_decay)
+            c = rules.L2(scale, LIMIT, weight_decay)
         else:
-            c = rules.Decoupled(scale, 1.0 - options["lr"] * weight_decay)
+            c = rules.Decoupled(scale, LIMIT, 1.0 - options["lr"] * weight_decay)
         return tuple(type(t)(*[x if isinstance(x, bool) else dtype(x) for x in t]) for t in (h, c))
 
     return hyperparameters

@@ -6,6 +6,7 @@ import inspect
 import numpy as np
 import pytest
 import reference
+from conftest import LIMIT
 from numba.core import config
 
 from fastopt.kernels import rules
@@ -89,7 +90,7 @@ def test_simulated_kernels_agree_with_the_cpu_and_the_formula(rule, decay, dtype
             taken = {k: v for k, v in options.items() if k in inspect.signature(follow).parameters}
             h, c = hyperparameters(dtype, step, SCALE, WEIGHT_DECAY, options)
             cuda.jit(gpu_kernel)[BLOCKS, THREADS](h, c, *on_gpu)
-            p = follow(p, SCALE * g, state, step, **taken, **common)
+            p = follow(p, np.clip(SCALE * g, -LIMIT, LIMIT), state, step, **taken, **common)
             if with_cpu:
                 cpu_kernel.serial(h, c, *on_cpu)
         for got, want in zip(flattened(on_gpu), [p, g, *state.values()], strict=True):
@@ -104,7 +105,7 @@ def test_simulated_kernels_agree_with_the_cpu_and_the_formula(rule, decay, dtype
 
 @pytest.mark.parametrize(("blocks", "threads"), [(1, 1), (1, 32), (5, 3), (40, 1)])
 def test_any_grid_updates_every_element_once(blocks, threads):
-    h, c = rules.SGDH(np.float32(0.5)), rules.Scaled(np.float32(1))
+    h, c = rules.SGDH(np.float32(0.5)), rules.Scaled(np.float32(1), np.float32(np.inf))
     p, g = np.zeros(37, np.float32), np.arange(37, dtype=np.float32)
     cuda.jit(gpu.flat)[blocks, threads](h, c, p, g, ())
     np.testing.assert_array_equal(p, -g / 2)
@@ -112,7 +113,7 @@ def test_any_grid_updates_every_element_once(blocks, threads):
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_nan_and_infinity_stay_in_their_elements():
-    h, c = rules.AdaGradH(np.float32(0.5), np.float32(1e-3)), rules.Scaled(np.float32(1))
+    h, c = rules.AdaGradH(np.float32(0.5), np.float32(1e-3)), rules.Scaled(np.float32(1), np.float32(np.inf))
     p, g, state = np.ones(5, np.float32), np.float32([1, np.nan, 1, np.inf, 1]), np.zeros(5, np.float32)
     cuda.jit(gpu.flat)[1, 2](h, c, p, g, (state,))
     np.testing.assert_array_equal(np.isfinite(p), [True, False, True, False, True])
