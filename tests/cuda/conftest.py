@@ -24,9 +24,6 @@ def lion(h, p, g, exp_avg):
     return p, g + h.beta2 * (exp_avg - g)
 
 
-LIMIT = 0.7  # that elements of the scaled gradient are clipped to
-
-
 PACKAGE = [hyper for hyper in rules.RULES if hyper.__module__ == "fastopt.kernels.rules"]
 
 
@@ -47,16 +44,16 @@ def decay(request: pytest.FixtureRequest) -> type:
 
 @pytest.fixture
 def hyperparameters(rule: rules.Rule, decay: type) -> Callable[..., tuple]:
-    """``hyperparameters(dtype, step, scale, weight_decay, options)``: h and c of a launch."""
+    """``hyperparameters(dtype, step, scale, limit, weight_decay, options)``: h and c of a launch."""
 
-    def hyperparameters(dtype, step, scale, weight_decay, options):
+    def hyperparameters(dtype, step, scale, limit, weight_decay, options):
         h = rule.fold(step, options)
         if decay is rules.Scaled:
-            c = rules.Scaled(scale, LIMIT)
+            c = rules.Scaled(scale, limit)
         elif decay is rules.L2:
-            c = rules.L2(scale, LIMIT, weight_decay)
+            c = rules.L2(scale, limit, weight_decay)
         else:
-            c = rules.Decoupled(scale, LIMIT, 1.0 - options["lr"] * weight_decay)
+            c = rules.Decoupled(scale, limit, 1.0 - options["lr"] * weight_decay)
         return tuple(type(t)(*[x if isinstance(x, bool) else dtype(x) for x in t]) for t in (h, c))
 
     return hyperparameters

@@ -6,7 +6,6 @@ import inspect
 import numpy as np
 import pytest
 import reference
-from conftest import LIMIT
 from numba.core import config
 
 from fastopt.kernels import rules
@@ -23,7 +22,7 @@ from fastopt.kernels.cuda import flat as gpu
 BLOCKS, THREADS = 2, 4
 SHAPES = [(0, 3), (1, 1), (1, 7), (BLOCKS * THREADS, 1), (2 * BLOCKS * THREADS + 1, 3)]
 STEPS = [1, 2, 9]  # the last is one that RAdam rectifies
-SCALE, WEIGHT_DECAY = 0.5, 0.1
+SCALE, LIMIT, WEIGHT_DECAY = 0.5, 0.7, 0.1
 OPTIONS = {
     "lr": 0.03,
     "momentum": 0.8,
@@ -88,7 +87,7 @@ def test_simulated_kernels_agree_with_the_cpu_and_the_formula(rule, decay, dtype
         for step in STEPS:
             options["nesterov"] = step == STEPS[-1]
             taken = {k: v for k, v in options.items() if k in inspect.signature(follow).parameters}
-            h, c = hyperparameters(dtype, step, SCALE, WEIGHT_DECAY, options)
+            h, c = hyperparameters(dtype, step, SCALE, LIMIT, WEIGHT_DECAY, options)
             cuda.jit(gpu_kernel)[BLOCKS, THREADS](h, c, *on_gpu)
             p = follow(p, np.clip(SCALE * g, -LIMIT, LIMIT), state, step, **taken, **common)
             if with_cpu:

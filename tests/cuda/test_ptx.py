@@ -40,7 +40,7 @@ def ptx(rule, hyperparameters, arrays, cc):
     """``ptx(dtype)``: of the rule's kernel."""
     kernel = flat.flat_rows if rule.row_slots else flat.flat
     return lambda dtype: compile.ptx(
-        kernel, *hyperparameters(dtype, 1, 1.0, 0.1, OPTIONS), *arrays(dtype, 2, 2), cc=cc
+        kernel, *hyperparameters(dtype, 1, 1.0, np.inf, 0.1, OPTIONS), *arrays(dtype, 2, 2), cc=cc
     )
 
 
