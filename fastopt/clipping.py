@@ -2,15 +2,14 @@
 
 import math
 import numbers
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from fastopt import arrays
+from fastopt.dense import Batch
 from fastopt.gradients import (
     BagGradient,
-    DenseGradient,
     IndexedSlices,
     RowGradient,
     checked_rows,
@@ -26,36 +25,25 @@ from fastopt.plan import group_all
 SMALL, LARGE = 1e-140, 1e150  # norms beyond which squares lose digits or overflow
 
 
-def total_norm(gradients: Iterable[DenseGradient | RowGradient]) -> float:
+def norm_of(batch: Batch, rows: list[RowGradient]) -> float:
     """L2 norm over all gradients, rows named several times counted as their sum."""
-    gradients = list(gradients)
-    norm = _scaled_norm(gradients, 1.0)
-    # squares of float64 may have left its range; those of float32 never do
-    if any(gradient.values.dtype == np.float64 for gradient in gradients):
+    norm = _scaled_norm(batch, rows, 1.0)
+    # squares of float64 may have left its range; those of smaller types never do
+    if batch.has_double or any(gradient.values.dtype == np.float64 for gradient in rows):
         if norm < SMALL:
-            norm = _scaled_norm(gradients, 2.0**540)
+            norm = _scaled_norm(batch, rows, 2.0**540)
         elif norm > LARGE:
-            norm = _scaled_norm(gradients, 2.0**-540)
+            norm = _scaled_norm(batch, rows, 2.0**-540)
     return norm
 
 
-def _scaled_norm(gradients: list[DenseGradient | RowGradient], scale: float) -> float:
-    total = 0.0
-    sparse: dict[np.dtype, list[RowGradient]] = {}
-    for gradient in gradients:
-        if not gradient.values.size:
-            continue
-        if isinstance(gradient, DenseGradient):
-            total += _sum_squares(gradient.values, scale)
-        elif gradient.indices.array.size:
-            sparse.setdefault(gradient.values.dtype, []).append(gradient)
-    return math.sqrt(total + sum(sums_of_squares(many, scale) for many in sparse.values())) / scale
-
-
-def _sum_squares(values: np.ndarray, scale: float) -> float:
-    partials = np.empty(-(-values.size // norms.BLOCK))
-    norms.sum_squares(values.size, values, scale, partials)
-    return float(partials.sum())
+def _scaled_norm(batch: Batch, rows: list[RowGradient], scale: float) -> float:
+    total = batch.sum_of_squares(scale)
+    alike: dict[np.dtype, list[RowGradient]] = {}
+    for gradient in rows:
+        if gradient.values.size and gradient.indices.array.size:
+            alike.setdefault(gradient.values.dtype, []).append(gradient)
+    return math.sqrt(total + sum(sums_of_squares(many, scale) for many in alike.values())) / scale
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -88,7 +76,7 @@ def grad_norm(grads: Any) -> float:
     Returns:
         The norm: NaN or infinite where a gradient is. The same bits for any number of threads.
     """
-    return total_norm(gradient for gradient, _, _ in _prepared(grads, writable=False))
+    return _norm(_prepared(grads, writable=False))
 
 
 def clip_grad_norm(grads: Any, max_norm: float) -> float:
@@ -106,12 +94,14 @@ def clip_grad_norm(grads: Any, max_norm: float) -> float:
     """
     max_norm = check_limit(max_norm, "max_norm")
     prepared = _prepared(grads, writable=True)
-    norm = total_norm(gradient for gradient, _, _ in prepared)
+    norm = _norm(prepared)
     factor = clip_factor(norm, max_norm)
     if factor != 1.0:
-        for gradient, _, _ in prepared:
-            flat = gradient.values.reshape(-1)
-            norms.scale_in_place(flat.size, flat, flat.dtype.type(factor))
+        for _, array, _ in prepared:
+            if array.dtype in arrays.LOW_DTYPES:
+                np.multiply(array, np.float32(factor), out=array, casting="unsafe")
+            else:
+                norms.scale_in_place(array.size, array.reshape(-1), array.dtype.type(factor))
     return norm
 
 
@@ -131,38 +121,56 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
     """
     clip_value = check_limit(clip_value, "clip_value")
     prepared = _prepared(grads, writable=True)
-    for gradient, _, label in prepared:
-        if isinstance(gradient, RowGradient) and gradient.bags is not None:
+    for gradient, array, label in prepared:
+        if gradient is not None and gradient.bags is not None:
             raise ValueError(f"{label} belongs to a BagGradient, whose rows can't be clipped by value")
-    for gradient, _, _ in prepared:
-        flat = gradient.values.reshape(-1)
-        if isinstance(gradient, RowGradient):
+        if gradient is not None and array.dtype in arrays.LOW_DTYPES:
+            raise TypeError(
+                f"{label} has dtype {array.dtype}, in which sums of rows can't be stored: expected float32 or "
+                "float64, or use step(clip_value=...)"
+            )
+    for gradient, array, _ in prepared:
+        if gradient is not None:
             groups = gradient.indices.groups
-            coalesce(flat.size, gradient.values, groups.order, groups.starts, groups.first_position)
-        norms.clip_in_place(flat.size, flat, flat.dtype.type(clip_value))
+            coalesce(array.size, gradient.values, groups.order, groups.starts, groups.first_position)
+        if array.dtype in arrays.LOW_DTYPES:
+            np.clip(array, array.dtype.type(-clip_value), array.dtype.type(clip_value), out=array)
+        else:
+            norms.clip_in_place(array.size, array.reshape(-1), array.dtype.type(clip_value))
 
 
-def _prepared(grads: Any, writable: bool) -> list[tuple[DenseGradient | RowGradient, np.ndarray, str]]:
-    """Every gradient checked, with its array and label."""
-    found: list[tuple[DenseGradient | RowGradient, np.ndarray, str]] = []
+def _norm(prepared: "list[_Prepared]") -> float:
+    """The norm of all."""
+    whole = [array for gradient, array, _ in prepared if gradient is None]
+    batch = Batch(
+        np.zeros(len(whole), np.int8), [a.dtype for a in whole], np.array([a.size for a in whole], np.int64)
+    )
+    batch.take_over(np.array([arrays.address(array) for array in whole], np.int64))
+    return norm_of(batch, [gradient for gradient, _, _ in prepared if gradient is not None])
+
+
+_Prepared = tuple[RowGradient | None, np.ndarray, str]
+
+
+def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
+    """Every gradient checked: what it is if it is sparse, its array and label."""
+    found: list[_Prepared] = []
     for value, label in leaves(grads, "grads"):
+        gradient = None
         if isinstance(value, IndexedSlices | BagGradient):
             gradient = checked_rows(value, label, None)
             if gradient.bags is not None and gradient.bags.mode == "max":
                 raise ValueError(
                     f"{label}.mode is 'max', whose gradient depends on the table: use step(clip_norm=...)"
                 )
-            found.append((gradient, gradient.values, values_of(value, label)[1]))
-        else:
-            array = arrays.host_array(value, label)
-            arrays.check_float(array, label)
-            arrays.check_contiguous(array, label)
-            found.append((DenseGradient(array.reshape(-1)), array, label))
-        if writable and not found[-1][1].flags.writeable:
-            raise ValueError(
-                f"{found[-1][2]} is read-only: expected a gradient to change in place, pass a copy of it"
-            )
-    group_all([gradient.indices for gradient, _, _ in found if isinstance(gradient, RowGradient)])
+            value, label = values_of(value, label)
+        array = arrays.host_array(value, label)
+        arrays.check_float(array, label)
+        arrays.check_contiguous(array, label)
+        if writable and not array.flags.writeable:
+            raise ValueError(f"{label} is read-only: expected a gradient to change in place, pass a copy of it")
+        found.append((gradient, array, label))
+    group_all([gradient.indices for gradient, _, _ in found if gradient is not None])
     if writable:
-        arrays.check_apart([(array, label) for _, array, label in found], [])
+        arrays.check_apart([(array, label) for _, array, label in found])
     return found

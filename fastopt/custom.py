@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from fastopt.kernels import rules
-from fastopt.optimizer import TABLE_DEFAULTS, Optimizer
+from fastopt.hyperparameters import SHARED
+from fastopt.optimizer import Optimizer
 
 
 def register_rule(
@@ -79,7 +80,7 @@ def register_rule(
             f"hyper, {hyper.__qualname__}, belongs to another rule: define a NamedTuple for this one"
         )
     options = _options(hyper)
-    for taken in ("params", "weight_decay", "maximize", *TABLE_DEFAULTS):
+    for taken in ("params", "weight_decay", "maximize", *SHARED):
         if taken in options:
             raise ValueError(
                 f"hyper, {hyper.__qualname__}, has {taken!r}, which every optimizer has: leave it out"
@@ -88,7 +89,7 @@ def register_rule(
         raise ValueError(
             f"hyper, {hyper.__qualname__}, has {', '.join(options) or 'nothing'}: expected lr among them"
         )
-    options |= {"weight_decay": 0.0, "maximize": False, **TABLE_DEFAULTS}
+    options |= {"weight_decay": 0.0, "maximize": False, **SHARED}
     by_step = hasattr(hyper, "fold")
     rules.register(rule)
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -101,8 +102,8 @@ def register_rule(
         def __init__(self, params: Any, **given: Any) -> None:
             bound = signature.bind(params, **given)
             bound.apply_defaults()
-            own = {name: value for name, value in bound.arguments.items() if name not in TABLE_DEFAULTS}
-            tables = {name: bound.arguments[name] for name in TABLE_DEFAULTS}
+            own = {name: value for name, value in bound.arguments.items() if name not in SHARED}
+            tables = {name: bound.arguments[name] for name in SHARED}
             super().__init__(own.pop("params"), tables, **own)
             for group in self._groups:
                 _try(rule, group.checked)

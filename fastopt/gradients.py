@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from fastopt.kernels.cpu import tables
 from fastopt.kernels.cpu.bags import take
 from fastopt.kernels.scratch import empty
 from fastopt.plan import Indices
+from fastopt.precision import widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,21 +86,19 @@ class BagGradient:
         return per_sample_weights_grad(table, self)
 
 
-class DenseGradient(NamedTuple):
-    """A checked gradient, flat."""
-
-    values: np.ndarray
-
-
 class RowGradient:
     """A checked sparse gradient: rows of values, and which of them make up the gradient of a row.
 
-    values: [number of indices, dim], or the gradients of bags, [bags, dim].
-    bags: None for :class:`IndexedSlices`.
+    values: [number of indices, dim], or the gradients of bags, [bags, dim], in the type that is computed with.
+    bags: None for :class:`IndexedSlices`. dense: whether it is a dense gradient, used by rows.
     """
 
-    def __init__(self, values: np.ndarray, indices: Indices, bags: Bags | None = None) -> None:
-        self.values = values
+    def __init__(
+        self, values: np.ndarray, indices: Indices, bags: Bags | None = None, *, dense: bool = False
+    ) -> None:
+        self.given = values
+        self.values = widened(values)
+        self.dense = dense
         self.indices = indices
         self.bags = bags
         self.winners: np.ndarray | None = None
@@ -113,6 +112,15 @@ class RowGradient:
     @property
     def skipped(self) -> int:
         return -1 if self.bags is None else self.bags.padding
+
+    @property
+    def rows_written(self) -> np.ndarray | None:
+        """The rows that an update writes, None for all."""
+        return None if self.dense else self.indices.groups.own_rows()
+
+    def clear(self) -> None:
+        """Set the values to zero."""
+        self.given[...] = 0
 
     def find_winners(self, table: np.ndarray) -> None:
         """For mode "max": which rows the maxima come from."""

@@ -1,9 +1,33 @@
-"""Ranges of hyperparameters, by name."""
+"""Options that all optimizers have, and the ranges of all, by name."""
 
 import numbers
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypedDict
+
+import numpy as np
+
+class SharedOptions(TypedDict, total=False):
+    """Options that all optimizers have (see :class:`Optimizer`)."""
+
+    rows: str
+    step_per_row: bool
+    clip_row_norm: float | None
+    state_dtype: Any
+    master_weights: bool
+    seed: int
+
+
+SHARED: dict[str, Any] = {
+    "rows": "lazy",
+    "step_per_row": False,
+    "clip_row_norm": None,
+    "state_dtype": None,
+    "master_weights": False,
+    "seed": 0,
+}
+FIXED = "rows", "step_per_row", "state_dtype", "master_weights"  # which can't be changed later
 
 _AT_LEAST_0: tuple[Callable[[float], bool], str] = (lambda x: x >= 0, "a finite number, at least 0")
 _ANY: tuple[Callable[[float], bool], str] = (lambda x: True, "a finite number")
@@ -23,7 +47,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "beta1": _FRACTION,
     "beta2": _FRACTION,
 }
-_FLAGS = {"maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "step_per_row"}
+_FLAGS = {"maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "step_per_row", "master_weights"}
 
 
 def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -43,8 +67,14 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
             if value not in ("lazy", "dense"):
                 raise ValueError(f"{where}: expected 'lazy' or 'dense'")
             checked[name] = value
-        elif name == "clip_row_norm" and value is None:
+        elif name in ("clip_row_norm", "state_dtype") and value is None:
             checked[name] = value
+        elif name == "state_dtype":
+            checked[name] = _state_dtype(value, where)
+        elif name == "seed":
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < 2**63:
+                raise ValueError(f"{where}: expected a whole number from 0 to 2**63 - 1")
+            checked[name] = int(value)
         elif name == "betas":
             if not isinstance(value, tuple | list) or len(value) != 2:
                 raise TypeError(f"{where}: expected a pair of numbers, such as (0.9, 0.999)")
@@ -55,6 +85,20 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
         else:
             checked[name] = _number(value, where, _RANGES.get(name, _ANY))
     return checked
+
+
+def _state_dtype(value: Any, where: str) -> str:
+    """One of "float32", "bfloat16" and "8bit"."""
+    if value in ("float32", "bfloat16", "8bit"):
+        return value
+    name = str(value).removeprefix("torch.")  # as a torch dtype shows itself
+    with suppress(TypeError):
+        name = np.dtype(value).name
+    if name in ("float32", "bfloat16"):
+        return name
+    if name in ("int8", "uint8"):
+        return "8bit"
+    raise ValueError(f"{where}: expected None, 'float32', 'bfloat16' or '8bit'")
 
 
 def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]) -> int | float:

@@ -1,30 +1,24 @@
 """The optimizer that all others derive from: parameters, state, and the step."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt import arrays, stored
-from fastopt.clipping import check_limit, clip_factor, total_norm
-from fastopt.gradients import (
-    BagGradient,
-    DenseGradient,
-    IndexedSlices,
-    RowGradient,
-    row_gradient,
-    values_of,
-)
-from fastopt.hyperparameters import checked_options
+from fastopt import arrays, dense, precision, stored
+from fastopt.clipping import check_limit, clip_factor, norm_of
+from fastopt.gradients import BagGradient, IndexedSlices, RowGradient, row_gradient, values_of
+from fastopt.hyperparameters import FIXED, SHARED, checked_options
 from fastopt.kernels import rules
-from fastopt.kernels.cpu.flat import flat, flat_rows
+from fastopt.kernels.cpu.headers import UNKNOWN, Headers, Identities
 from fastopt.kernels.cpu.rows import Lazy, PerRow
 from fastopt.kernels.scratch import ALIGNMENT, aligned
 from fastopt.launch import Launch, RowUpdate, catch_up_launch, row_launches
 from fastopt.plan import Indices, group_all
+from fastopt.precision import Slot
 from fastopt.state import state_arrays
 from fastopt.storage import Table
 from fastopt.tables import ROW_STEPS, Counts, Tracking
@@ -36,40 +30,53 @@ class StepInfo(NamedTuple):
     norm: L2 norm of the gradients times ``grad_scale``, before clipping; None if it was not needed.
     clipped: whether the gradients were scaled down to ``clip_norm``.
     skipped: whether nothing was updated, because a gradient was not finite.
+    nonfinite: then the name, or position, of the first parameter whose gradient holds NaN or infinity; None
+        if none does and the norm of all is beyond float64.
     """
 
     norm: float | None = None
     clipped: bool = False
     skipped: bool = False
+    nonfinite: str | int | None = None
 
 
-class TableOptions(TypedDict, total=False):
-    """Options that all optimizers have, for parameters with sparse gradients (see :class:`Optimizer`)."""
-
-    rows: str
-    step_per_row: bool
-    clip_row_norm: float | None
-
-
-TABLE_DEFAULTS: dict[str, Any] = {"rows": "lazy", "step_per_row": False, "clip_row_norm": None}
-
-
-Slot = tuple[tuple[int, ...], np.dtype, float]  # shape, dtype and first value of a state array
+_IMMUTABLE = int, float, str, tuple, np.generic, np.dtype
 
 
 @dataclass(eq=False)
 class _Parameter:
-    """One of the caller's arrays, and what the optimizer keeps for it."""
+    """One of the caller's arrays, and what the optimizer keeps for it.
+
+    steps: the numbers of steps of all parameters, this one's being that at ``index``; position: the number
+    of its first element among those of all parameters.
+    """
 
     value: Any
     key: str | int
     label: str
+    suffix: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    step: int = 0
+    index: int = 0
+    position: int = 0
+    steps: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     state: dict[str, np.ndarray] = field(default_factory=dict)
     tracking: Tracking | None = None
     counts: Counts = field(default_factory=Counts)
+
+    @property
+    def step(self) -> int:
+        """How many steps it has made."""
+        return int(self.steps[self.index])
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether blocks of its state end with the rows of a table."""
+        return any(name.endswith(precision.SCALES) and a.ndim == 2 for name, a in self.state.items())
 
     @property
     def stored(self) -> Table | None:
@@ -95,7 +102,7 @@ class _Parameter:
             )
         return array
 
-    def by_row(self, array: np.ndarray) -> np.ndarray:
+    def rows_of(self, array: np.ndarray) -> np.ndarray:
         """``array``, of the parameter's shape, with one row for each index of its first axis."""
         return array.reshape(self.rows, array.size // max(self.rows, 1))
 
@@ -105,12 +112,12 @@ class _Parameter:
 
 
 class _Update(NamedTuple):
-    """A parameter and its gradient in one step, checked."""
+    """A parameter and its gradient by rows in one step, checked."""
 
     parameter: _Parameter
     group: "_Group"
     view: np.ndarray
-    gradient: DenseGradient | RowGradient
+    gradient: RowGradient
 
 
 @dataclass(eq=False)
@@ -123,6 +130,28 @@ class _Group:
     label: str
     rule: rules.Rule
     checked: dict[str, Any]
+    number: int
+    seen: dict[str, Any] | None = None  # the options that were checked, if they can only change by assignment
+
+    def identify(self) -> None:
+        """Remember which objects its container holds, and its options."""
+        self.identities = Identities([parameter.value for parameter in self.parameters])
+        self.take_over(self.checked)
+
+    def take_over(self, checked: dict[str, Any]) -> None:
+        """Go on with these options."""
+        self.checked = checked
+        fixed = all(
+            name == "params" or value is None or callable(value) or isinstance(value, _IMMUTABLE)
+            for name, value in self.options.items()
+        )
+        self.seen = dict(self.options) if fixed else None
+
+    def holds_the_same(self) -> bool:
+        """Whether its container still holds the arrays it held at first."""
+        if isinstance(self.params, list):
+            return self.identities.are_those_of(self.params)
+        return not isinstance(self.params, dict) or self.identities.are_those_of(list(self.params.values()))
 
 
 class Optimizer:
@@ -168,12 +197,12 @@ class Optimizer:
     """
 
     def __init__(
-        self, params: Any, table_options: Mapping[str, Any] = MappingProxyType({}), /, **defaults: Any
+        self, params: Any, shared: Mapping[str, Any] = MappingProxyType({}), /, **defaults: Any
     ) -> None:
-        for name in table_options:
-            if name not in TABLE_DEFAULTS:
+        for name in shared:
+            if name not in SHARED:
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
-        self.defaults = {**defaults, **TABLE_DEFAULTS, **table_options}
+        self.defaults = {**defaults, **SHARED, **shared}
         self._steps = 0
         self.param_groups: list[dict[str, Any]] = []
         self._groups: list[_Group] = []
@@ -186,8 +215,36 @@ class Optimizer:
                 self._add_group(group, f"params[{number}]", f"params[{number}]['params']")
         if not any(group.parameters for group in self._groups):
             raise ValueError("params holds no arrays: expected at least one to update")
-        arrays.check_apart([(p.view(), p.label) for p in self._parameters()], [])
+        self._all = list(self._parameters())
+        self._group_of = [group for group in self._groups for _ in group.parameters]
+        self._values = [parameter.value for parameter in self._all]
+        sizes = np.array([parameter.size for parameter in self._all])
+        self._sizes, self._bytes = sizes, sizes * [parameter.dtype.itemsize for parameter in self._all]
+        self._clock = np.zeros(len(self._all), np.int64)
+        for i, (parameter, last) in enumerate(zip(self._all, np.cumsum(sizes).tolist(), strict=True)):
+            parameter.index, parameter.position, parameter.steps = i, last - parameter.size, self._clock
+        self._in_files = [parameter for parameter in self._all if parameter.stored is not None]
+        self._dense_rows = any(group.checked["rows"] == "dense" for group in self._groups)
+        self._begin()
+        arrays.check_apart([(p.view(), p.label) for p in self._all])
         stored.resume(self)
+
+    def _begin(self) -> None:
+        """What belongs to these very objects in memory, and is not copied with the optimizer."""
+        self._headers = Headers([p.dtype for p in self._all], [p.shape for p in self._all], True)
+        self._parameters_at = np.empty(0, np.int64)
+        self._gradient_headers: Headers | None = None
+        self._batch: dense.Batch | None = None
+        for group in self._groups:
+            group.identify()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = "_headers", "_parameters_at", "_gradient_headers", "_batch"
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     @property
     def steps(self) -> int:
@@ -223,11 +280,15 @@ class Optimizer:
                 raise ValueError(
                     f"{params_label} has the name {key!r} of an earlier group: expected each name once"
                 )
-            parameters.append(_Parameter(value, key, one_label, view.shape, view.dtype))
+            dtype = np.dtype(view.dtype.type)  # the one object that stands for it
+            suffix = one_label.removeprefix(params_label)
+            parameters.append(_Parameter(value, key, one_label, suffix, view.shape, dtype))
         checked = self._check(options, label)
         self._check_table_options(checked, label)
         self.param_groups.append(options)
-        self._groups.append(_Group(options, params, parameters, label, self.rule(checked), checked))
+        number = len(self._groups)
+        rule = self.rule(checked)
+        self._groups.append(_Group(options, params, parameters, label, rule, checked, number))
 
     def _check(self, options: dict[str, Any], label: str) -> dict[str, Any]:
         own = {name: value for name, value in options.items() if name != "params"}
@@ -261,106 +322,139 @@ class Optimizer:
         grads: Any,
         *,
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         grad_scale: float = 1.0,
         skip_nonfinite: bool = False,
+        zero_grads: bool = False,
     ) -> StepInfo:
         """Update all parameters in place.
 
         Args:
             grads: gradients in the structure of ``params``: one array, a sequence, a dict, or a
                 sequence with one of these, or ``{"params": ...}`` of it, for each group. Each is an array
-                of its parameter's shape and dtype, :class:`fastopt.IndexedSlices` or
-                :class:`fastopt.BagGradient` for a 2-D parameter, or ``None`` to leave the parameter and
-                its step count alone. They are not changed.
+                of its parameter's shape and dtype (or float32 for a parameter of 16 bits),
+                :class:`fastopt.IndexedSlices` or :class:`fastopt.BagGradient` for a 2-D parameter, or
+                ``None`` to leave the parameter and its step count alone. They are not changed.
             clip_norm: scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, norm being the
                 L2 norm over all of them, as ``torch.nn.utils.clip_grad_norm_``.
+            clip_value: clip each element to [-clip_value, clip_value], as
+                ``torch.nn.utils.clip_grad_value_``, after ``clip_norm`` and ``clip_row_norm``.
             grad_scale: factor on the gradients, before anything else; more than 0.
             skip_nonfinite: update nothing at all if any gradient holds NaN or infinity, or if
                 the norm of all is beyond float64.
+            zero_grads: set all gradients to zero once they are used, of sparse ones the values; not if the
+                step is skipped.
 
         Returns:
-            What was done: ``norm``, ``clipped``, ``skipped``.
+            What was done: ``norm``, ``clipped``, ``skipped``, ``nonfinite``.
 
         Raises:
             ValueError, TypeError: an argument or an option does not fit; nothing has changed then.
 
-        With sparse gradients each row named gets the sum of its gradients and one update; what other
-        rows see is chosen by the option ``rows``. All tables are sorted and updated in one launch.
+        All parameters with dense gradients that share a rule and dtypes are updated in one launch, and so are
+        all tables with sparse ones, of which each row named gets the sum of its gradients and one update; what
+        other rows see is chosen by the option ``rows``.
         """
         if clip_norm is not None:
             clip_norm = check_limit(clip_norm, "clip_norm")
-        grad_scale = check_limit(grad_scale, "grad_scale")
-        if grad_scale == 0 or math.isinf(grad_scale):
-            raise ValueError(f"grad_scale is {grad_scale!r}: expected a finite number above 0")
+        limit = math.inf if clip_value is None else check_limit(clip_value, "clip_value")
+        if grad_scale != 1.0 or type(grad_scale) is not float:
+            grad_scale = check_limit(grad_scale, "grad_scale")
+            if grad_scale == 0 or math.isinf(grad_scale):
+                raise ValueError(f"grad_scale is {grad_scale!r}: expected a finite number above 0")
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite is {skip_nonfinite!r}: expected True or False")
-        if not isinstance(self.param_groups, list):
-            raise TypeError(f"param_groups is {self.param_groups!r}: expected the list it was at first")
-        if [id(options) for options in self.param_groups] != [id(group.options) for group in self._groups]:
-            raise ValueError("param_groups holds other dicts than at first: change the options in those")
-        checked = {id(group): self._changed_options(group) for group in self._groups}
-        learning_rates = {id(group): self._learning_rate(group, checked[id(group)]) for group in self._groups}
-        updates = self._match(grads, checked)
-        sparse = [update.gradient for update in updates if isinstance(update.gradient, RowGradient)]
-        group_all([gradient.indices for gradient in sparse])
-        for group in self._groups:
-            self._adopt(group, checked[id(group)])
-        self._take_maxima(updates)
+        if not isinstance(zero_grads, bool):
+            raise TypeError(f"zero_grads is {zero_grads!r}: expected True or False")
+        self._check_groups()
+        checked = [self._changed_options(group) for group in self._groups]
+        if any(own is not group.checked for group, own in zip(self._groups, checked, strict=True)):
+            self._forget()
+        rates = [
+            self._learning_rate(group, own) for group, own in zip(self._groups, checked, strict=True)
+        ]
+        batch, rows = self._match(grads, checked, zero_grads)
+        if rows:
+            group_all([update.gradient.indices for update in rows])
+        for group, own in zip(self._groups, checked, strict=True):
+            if own is not group.checked:
+                self._adopt(group, own)
+        if rows:
+            self._take_maxima(rows)
 
         norm, factor = None, 1.0
         if clip_norm is not None or skip_nonfinite:
-            unscaled = total_norm(update.gradient for update in updates)
+            unscaled = norm_of(batch, [update.gradient for update in rows])
             norm = grad_scale * unscaled
             if skip_nonfinite and not math.isfinite(unscaled):
-                return StepInfo(norm, skipped=True)
+                return StepInfo(norm, skipped=True, nonfinite=self._first_nonfinite(grads))
             if clip_norm is not None:
                 factor = clip_factor(norm, clip_norm)
 
-        folded: dict[tuple[int, int, np.dtype], tuple[Any, Any]] = {}
-        for update in updates:
-            key = id(update.group), update.parameter.step, update.parameter.dtype
-            if key not in folded:
-                folded[key] = self._fold(update, learning_rates[key[0]], grad_scale * factor)
-        before = [(update.parameter, update.parameter.state, update.parameter.tracking) for update in updates]
+        scale = grad_scale * factor
+
+        def fold(number: int, decay: type, dtype: np.dtype, step: int) -> tuple[Any, Any]:
+            group = self._groups[number]
+            return self._fold(group, group.checked, decay, dtype, rates[number], scale, limit, step)
+
+        launches = self._prepared(batch, rows, rates, fold, zero_grads)
+        for bundle in batch.bundles:
+            bundle.run()
+        for launch in launches:
+            launch.run()
+        if zero_grads:
+            for update in rows:
+                update.gradient.clear()
+        self._clock += batch.increments
+        for update in rows:
+            if update.parameter.tracking is not None:
+                update.parameter.tracking.history.advance(rates[update.group.number])
+        self._steps += 1
+        return StepInfo(norm, factor != 1.0)
+
+    def _prepared(
+        self, batch: dense.Batch, rows: list[_Update], rates: list[float], fold: Callable, zero_grads: bool
+    ) -> list[Launch]:
+        """Make ready all launches of a step, the batch's and those returned, compiled, with what they write
+        kept where it is in files. Nothing has changed if that fails."""
+        before = [(p, p.state, p.tracking) for p in (*self._without_state(batch), *(u.parameter for u in rows))]
         try:
-            launches = self._launches(updates, folded, learning_rates)
+            if batch.bundles is None:
+                batch.bundles = self._bundles(batch)
+            if not batch.placed:
+                for bundle in batch.bundles:
+                    bundle.place(self._parameters_at, batch.where)
+                batch.placed = True
+            if self._dense_rows:
+                for i in batch.dense:
+                    self._catch_up(self._all[i])
+            for bundle in batch.bundles:
+                bundle.prepare(fold, zero_grads)
+            launches = row_launches([self._row_update(update, rates, fold) for update in rows]) if rows else []
+            # compiling takes seconds, and must not be interrupted after a first write
+            if len(launches) + len(batch.bundles) > 1:
+                for launch in launches:
+                    launch.compile()
+            for update in rows:
+                update.parameter.before_writing(update.gradient.rows_written)
+            for i in batch.dense if self._in_files else ():
+                self._all[i].before_writing(None)
         except BaseException:
             for parameter, state, tracking in before:
                 parameter.state, parameter.tracking = state, tracking
+            self._forget()
             raise
-        for launch in launches:
-            launch.run()
-        for update in updates:
-            parameter = update.parameter
-            parameter.step += 1
-            if parameter.tracking is not None:
-                parameter.tracking.history.advance(learning_rates[id(update.group)])
-        self._steps += 1
-        return StepInfo(norm, clipped=factor != 1.0)
-
-    def _launches(
-        self,
-        updates: list[_Update],
-        folded: Mapping[Any, tuple[Any, Any]],
-        learning_rates: Mapping[int, float],
-    ) -> list[Launch]:
-        """All launches of a step, compiled, and what they write kept where it is in files."""
-        launches, rows = [], []
-        for update in updates:
-            self._prepare_rows(update)
-            h, c = folded[id(update.group), update.parameter.step, update.parameter.dtype]
-            if isinstance(update.gradient, RowGradient):
-                rows.append(self._row_update(update, h, c, learning_rates[id(update.group)]))
-            else:
-                launches.append(_dense_launch(update, h, c))
-        launches += row_launches(rows)
-        if len(launches) > 1:  # compiling takes seconds, and must not be interrupted after a first write
-            for launch in launches:
-                launch.compile()
-        for update in updates:
-            if update.parameter.stored is not None:
-                update.parameter.stored.keep(_rows_written(update.gradient))
         return launches
+
+    def _check_groups(self) -> None:
+        """Refuse changes of ``param_groups`` that can't be followed."""
+        if not isinstance(self.param_groups, list):
+            raise TypeError(f"param_groups is {self.param_groups!r}: expected the list it was at first")
+        groups = self._groups
+        if len(self.param_groups) != len(groups) or any(
+            options is not group.options for options, group in zip(self.param_groups, groups, strict=True)
+        ):
+            raise ValueError("param_groups holds other dicts than at first: change the options in those")
 
     def flush(self) -> None:
         """Bring every row up to date, and tables in files to the disk.
@@ -380,33 +474,34 @@ class Optimizer:
     def _changed_options(self, group: _Group) -> dict[str, Any]:
         """The group's options, checked anew if they were changed since the last step."""
         checked = group.checked
-        if group.options.get("params") is not group.params or not _same(group):
+        if group.options.get("params") is not group.params or not group.holds_the_same():
             raise ValueError(
                 f"the params of {group.label} were changed: make a new optimizer for other parameters"
             )
-        if not _changed(group.options, checked):
+        if group.seen == group.options or not _changed(group.options, checked):
             return checked
         checked = self._check(group.options, group.label)
+        self._check_table_options(checked, group.label)
         rule = self.rule(checked)
         if rule != group.rule:
             raise ValueError(
                 f"the options of {group.label} now need the state {_names(rule)}, at first "
                 f"{_names(group.rule)}: make a new optimizer to change them"
             )
-        for name in ("rows", "step_per_row"):
+        for name in FIXED:
             if checked[name] != group.checked[name]:
                 raise ValueError(
                     f"{name} of {group.label} is now {checked[name]!r}, at first {group.checked[name]!r}: "
                     "make a new optimizer to change it"
                 )
-        return checked
+        return group.checked if checked == group.checked else checked
 
     def _adopt(self, group: _Group, checked: dict[str, Any]) -> None:
         """Go on with changed options; rows first take the steps they have missed under the old ones."""
         if {**checked, "lr": None} != {**group.checked, "lr": None}:
             for parameter in group.parameters:
                 self._catch_up(parameter)
-        group.checked = checked
+        group.take_over(checked)
 
     def _adopt_options(self) -> None:
         """Where rows are behind, adopt options changed since the last step."""
@@ -427,32 +522,211 @@ class Optimizer:
             )
         return lr
 
-    def _match(self, grads: Any, checked: Mapping[int, Mapping[str, Any]]) -> list[_Update]:
-        """Pair parameters and gradients, checked."""
-        for parameter in self._parameters():
-            if parameter.stored is not None and parameter.stored.owner not in (self, None):
+    def _match(
+        self, grads: Any, checked: list[dict[str, Any]], zero_grads: bool
+    ) -> tuple[dense.Batch, list[_Update]]:
+        """Pair parameters and gradients, checked: what is dense, and the others."""
+        for parameter in self._in_files:
+            if parameter.stored.owner not in (self, None):
                 raise ValueError(
                     f"{parameter.label} now belongs to another optimizer: expected the last one made"
                 )
-        views = {id(p): p.view() for p in self._parameters()}
-        written = [(views[id(p)], p.label) for p in self._parameters()]
-        updates, read = [], []
-        for group, group_grads, label in self._group_grads(grads):
-            for parameter, value, one_label in _paired(group, group_grads, label):
-                if value is None:
-                    continue
-                view = views[id(parameter)]
-                gradient: DenseGradient | RowGradient
+        entries = self._entries(grads)
+        changed, unknown = self._headers.read(self._values)
+        if changed or unknown:
+            changed = self._locate_parameters()
+        headers = self._gradient_headers
+        if headers is None:
+            headers = self._gradient_headers = self._expected_gradients(checked)
+        moved, unknown = headers.read(entries)
+        batch = self._batch
+        if batch is not None and not (changed or moved or unknown) and (batch.may_clear or not zero_grads):
+            return batch, []
+
+        self._batch = None  # until all is checked
+        where, kinds = headers.addresses.copy(), np.zeros(len(entries), np.int8)
+        rows: list[_Update] = []
+        for i in np.flatnonzero(where == UNKNOWN).tolist():
+            where[i], kinds[i], update = self._look_at(grads, entries[i], i, checked)
+            if update is not None:
+                rows.append(update)
+        if batch is None or batch.kinds.tobytes() != kinds.tobytes():
+            batch = dense.Batch(kinds, [p.dtype for p in self._all], self._sizes)
+        moved = batch.take_over(where) or changed
+        batch.placed = batch.placed and not moved
+        if rows or not batch.placed or zero_grads:
+            self._check_apart(grads, batch, rows, zero_grads)
+            batch.may_clear = zero_grads
+        self._batch = batch
+        return batch, rows
+
+    def _look_at(
+        self, grads: Any, value: Any, i: int, checked: list[dict[str, Any]]
+    ) -> tuple[int, int, _Update | None]:
+        """Where the gradient of parameter ``i`` is, what it is, and the update if it is by rows."""
+        parameter = self._all[i]
+        group = self._group_of[i]
+        if value is None:
+            return 0, dense.NONE, None
+        if not isinstance(value, IndexedSlices | BagGradient):
+            by_rows = self._takes_rows(parameter, group, checked[group.number])
+            address = None if by_rows else arrays.tensor_address(value, parameter.dtype, parameter.shape)
+            if address is not None:
+                return address, dense.SAME, None
+            label, view = self._label(grads, i), parameter.view()
+            array = arrays.gradient_view(value, label, view, parameter.label)
+            if not by_rows:
+                kind = dense.SAME if array.dtype == parameter.dtype else dense.FLOAT32
+                return arrays.address(array), kind, None
+            if checked[group.number]["clip_row_norm"] is not None and array.ndim != 2:
+                raise ValueError(
+                    f"{label} has shape {array.shape} and clip_row_norm is "
+                    f"{checked[group.number]['clip_row_norm']!r}: expected a 2-D parameter, put others into a "
+                    "group without it"
+                )
+            values = parameter.rows_of(array)
+            gradient = RowGradient(values, parameter.every_row(), dense=True)
+            return 0, dense.ROWS, _Update(parameter, group, parameter.rows_of(view), gradient)
+        label, view = self._label(grads, i), parameter.view()
+        gradient = row_gradient(value, label, view, parameter.label)
+        return 0, dense.ROWS, _Update(parameter, group, view, gradient)
+
+    def _takes_rows(self, parameter: _Parameter, group: _Group, checked: Mapping[str, Any]) -> bool:
+        """Whether a dense gradient is used row by row."""
+        if group.rule.row_slots or checked["clip_row_norm"] is not None:
+            return True
+        return len(parameter.shape) == 2 and (checked["step_per_row"] or parameter.by_row)
+
+    def _expected_gradients(self, checked: list[dict[str, Any]]) -> Headers:
+        """Of the dense gradients that need no closer look."""
+        dtypes: list[np.dtype | None] = [p.dtype for p in self._all]
+        for i, (parameter, group) in enumerate(zip(self._all, self._group_of, strict=True)):
+            if self._takes_rows(parameter, group, checked[group.number]):
+                dtypes[i] = None
+        return Headers(dtypes, [p.shape for p in self._all], False)
+
+    def _locate_parameters(self) -> bool:
+        """Set where parameters are; returns whether one has moved."""
+        where = self._headers.addresses.copy()
+        for i in np.flatnonzero(where == UNKNOWN).tolist():
+            parameter = self._all[i]
+            address = arrays.tensor_address(parameter.value, parameter.dtype, parameter.shape)
+            where[i] = arrays.address(parameter.view()) if address is None else address
+        moved = not np.array_equal(where, self._parameters_at)
+        self._parameters_at = where
+        return moved
+
+    def _check_apart(self, grads: Any, batch: dense.Batch, rows: list[_Update], zero_grads: bool) -> None:
+        """Refuse parameters, and gradients that are to become zero, that share memory with others."""
+        values = [update.gradient.values for update in rows]
+        addresses = [array.__array_interface__["data"][0] for array in values]
+        starts = np.concatenate([self._parameters_at, batch.where[batch.dense], np.array(addresses, np.int64)])
+        sizes = np.concatenate([self._bytes, batch.bytes, np.array([a.nbytes for a in values], np.int64)])
+        written = np.full(len(starts), zero_grads)
+        written[: len(self._all)] = True
+        found = arrays.overlapping(starts, starts + sizes, written)
+        if found is not None:
+            indices = [*range(len(self._all)), *batch.dense.tolist(), *(u.parameter.index for u in rows)]
+            labels = [p.label for p in self._all]
+            labels += [self._label(grads, i) for i in indices[len(self._all) :]]
+            for k, update in enumerate(rows, len(indices) - len(rows)):
+                value = self._entries(grads)[update.parameter.index]
                 if isinstance(value, IndexedSlices | BagGradient):
-                    gradient = row_gradient(value, one_label, view, parameter.label)
-                    read.append((gradient.values, values_of(value, one_label)[1]))
-                else:
-                    array = arrays.gradient_view(value, one_label, view, parameter.label)
-                    gradient = _as_rows(array, parameter, checked[id(group)], one_label)
-                    read.append((array, one_label))
-                updates.append(_Update(parameter, group, view, gradient))
-        arrays.check_apart(written, read)
-        return updates
+                    labels[k] = values_of(value, labels[k])[1]
+            arrays.refuse_overlap(labels[found[0]], labels[found[1]])
+        if zero_grads:
+            self._check_writable(grads, batch, rows)
+
+    def _check_writable(self, grads: Any, batch: dense.Batch, rows: list[_Update]) -> None:
+        """Refuse gradients that can't be set to zero."""
+        entries = self._entries(grads)
+        for i in [*batch.dense.tolist(), *(update.parameter.index for update in rows)]:
+            value, label = entries[i], self._label(grads, i)
+            if isinstance(value, IndexedSlices | BagGradient):
+                value, label = values_of(value, label)
+            if not arrays.host_array(value, label).flags.writeable:
+                raise ValueError(
+                    f"{label} is read-only: expected a gradient that can be set to zero, pass a copy of it or "
+                    "zero_grads=False"
+                )
+
+    def _first_nonfinite(self, grads: Any) -> str | int | None:
+        """The key of the first parameter whose gradient holds NaN or infinity."""
+        for parameter, value in zip(self._all, self._entries(grads), strict=True):
+            if value is None:
+                continue
+            if isinstance(value, IndexedSlices | BagGradient):
+                value = values_of(value, "")[0]
+            flat = arrays.host_array(value, "").reshape(-1)
+            slices = (flat[k : k + _SLICE] for k in range(0, flat.size, _SLICE))
+            if not all(np.isfinite(part).all() for part in slices):
+                return parameter.key
+        return None
+
+    def _without_state(self, batch: dense.Batch) -> list[_Parameter]:
+        """Parameters of the batch that are to get a state."""
+        return [] if batch.bundles is not None else [self._all[i] for i in batch.dense.tolist()]
+
+    def _bundles(self, batch: dense.Batch) -> list[dense.Bundle]:
+        """The launches for the dense gradients."""
+        found: dict[tuple, dict[type, list[dense.Member]]] = {}
+        for i in batch.dense.tolist():
+            parameter, group = self._all[i], self._group_of[i]
+            rule, options, state = group.rule, group.checked, self._ready_state(parameter, group, False)
+            kinds = (
+                precision.parameter_format(parameter.dtype, options),
+                batch.formats[i],
+                *precision.state_formats(rule, parameter.dtype, options),
+            )
+            places = []
+            for slot in rule.state_slots:
+                state[slot] = np.asarray(state[slot], order="C")  # rows of several arrays may lie together
+                scales = state.get(slot + precision.SCALES)
+                places += [arrays.address(state[slot]), 0 if scales is None else arrays.address(scales)]
+            master = state.get(precision.MASTER)
+            member = dense.Member(
+                i,
+                group.number,
+                parameter.step,
+                parameter.size,
+                parameter.position,
+                options["seed"],
+                0 if master is None else arrays.address(master),
+                places,
+            )
+            by_decay = found.setdefault((rule, precision.computed_with(parameter.dtype), kinds), {})
+            by_decay.setdefault(self._decay(options), []).append(member)
+        bundles = []
+        for (rule, like, kinds), by_decay in found.items():
+            if len(by_decay) > 1 and rules.Scaled in by_decay:  # none is a decay by 0
+                other = next(decay for decay in by_decay if decay is not rules.Scaled)
+                by_decay[other] = sorted(by_decay[other] + by_decay.pop(rules.Scaled))
+            for decay, members in by_decay.items():
+                bundles.append(dense.Bundle(dense.Kind(rule, decay, like, kinds), members))
+        return bundles
+
+    def _forget(self) -> None:
+        """Have all that is kept from step to step found anew."""
+        self._batch = self._gradient_headers = None
+
+    def _entries(self, grads: Any) -> list | tuple:
+        """The gradient of each parameter."""
+        if not self._grouped and isinstance(self._groups[0].params, list):
+            count = len(self._all)
+            if isinstance(grads, list | tuple) and len(grads) == count:
+                return grads
+        entries: list[Any] = []
+        for group, group_grads, label in self._group_grads(grads):
+            entries += _paired(group, group_grads, label)
+        return entries
+
+    def _label(self, grads: Any, i: int) -> str:
+        """What the gradient of parameter ``i`` is called in messages."""
+        group = self._group_of[i]
+        for own, _, label in self._group_grads(grads):
+            if own is group:
+                return label + group.parameters[i - group.parameters[0].index].suffix
+        raise AssertionError(i)
 
     def _group_grads(self, grads: Any) -> Iterator[tuple[_Group, Any, str]]:
         if not self._grouped:
@@ -472,54 +746,47 @@ class Optimizer:
         """Find where the maxima of bags come from, in rows that are up to date."""
         for update in updates:
             gradient = update.gradient
-            if (
-                isinstance(gradient, RowGradient)
-                and gradient.bags is not None
-                and gradient.bags.mode == "max"
-            ):
+            if gradient.bags is not None and gradient.bags.mode == "max":
                 self._catch_up(update.parameter, gradient.indices)
                 gradient.find_winners(update.view)
 
-    def _slots(self, group: _Group, parameter: _Parameter) -> dict[str, Slot]:
-        """Shape, dtype and first value of each state array."""
+    def _slots(self, group: _Group, parameter: _Parameter, by_row: bool = False) -> dict[str, Slot]:
+        """The state arrays that a parameter has; ``by_row``: blocks of 8-bit codes end with its rows."""
         first = self.initial_state(group.checked)
-        rule = group.rule
-        shapes = dict.fromkeys(rule.state_slots, parameter.shape)
-        shapes |= dict.fromkeys(rule.row_slots, (parameter.rows,))
-        slots = {name: (shape, parameter.dtype, first.get(name, 0.0)) for name, shape in shapes.items()}
+        slots = precision.state_slots(
+            group.rule, parameter.shape, parameter.dtype, group.checked, first, by_row
+        )
         if group.checked["step_per_row"] and len(parameter.shape) == 2:
-            slots[ROW_STEPS] = (parameter.rows,), np.dtype(np.int64), 0.0
+            slots[ROW_STEPS] = Slot((parameter.rows,), np.dtype(np.int64))
         return slots
 
-    def _prepare_rows(self, update: _Update) -> None:
-        """Have the state, made at the parameter's first gradient, as this gradient needs it."""
-        parameter, group = update.parameter, update.group
-        slots = {} if parameter.state else self._slots(group, parameter)
+    def _ready_state(self, parameter: _Parameter, group: _Group, by_row: bool) -> dict[str, np.ndarray]:
+        """The parameter's state, made at its first gradient."""
+        slots = {} if parameter.state else self._slots(group, parameter, by_row)
         if slots:
             if parameter.stored is not None:
                 parameter.state = parameter.stored.state(slots)
             else:
-                together = group.rule.state_slots if isinstance(update.gradient, RowGradient) else ()
-                parameter.state = _new_state(slots, together)
-        if group.checked["rows"] != "dense":
-            return
-        full = parameter.tracking is not None and parameter.tracking.full
-        if full or isinstance(update.gradient, DenseGradient):
-            self._catch_up(parameter)
-        if isinstance(update.gradient, RowGradient) and parameter.tracking is None:
-            last_step = np.full(parameter.rows, parameter.step, np.int64)
-            decay = self._decay(group.checked)
-            parameter.tracking = Tracking(group.rule, decay, group.checked, parameter.step, last_step)
+                parameter.state = _new_state(slots, group.rule.state_slots if by_row else ())
+                if precision.MASTER in slots:
+                    parameter.state[precision.MASTER][...] = parameter.view()
+        return parameter.state
 
-    def _row_update(self, update: _Update, h: Any, c: Any, lr: float) -> RowUpdate:
-        parameter, checked, rule = update.parameter, update.group.checked, update.group.rule
-        assert isinstance(update.gradient, RowGradient)
+    def _row_update(self, update: _Update, rates: list[float], fold: Callable) -> RowUpdate:
+        parameter, group = update.parameter, update.group
+        checked, rule = group.checked, group.rule
+        self._ready_state(parameter, group, len(parameter.shape) == 2)
+        if checked["rows"] == "dense":
+            self._track(parameter, group, update.gradient)
+        dtype = precision.computed_with(parameter.dtype)
+        h, c = fold(group.number, self._decay(checked), dtype, parameter.step + 1)
+        h, c = _cast(h, dtype.type), _cast(c, dtype.type)
         mode: Any = Lazy()
         row_steps = numbers = None
         if ROW_STEPS in parameter.state:
             mode, row_steps = PerRow(), parameter.state[ROW_STEPS]
             numbers = parameter.counts.up_to(parameter.step + 1, rule, checked)
-            h = h._replace(**{h._fields[0]: parameter.dtype.type(lr)})
+            h = h._replace(**{h._fields[0]: dtype.type(rates[group.number])})
         elif parameter.tracking is not None:
             mode = parameter.tracking.history.kind()
         limit = checked["clip_row_norm"]
@@ -537,6 +804,17 @@ class Optimizer:
             parameter.tracking,
         )
 
+    def _track(self, parameter: _Parameter, group: _Group, gradient: RowGradient) -> None:
+        """For ``rows="dense"``, have it known which rows are behind."""
+        if parameter.tracking is not None and parameter.tracking.full:
+            self._catch_up(parameter)
+        if gradient.dense:
+            self._catch_up(parameter)
+        elif parameter.tracking is None:
+            last_step = np.full(parameter.rows, parameter.step, np.int64)
+            decay = self._decay(group.checked)
+            parameter.tracking = Tracking(group.rule, decay, group.checked, parameter.step, last_step)
+
     def _catch_up(self, parameter: _Parameter, indices: Indices | None = None) -> None:
         """Let rows, those that ``indices`` name or all, take the steps that they have missed."""
         tracking = parameter.tracking
@@ -544,7 +822,11 @@ class Optimizer:
             return
         if tracking.history.now > tracking.history.base:
             group = next(group for group in self._groups if parameter in group.parameters)
-            h, c = self._fold_options(group, parameter, tracking.options, 0.0, 1.0, parameter.step)
+            dtype = precision.computed_with(parameter.dtype)
+            folded = self._fold(
+                group, tracking.options, self._decay(tracking.options), dtype, 0.0, 1.0, math.inf, parameter.step
+            )
+            h, c = (_cast(numbers, dtype.type) for numbers in folded)
             rows = None if indices is None else indices.groups.own_rows()
             launch = catch_up_launch(
                 tracking, parameter.view(), parameter.state, group.rule, h, c, parameter.step, rows
@@ -568,32 +850,27 @@ class Optimizer:
             )
         self._catch_up(found, indices)
 
-    def _fold(self, update: _Update, lr: float, scale: float) -> tuple[Any, Any]:
-        parameter = update.parameter
-        return self._fold_options(
-            update.group, parameter, update.group.checked, lr, scale, parameter.step + 1
-        )
-
     def _decay(self, options: Mapping[str, Any]) -> type:
         """The type of weight decay."""
         if not options["weight_decay"]:
             return rules.Scaled
         return rules.Decoupled if self.decoupled(options) else rules.L2
 
-    def _fold_options(
+    def _fold(
         self,
         group: _Group,
-        parameter: _Parameter,
         options: Mapping[str, Any],
+        decay: type,
+        dtype: np.dtype,
         lr: float,
         scale: float,
+        limit: float,
         step: int,
     ) -> tuple[Any, Any]:
-        """The hyperparameters of a launch, in the parameter's dtype."""
+        """The hyperparameters of a launch that computes with ``dtype``."""
         h = group.rule.fold(step, {**options, "lr": lr})
         if options["maximize"]:
             scale = -scale
-        decay = self._decay(options)
         c: Any
         if decay is rules.Scaled:
             c = rules.Scaled(scale, limit)
@@ -601,8 +878,15 @@ class Optimizer:
             c = rules.Decoupled(scale, limit, 1.0 - lr * options["weight_decay"])
         else:
             c = rules.L2(scale, limit, options["weight_decay"])
-        dtype = parameter.dtype.type
-        return _cast(h, dtype, group.label), _cast(c, dtype, group.label)
+        most = _MOST[dtype]
+        for numbers in (h, c):
+            for x in numbers:
+                if most < x < math.inf or -math.inf < x < -most:
+                    name = numbers._fields[numbers.index(x)]
+                    raise ValueError(
+                        f"the options of {group.label} make {name} {x!r}: expected a number that fits {dtype}"
+                    )
+        return h, c
 
     # State
 
@@ -687,45 +971,15 @@ class Optimizer:
             options = ", ".join(
                 f"{name}={group.options.get(name)!r}"
                 for name in self.defaults
-                if group.options.get(name) != TABLE_DEFAULTS.get(name, ())
+                if group.options.get(name) != SHARED.get(name, ())
             )
             lines.append(f"{len(group.parameters)} {noun}, {size:,} parameters: {options}")
         body = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines) + "\n"
         return f"{type(self).__name__}({body})"
 
 
-def _dense_launch(update: _Update, h: Any, c: Any) -> Launch:
-    parameter, rule, gradient = update.parameter, update.group.rule, update.gradient
-    for slot in rule.state_slots:  # rows of several arrays may lie together
-        parameter.state[slot] = np.asarray(parameter.state[slot], order="C")
-    slots = tuple(parameter.state[slot] for slot in rule.state_slots)
-    row_slots = tuple(parameter.state[slot] for slot in rule.row_slots)
-    work = gradient.values.size
-    if rule.row_slots:
-        by_row = parameter.by_row
-        table = by_row(update.view), by_row(gradient.values), tuple(map(by_row, slots)), row_slots
-        return Launch(flat_rows, work, (h, c, *table))
-    buffers = update.view.reshape(-1), gradient.values, tuple(slot.reshape(-1) for slot in slots)
-    return Launch(flat, work, (h, c, *buffers))
-
-
-def _as_rows(
-    array: np.ndarray, parameter: _Parameter, checked: Mapping[str, Any], label: str
-) -> DenseGradient | RowGradient:
-    """A dense gradient, by rows where an option needs them."""
-    if checked["clip_row_norm"] is not None and array.ndim != 2:
-        raise ValueError(
-            f"{label} has shape {array.shape} and clip_row_norm is {checked['clip_row_norm']!r}: expected a "
-            "2-D parameter, put others into a group without it"
-        )
-    if array.ndim == 2 and (checked["clip_row_norm"] is not None or checked["step_per_row"]):
-        return RowGradient(array, parameter.every_row())
-    return DenseGradient(array.reshape(-1))
-
-
-def _rows_written(gradient: DenseGradient | RowGradient) -> np.ndarray | None:
-    """The rows that an update writes, None for all."""
-    return None if isinstance(gradient, DenseGradient) else gradient.indices.groups.own_rows()
+_SLICE = 1 << 20  # elements that are looked at at a time
+_MOST = {dtype: float(np.finfo(dtype).max) for dtype in (precision.SINGLE, precision.DOUBLE)}
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -750,17 +1004,9 @@ def _new_state(slots: Mapping[str, Slot], together: tuple[str, ...]) -> dict[str
     return {name: state[name] for name in slots}
 
 
-def _cast(values: Any, dtype: type[np.floating], label: str) -> Any:
-    """A tuple of hyperparameters in the parameter's dtype; flags stay flags."""
-    with np.errstate(over="ignore"):
-        cast = [value if isinstance(value, bool) else dtype(value) for value in values]
-    for name, before, after in zip(values._fields, values, cast, strict=True):
-        if math.isinf(after) and not math.isinf(before):
-            raise ValueError(
-                f"the options of {label} make {name} {before!r}: expected a number that fits "
-                f"{np.dtype(dtype)}"
-            )
-    return type(values)(*cast)
+def _cast(values: Any, dtype: type[np.floating]) -> Any:
+    """A tuple of hyperparameters in the type that is computed with; flags stay flags."""
+    return type(values)(*(value if isinstance(value, bool) else dtype(value) for value in values))
 
 
 def _names(rule: rules.Rule) -> str:
@@ -788,14 +1034,6 @@ def _as_container(params: Any, label: str) -> Any:
     return list(params)
 
 
-def _same(group: _Group) -> bool:
-    """Whether the group's container still holds the arrays it held at first."""
-    if _is_array(group.params):
-        return True
-    values = list(group.params.values() if isinstance(group.params, dict) else group.params)
-    return [id(value) for value in values] == [id(parameter.value) for parameter in group.parameters]
-
-
 def _changed(options: dict[str, Any], checked: dict[str, Any]) -> bool:
     try:
         return {**options, "params": None} != {**checked, "params": None}
@@ -817,7 +1055,8 @@ def _entries(params: Any, label: str) -> Iterator[tuple[str | int, Any, str]]:
         yield 0, params, label
 
 
-def _paired(group: _Group, grads: Any, label: str) -> Iterator[tuple[_Parameter, Any, str]]:
+def _paired(group: _Group, grads: Any, label: str) -> list[Any]:
+    """The gradients of a group, in the order of its parameters."""
     params = group.params
     if isinstance(params, dict):
         names = [p.key for p in group.parameters]
@@ -831,20 +1070,17 @@ def _paired(group: _Group, grads: Any, label: str) -> Iterator[tuple[_Parameter,
                     else f"{', '.join(map(repr, names))}"
                 )
             )
-        for parameter in group.parameters:
-            yield parameter, grads[parameter.key], f"{label}[{parameter.key!r}]"
-    elif isinstance(params, list):
+        return [grads[name] for name in names]
+    if isinstance(params, list):
         count = len(group.parameters)
         if not isinstance(grads, list | tuple) or len(grads) != count:
             raise ValueError(
                 f"{label} is {_describe(grads)}: expected a list of {count}, one entry a parameter"
             )
-        for position, (parameter, value) in enumerate(zip(group.parameters, grads, strict=True)):
-            yield parameter, value, f"{label}[{position}]"
-    else:
-        if isinstance(grads, list | tuple | dict):
-            raise ValueError(f"{label} is {_describe(grads)}: expected one array, as params is one")
-        yield group.parameters[0], grads, label
+        return list(grads)
+    if isinstance(grads, list | tuple | dict):
+        raise ValueError(f"{label} is {_describe(grads)}: expected one array, as params is one")
+    return [grads]
 
 
 def _describe(grads: Any) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
 from fastopt.kernels import rules
-from fastopt.optimizer import Optimizer, TableOptions
+from fastopt.hyperparameters import SharedOptions
+from fastopt.optimizer import Optimizer
 
 LearningRate = float | Callable[[int], float]
 Options = Mapping[str, Any]
@@ -37,11 +38,11 @@ class SGD(Optimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        **table_options: Unpack[TableOptions],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
-            table_options,
+            shared,
             lr=lr,
             momentum=momentum,
             dampening=dampening,
@@ -82,11 +83,11 @@ class AdaGrad(Optimizer):
         eps: float = 1e-10,
         *,
         maximize: bool = False,
-        **table_options: Unpack[TableOptions],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
-            table_options,
+            shared,
             lr=lr,
             lr_decay=lr_decay,
             weight_decay=weight_decay,
@@ -124,11 +125,11 @@ class RowwiseAdaGrad(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
-        **table_options: Unpack[TableOptions],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
-            table_options,
+            shared,
             lr=lr,
             lr_decay=lr_decay,
             weight_decay=weight_decay,
@@ -174,11 +175,11 @@ class RMSProp(Optimizer):
         centered: bool = False,
         *,
         maximize: bool = False,
-        **table_options: Unpack[TableOptions],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
-            table_options,
+            shared,
             lr=lr,
             alpha=alpha,
             eps=eps,
@@ -219,11 +220,11 @@ class Adam(Optimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        **table_options: Unpack[TableOptions],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
-            table_options,
+            shared,
             lr=lr,
             betas=betas,
             eps=eps,
@@ -253,9 +254,9 @@ class AdamW(Adam):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        **table_options: Unpack[TableOptions],
+        **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, **table_options)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, **shared)
 
     def decoupled(self, options: Options) -> bool:
         return True
@@ -279,12 +280,12 @@ class AMSGrad(Adam):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        **table_options: Unpack[TableOptions],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         Optimizer.__init__(
             self,
             params,
-            table_options,
+            shared,
             lr=lr,
             betas=betas,
             eps=eps,
@@ -317,11 +318,11 @@ class RowwiseAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
-        **table_options: Unpack[TableOptions],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
-            table_options,
+            shared,
             lr=lr,
             betas=betas,
             eps=eps,
@@ -361,11 +362,11 @@ class RAdam(Optimizer):
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
-        **table_options: Unpack[TableOptions],
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,
-            table_options,
+            shared,
             lr=lr,
             betas=betas,
             eps=eps,

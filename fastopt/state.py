@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastopt import arrays
+from fastopt.hyperparameters import FIXED, SHARED
+from fastopt.precision import SCALES
 from fastopt.tables import LAST_STEP, LR_HISTORY, MOST_COUNTED, MOST_STEPS, ROW_STEPS, Tracking
 
 if TYPE_CHECKING:
@@ -64,10 +66,11 @@ def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
     optimizer._steps = steps
     for group, new in zip(optimizer._groups, options, strict=True):
         group.options.update(new)
-        group.checked = new
+        group.take_over(new)
     own = [(group, parameter) for group in optimizer._groups for parameter in group.parameters]
+    optimizer._forget()
     for (group, parameter), (step, arrays_by_slot, tracking) in zip(own, states, strict=True):
-        parameter.step = step
+        optimizer._clock[parameter.index] = step
         parameter.tracking = tracking
         _take_over(parameter, arrays_by_slot, optimizer._slots(group, parameter))
 
@@ -88,6 +91,8 @@ def _take_over(
 
 def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) -> dict[str, Any]:
     expected = {*optimizer.defaults, "params"}
+    if isinstance(saved, Mapping):  # of a version that lacked some of the options that all have
+        saved = {**{name: SHARED[name] for name in SHARED if name in expected}, **saved}
     if not isinstance(saved, Mapping) or set(saved) != expected:
         raise ValueError(f"{label} has {_length(saved)}: expected the options {', '.join(sorted(expected))}")
     keys = [parameter.key for parameter in group.parameters]
@@ -96,7 +101,7 @@ def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) ->
             f"{label}['params'] is {saved['params']!r}: expected {keys!r}, the optimizer's parameters"
         )
     options = optimizer._check({**saved, "params": None}, label)
-    for name in ("rows", "step_per_row"):
+    for name in FIXED:
         if options[name] != group.checked[name]:
             raise ValueError(
                 f"{label} has {name} {options[name]!r}: expected {group.checked[name]!r}, "
@@ -116,7 +121,7 @@ def _state(
     optimizer: "Optimizer", group: "_Group", options: Mapping[str, Any], parameter: "_Parameter", saved: Any
 ) -> tuple[int, dict[str, np.ndarray], Tracking | None]:
     label = f"state_dict['state'][{parameter.key!r}]"
-    expected = optimizer._slots(group, parameter)
+    expected = optimizer._slots(group, parameter, _is_by_row(saved))
     if not isinstance(saved, Mapping) or "step" not in saved:
         raise ValueError(
             f"{label} has {_length(saved)}: expected step and {', '.join(expected) or 'nothing else'}"
@@ -139,6 +144,12 @@ def _state(
             f"{label}[{ROW_STEPS!r}] has counts from {counts.min()} to {counts.max()}: expected 0 to {step}"
         )
     return step, state, _tracking(optimizer, group, options, parameter, saved, step) if behind else None
+
+
+def _is_by_row(saved: Any) -> bool:
+    """Whether blocks of 8-bit codes end with the rows of a table."""
+    scales = [value for name, value in saved.items() if str(name).endswith(SCALES)] if saved else []
+    return any(getattr(value, "ndim", 0) == 2 for value in scales)
 
 
 def _tracking(

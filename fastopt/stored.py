@@ -60,7 +60,7 @@ def resume(optimizer: "Optimizer") -> None:
         table.owner = optimizer
         if own is not None:
             optimizer._steps = own["steps"]
-            parameter.step = own["step"]
+            optimizer._clock[parameter.index] = own["step"]
             if parameter.step and own["slots"]:
                 parameter.state = table.state(optimizer._slots(group, parameter))
 

@@ -147,6 +147,18 @@ class Kernel:
         """Which variant ``work`` elements get."""
         return work < PARALLEL_FROM or _threads.forked or _config.NUMBA_NUM_THREADS == 1
 
+    def entry(self, serial: bool, args: tuple) -> Callable:
+        """What runs arguments of the types of ``args``, compiled, without finding out their types again,
+        which takes ten times as long as a call; to be called with such arguments alone, by :meth:`run`."""
+        return _entry(self.serial if serial else self.parallel, args)
+
+    @staticmethod
+    def run(entry: Callable, serial: bool, args: tuple) -> None:
+        if serial:
+            entry(*args)
+        else:
+            _threads.launch(entry, args)
+
     @functools.cached_property
     def serial(self) -> Callable:
         return _compile(self._function, parallel=False)
@@ -156,8 +168,28 @@ class Kernel:
         return _compile(self._function, parallel=True)
 
 
-def _compile(function: Callable, parallel: bool) -> Callable:
-    dispatcher = _njit(parallel=parallel, no_cfunc_wrapper=True, **OPTIONS)(function)
+def _entry(dispatcher: Any, args: tuple) -> Callable:
+    if _config.DISABLE_JIT:
+        return dispatcher
+    return dispatcher.compile(tuple(map(numba.typeof, args)))
+
+
+class Direct:
+    """A small function that is called often: compiled for the types of its first call, and not to be called
+    with others. It holds the global interpreter lock."""
+
+    def __init__(self, function: Callable) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self.call = self._first_call
+
+    def _first_call(self, *args: Any) -> Any:
+        self.call = _entry(_compile(self._function, parallel=False, nogil=False), args)
+        return self.call(*args)
+
+
+def _compile(function: Callable, parallel: bool, **options: Any) -> Callable:
+    dispatcher = _njit(parallel=parallel, no_cfunc_wrapper=True, **{**OPTIONS, **options})(function)
     if not _config.DISABLE_JIT:
         dispatcher._cache = _cache_for(function, parallel)
     return dispatcher

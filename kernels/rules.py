@@ -300,6 +300,8 @@ class Rule:
     update_row, row_slots: a rule with state of one element a row has the function
         ``(h, mean_sq, *row_slots) -> row_slots``, called once a row with the mean square of the
         row's gradient, before ``update`` sees the row's elements.
+    not_negative: those of ``slots`` whose elements never are negative, sums and means of squares: stored in
+        8 bits, they need no sign.
     """
 
     hyper: type
@@ -307,6 +309,7 @@ class Rule:
     slots: tuple[str | None, ...] = ()
     update_row: Callable[..., tuple] | None = None
     row_slots: tuple[str, ...] = ()
+    not_negative: tuple[str, ...] = ()
 
     @property
     def state_slots(self) -> tuple[str, ...]:
@@ -331,17 +334,33 @@ def register(rule: Rule) -> Rule:
 
 SGD = register(Rule(SGDH, sgd))
 MOMENTUM = register(Rule(MomentumH, momentum, ("momentum_buffer",)))
-ADAGRAD = register(Rule(AdaGradH, adagrad, ("sum",)))
+ADAGRAD = register(Rule(AdaGradH, adagrad, ("sum",), not_negative=("sum",)))
 ROWWISE_ADAGRAD = register(
     Rule(RowwiseAdaGradH, rowwise_adagrad, update_row=add_mean_square, row_slots=("sum",))
 )
-RMSPROP = register(Rule(RMSPropH, rmsprop, ("square_avg", None, None)))
-RMSPROP_MOMENTUM = register(Rule(RMSPropMomentumH, rmsprop, ("square_avg", None, "momentum_buffer")))
-CENTERED_RMSPROP = register(Rule(CenteredRMSPropH, rmsprop, ("square_avg", "grad_avg", None)))
-CENTERED_RMSPROP_MOMENTUM = register(
-    Rule(CenteredRMSPropMomentumH, rmsprop, ("square_avg", "grad_avg", "momentum_buffer"))
+RMSPROP = register(Rule(RMSPropH, rmsprop, ("square_avg", None, None), not_negative=("square_avg",)))
+RMSPROP_MOMENTUM = register(
+    Rule(RMSPropMomentumH, rmsprop, ("square_avg", None, "momentum_buffer"), not_negative=("square_avg",))
 )
-ADAM = register(Rule(AdamH, adam, ("exp_avg", "exp_avg_sq", None)))
+CENTERED_RMSPROP = register(
+    Rule(CenteredRMSPropH, rmsprop, ("square_avg", "grad_avg", None), not_negative=("square_avg",))
+)
+CENTERED_RMSPROP_MOMENTUM = register(
+    Rule(
+        CenteredRMSPropMomentumH,
+        rmsprop,
+        ("square_avg", "grad_avg", "momentum_buffer"),
+        not_negative=("square_avg",),
+    )
+)
+ADAM = register(Rule(AdamH, adam, ("exp_avg", "exp_avg_sq", None), not_negative=("exp_avg_sq",)))
 ROWWISE_ADAM = register(Rule(RowwiseAdamH, rowwise_adam, ("exp_avg",), average_mean_square, ("exp_avg_sq",)))
-AMSGRAD = register(Rule(AMSGradH, adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")))
-RADAM = register(Rule(RAdamH, radam, ("exp_avg", "exp_avg_sq")))
+AMSGRAD = register(
+    Rule(
+        AMSGradH,
+        adam,
+        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        not_negative=("exp_avg_sq", "max_exp_avg_sq"),
+    )
+)
+RADAM = register(Rule(RAdamH, radam, ("exp_avg", "exp_avg_sq"), not_negative=("exp_avg_sq",)))

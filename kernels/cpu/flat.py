@@ -19,6 +19,8 @@ from fastopt.kernels.jit import Kernel, helper
     KEY,  # of the random bits
     PLACES,  # two addresses (see formats.py) each of the parameter, the gradient and the slots
 ) = range(4)
+PARAMETER, GRADIENT, STATE = PLACES, PLACES + 2, PLACES + 4
+
 
 @Kernel
 def update_arrays(h, c, like, kinds, table, bases, numbers, zero_grads, chunk):

@@ -5,7 +5,11 @@ Sums go over blocks of a fixed size, each in a fixed order, whatever the number 
 
 import numpy as np
 from numba import prange
+from numba.extending import overload
+from numba.np.numpy_support import as_dtype
 
+from fastopt.kernels.cpu.flat import array_at
+from fastopt.kernels.cpu.formats import CODECS, itemsize, same
 from fastopt.kernels.cpu.memory import view
 from fastopt.kernels.cpu.tables import DIM, GROUPS, PARAM, SKIPPED, gradient_of, row_of_group
 from fastopt.kernels.jit import Kernel, helper
@@ -37,14 +41,56 @@ def total_of(sums):
 
 
 @Kernel
-def sum_squares(g, scale, partials):
-    """Sums of squares of the blocks of the 1-D ``g``, times ``scale**2`` (a float64)."""
+def sum_squares_arrays(like, kinds, addresses, bases, scale, partials):
+    """Sums of squares of arrays, times ``scale**2`` (a float64): partials of BLOCK elements each, whichever
+    arrays they belong to, so that it does not matter how elements are divided into arrays.
+
+    like: a number of the type that is computed with. kinds: the arrays' format. bases: the number of each
+    array's first element, and that of all.
+    """
     for block in prange(partials.size):
-        sums = np.zeros(LANES)
-        last = min((block + 1) * BLOCK, g.size)
-        for first in range(block * BLOCK, last, LANES):
-            add_squares(g[first : min(first + LANES, last)], scale, sums)
-        partials[block] = total_of(sums)
+        last = min((block + 1) * BLOCK, bases[-1])
+        partials[block] = sum_squares_range(like, kinds, addresses, bases, scale, block * BLOCK, last)
+
+
+@helper
+def sum_squares_range(like, kinds, addresses, bases, scale, first, last):
+    sums = np.zeros(LANES)
+    for t in range(array_at(bases, first), addresses.size):
+        base = bases[t]
+        if base >= last:
+            break
+        at, end = max(first - base, 0), min(last - base, bases[t + 1] - base)
+        while at < end:
+            lane = (base + at) % LANES
+            size = min(LANES - lane, end - at)
+            add_squares_at(kinds, like, addresses[t], at, scale, sums[lane : lane + size])
+            at += size
+    return total_of(sums)
+
+
+def add_squares_at(kinds, like, address, at, scale, sums):
+    """``sums[i] += (g[at + i] * scale)**2``, in float64, for the array ``g`` at an address."""
+    _add_squares_at(kinds.members[0], np.dtype(type(like)))(kinds, like, address, at, scale, sums)
+
+
+@overload(add_squares_at)
+def _overload_add_squares_at(kinds, like, address, at, scale, sums):
+    return _add_squares_at(kinds.instance_class.members[0], as_dtype(like))
+
+
+def _add_squares_at(kind, like):
+    stored = CODECS[kind].stored(0) if kind in CODECS else like.type(0)
+    decode = CODECS[kind].decode if kind in CODECS else same
+    width = itemsize(kind, like.itemsize)
+
+    def add(kinds, like, address, at, scale, sums):
+        g = view(address + at * width, sums.size, stored)
+        for i in range(g.size):
+            x = np.float64(decode(g[i])) * scale
+            sums[i] += x * x
+
+    return add
 
 
 @Kernel

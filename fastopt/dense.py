@@ -1,0 +1,188 @@
+"""Dense gradients: the parameters that have them, in one launch for all that share a rule and formats."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastopt.kernels import rules
+from fastopt.kernels.cpu import formats, norms
+from fastopt.kernels.cpu.flat import GRADIENT, KEY, NUMBERS, PARAMETER, POSITION, STATE, update_arrays
+from fastopt.kernels.cpu.formats import RUN, Format
+from fastopt.kernels.jit import Kernel, thread_count
+from fastopt.kernels.scratch import empty
+from fastopt.precision import DOUBLE, SINGLE, computed_with, gradient_format, random_key
+
+PARTS_PER_THREAD = 8  # of a launch
+
+Fold = Callable[[int, type, np.dtype, int], tuple[Any, Any]]
+
+
+class Kind(NamedTuple):
+    """What parameters of one launch have in common. ``decay``: the type of weight decay, in which there
+    may be none; ``like``: the dtype that is computed with."""
+
+    rule: rules.Rule
+    decay: type
+    like: np.dtype
+    members: tuple[Format, ...]
+
+
+# What the gradient of a parameter is: of its dtype, float32 for one of 16 bits, none, or by rows
+SAME, FLOAT32, NONE, ROWS = range(4)
+
+
+class Member(NamedTuple):
+    """A parameter of a launch.
+
+    index: among all of the optimizer; group: the number of its group; position: of its first element among
+    those of all parameters; second: the address of a master; state: two addresses for each slot.
+    """
+
+    index: int
+    group: int
+    step: int
+    size: int
+    position: int
+    seed: int
+    second: int
+    state: list[int]
+
+
+class Launch:
+    """A kernel that is called again and again with arguments of the same types."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._entries: dict[bool, Callable] = {}
+
+    def compile(self, serial: bool, args: tuple) -> None:
+        if serial not in self._entries:
+            self._entries[serial] = self._kernel.entry(serial, args)
+
+    def run(self, serial: bool, args: tuple) -> None:
+        self.compile(serial, args)
+        self._kernel.run(self._entries[serial], serial, args)
+
+
+class Squares:
+    """Sums of squares of arrays of one dtype."""
+
+    def __init__(self, dtype: np.dtype, sizes: Sequence[int]) -> None:
+        self._like, self._kinds = computed_with(dtype).type(0), formats.formats(gradient_format(dtype))
+        self._bases = np.cumsum([0, *sizes])
+        self._launch = Launch(norms.sum_squares_arrays)
+
+    def sum(self, addresses: np.ndarray, scale: float) -> float:
+        """Of all arrays, which are at ``addresses``, times ``scale**2``."""
+        size = int(self._bases[-1])
+        if not size:
+            return 0.0
+        partials = empty(-(-size // norms.BLOCK), np.float64)
+        args = self._like, self._kinds, addresses, self._bases, scale, partials
+        self._launch.run(norms.sum_squares_arrays.runs_serial(size), args)
+        return float(partials.sum())
+
+
+class Batch:
+    """The gradients of a step, and what is kept for the next one that is alike.
+
+    kinds: int8, one of SAME, FLOAT32, NONE, ROWS for each parameter; dense: the parameters with dense gradients;
+    where: their gradients' addresses; bytes: their gradients' sizes; increments: what is added to each
+    parameter's steps; placed: whether the bundles know these addresses and those of the parameters; may_clear:
+    whether gradients may be written.
+    """
+
+    def __init__(self, kinds: np.ndarray, dtypes: Sequence[np.dtype], sizes: np.ndarray) -> None:
+        self.kinds = kinds
+        self.dense = np.flatnonzero(kinds <= FLOAT32)
+        self.increments = (kinds != NONE).astype(np.int64)
+        self.where = np.zeros(0, np.int64)
+        self.bundles: list[Bundle] | None = None
+        self.placed = self.may_clear = False
+        own = {i: SINGLE if kinds[i] == FLOAT32 else dtypes[i] for i in self.dense.tolist()}
+        self.formats = {i: gradient_format(dtype) for i, dtype in own.items()}
+        self.bytes = np.array([sizes[i] * dtype.itemsize for i, dtype in own.items()], np.int64)
+        alike: dict[np.dtype, list[int]] = {}
+        for i, dtype in own.items():
+            alike.setdefault(dtype, []).append(i)
+        self.has_double = DOUBLE in alike
+        self._squares = [
+            (Squares(dtype, sizes[indices].tolist()), np.array(indices)) for dtype, indices in alike.items()
+        ]
+
+    def take_over(self, where: np.ndarray) -> bool:
+        """Set where gradients are; returns whether that is new."""
+        if np.array_equal(self.where, where):
+            return False
+        self.where = where
+        return True
+
+    def sum_of_squares(self, scale: float) -> float:
+        """Of all dense gradients, times ``scale**2``."""
+        return sum(squares.sum(self.where[indices], scale) for squares, indices in self._squares)
+
+
+class Bundle:
+    """The parameters of one launch, and the table that describes them to it."""
+
+    def __init__(self, kind: Kind, members: Sequence[Member]) -> None:
+        self.kind = kind
+        self.indices = np.array([member.index for member in members])
+        self.table = np.zeros((len(members), STATE + 2 * (len(kind.members) - 2)), np.int64)
+        self.table[:, POSITION] = [member.position for member in members]
+        self.table[:, PARAMETER + 1] = [member.second for member in members]
+        self.table[:, STATE:] = [member.state for member in members]
+        self.bases = np.cumsum([0, *(member.size for member in members)])
+        self.size = int(self.bases[-1])
+        # parameters of a group with the same number of steps have the same hyperparameters
+        self._classes: dict[tuple[int, int, int], int] = {}
+        for row, member in enumerate(members):
+            key = member.group, member.step, member.seed
+            self.table[row, NUMBERS] = self._classes.setdefault(key, len(self._classes))
+        self._steps = 0  # since then
+        self._random = any(kind in formats.RANDOM for kind in kind.members)
+        self._kinds = formats.formats(*kind.members)
+        self._like = kind.like.type(0)
+        self._prototypes: tuple[Any, Any] | None = None
+        self._numbers = np.empty((0, 0))
+        self._launch = Launch(update_arrays)
+
+    def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
+        """Take over where parameters and gradients are."""
+        self.table[:, PARAMETER] = parameters[self.indices]
+        self.table[:, GRADIENT] = gradients[self.indices]
+
+    def prepare(self, fold: Fold, zero_grads: bool) -> None:
+        """Set the hyperparameters of the next step, ``fold(group, decay, dtype, step)`` for each class, and
+        have everything compiled."""
+        keys = []
+        for row, (group, step, seed) in enumerate(self._classes):
+            step += self._steps + 1
+            h, c = fold(group, self.kind.decay, self.kind.like, step)
+            if self._prototypes is None:
+                self._prototypes = _prototype(h, self.kind.like), _prototype(c, self.kind.like)
+                self._numbers = np.empty((len(self._classes), len(h) + len(c)))
+            self._numbers[row] = h + c
+            if self._random:
+                keys.append(random_key(seed, step))
+        if keys:
+            self.table[:, KEY] = np.array(keys)[self.table[:, NUMBERS]]
+        assert self._prototypes is not None
+        serial = update_arrays.runs_serial(self.size)
+        parts = 1 if serial else PARTS_PER_THREAD * thread_count()
+        chunk = max(-(-self.size // (parts * RUN)), 1) * RUN
+        given = self._like, self._kinds, self.table, self.bases, self._numbers, zero_grads, chunk
+        self._next = serial, (*self._prototypes, *given)
+        self._launch.compile(*self._next)
+
+    def run(self) -> None:
+        """Make the step that was prepared."""
+        if self.size:
+            self._launch.run(*self._next)
+        self._steps += 1
+
+
+def _prototype(numbers: Any, dtype: np.dtype) -> Any:
+    """A tuple of hyperparameters as a kernel computes with it; flags stay flags."""
+    return type(numbers)(*(x if isinstance(x, bool) else dtype.type(1) for x in numbers))

@@ -1,0 +1,121 @@
+"""In which formats a parameter, its gradient and its state are stored, and what they are computed with."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from fastopt.kernels.cpu import formats
+from fastopt.kernels.cpu.formats import BLOCK, Format
+from fastopt.kernels.rules import Rule
+
+SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+HALF, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+LOW = HALF, BFLOAT16
+DTYPES = SINGLE, DOUBLE, HALF, BFLOAT16
+
+MASTER = "master"  # the float32 copy of a parameter of 16 bits
+SCALES = "_scale"  # ends the names of the scales of 8-bit codes
+
+_STORED = {
+    formats.SINGLE: SINGLE,
+    formats.STOCHASTIC: BFLOAT16,
+    formats.SIGNED8: np.dtype(np.uint8),
+    formats.ROOT8: np.dtype(np.uint8),
+}
+_LARGEST_CODE = 255  # of a format without signs: the scale itself
+
+
+class Slot(NamedTuple):
+    """A state array: its shape, its dtype, and what its elements are at first."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    first: float = 0.0
+
+
+def computed_with(dtype: np.dtype) -> np.dtype:
+    """What a parameter's updates are computed with."""
+    return DOUBLE if dtype == DOUBLE else SINGLE
+
+
+def has_master(dtype: np.dtype, options: Mapping[str, Any]) -> bool:
+    return options["master_weights"] and dtype in LOW
+
+
+def parameter_format(dtype: np.dtype, options: Mapping[str, Any]) -> Format:
+    if dtype not in LOW:
+        return formats.PLAIN
+    if has_master(dtype, options):
+        return formats.HALF_OF if dtype == HALF else formats.BFLOAT16_OF
+    return formats.HALF if dtype == HALF else formats.BFLOAT16
+
+
+def gradient_format(dtype: np.dtype) -> Format:
+    return {HALF: formats.HALF, BFLOAT16: formats.BFLOAT16}.get(dtype, formats.PLAIN)
+
+
+def state_formats(rule: Rule, dtype: np.dtype, options: Mapping[str, Any]) -> tuple[Format, ...]:
+    """Of each of the rule's slots that are shaped as the parameter."""
+    chosen = options["state_dtype"]
+    if chosen == "8bit":
+        return tuple(
+            formats.ROOT8 if slot in rule.not_negative else formats.SIGNED8 for slot in rule.state_slots
+        )
+    if chosen == "bfloat16":
+        kind = formats.STOCHASTIC
+    elif chosen == "float32" and dtype == DOUBLE:
+        kind = formats.SINGLE
+    else:
+        kind = formats.PLAIN
+    return (kind,) * len(rule.state_slots)
+
+
+def state_slots(
+    rule: Rule,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    options: Mapping[str, Any],
+    first: Mapping[str, float],
+    by_row: bool,
+) -> dict[str, Slot]:
+    """The state arrays of a parameter; ``by_row``: blocks of 8-bit codes end with the rows of a table."""
+    like = computed_with(dtype)
+    slots = {}
+    for name, kind in zip(rule.state_slots, state_formats(rule, dtype, options), strict=True):
+        value = first.get(name, 0.0)
+        if kind in formats.CODED:
+            slots[name] = Slot(shape, _STORED[kind], _LARGEST_CODE if value else 0)
+            slots[name + SCALES] = Slot(scale_shape(shape, by_row), SINGLE, value)
+        else:
+            slots[name] = Slot(shape, _STORED.get(kind, like), value)
+    for name in rule.row_slots:
+        slots[name] = Slot((shape[0] if shape else 1,), like, first.get(name, 0.0))
+    if has_master(dtype, options):
+        slots[MASTER] = Slot(shape, SINGLE)
+    return slots
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """``array``, in float32 if it is of 16 bits."""
+    return array.astype(np.float32) if array.dtype in LOW else array
+
+
+def scale_shape(shape: tuple[int, ...], by_row: bool) -> tuple[int, ...]:
+    if by_row:
+        rows, dim = shape
+        return rows, -(-dim // BLOCK)
+    return (-(-int(np.prod(shape)) // BLOCK),)
+
+
+def random_key(seed: int, step: int) -> int:
+    """64 bits for the random numbers of a step, as an int64: two rounds of splitmix64 (Steele, Lea & Flood
+    2014, "Fast Splittable Pseudorandom Number Generators")."""
+    key = 0
+    for number in (seed, step):
+        key = (key + number + 1) * 0x9E3779B97F4A7C15 % 2**64
+        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        key = (key ^ key >> 27) * 0x94D049BB133111EB % 2**64
+        key ^= key >> 31
+    return key - 2**64 if key >= 2**63 else key
