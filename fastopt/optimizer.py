@@ -149,8 +149,8 @@ class Optimizer:
             moment: there the movement missed is off by at most 3e-6 of itself for betas (0.9, 0.999), and
             more the nearer 1 - beta2 comes to (1 - beta1) / 2, see ``fastopt.kernels.rest``. It costs
             no more for the steps missed than for one, but for an L2 ``weight_decay`` with a rule that
-            divides by a root (AdaGrad, RMSProp, Adam, RAdam), where steps are gone through one by
-            one. Needs lr * weight_decay below 1.
+            divides by a root (AdaGrad, RMSProp, Adam, RAdam, NAdam) and for Lion, where steps are gone
+            through one by one. Needs lr * weight_decay below 1.
         step_per_row: count the steps of each row, from its first gradient on, for what depends on
             the step (Adam's bias corrections, AdaGrad's ``lr_decay``), instead of the parameter's.
             Not with rows="dense".
