@@ -7,7 +7,7 @@ from traffic import floor
 import fastopt
 
 SIZE = 1 << 25
-# optimizer, options, state arrays, torch's name, whether torch has a fused CPU version
+# optimizer, options, state arrays, torch's name or None, whether torch has a fused CPU version
 RULES = [
     ("SGD", {}, 0, "SGD", True),
     ("SGD", {"momentum": 0.9}, 1, "SGD", True),
@@ -17,6 +17,8 @@ RULES = [
     ("AdamW", {}, 2, "AdamW", True),
     ("Adam", {"amsgrad": True}, 3, "Adam", True),
     ("RAdam", {}, 2, "RAdam", False),
+    ("NAdam", {}, 2, "NAdam", False),
+    ("Lion", {}, 1, None, False),
 ]
 IDS = [name + "".join(f"-{option}" for option in options) for name, options, *_ in RULES]
 
@@ -38,6 +40,8 @@ class TestDense:
 
     def test_torch(self, measure, rng, name, options, states, peer, fused):
         torch = pytest.importorskip("torch")
+        if peer is None:
+            pytest.skip("torch has none")
         p = torch.ones(SIZE, requires_grad=True)
         p.grad = torch.from_numpy(rng.standard_normal(SIZE, dtype=np.float32))
         opt = getattr(torch.optim, peer)([p], **options, **({"fused": True} if fused else {"foreach": True}))

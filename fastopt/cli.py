@@ -96,7 +96,10 @@ def train(
         ),
     ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="sgd, adagrad, rowwiseadagrad, rmsprop, adam, adamw, amsgrad or radam.")
+        str,
+        typer.Option(
+            help="sgd, adagrad, rowwiseadagrad, rmsprop, adam, adamw, amsgrad, radam, nadam or lion."
+        ),
     ] = "adam",
     lr: Annotated[
         float | None, typer.Option(help="Learning rate at the start.", show_default="by optimizer")

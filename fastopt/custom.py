@@ -47,21 +47,21 @@ def register_rule(
         ValueError: ``hyper`` belongs to another rule, or lacks ``lr``; ``name`` or ``slots`` are no names.
 
     Example:
-        Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", Algorithm 2):
+        Signum (Bernstein et al. 2018, "signSGD: Compressed Optimisation for Non-Convex Problems",
+        Algorithm 2):
 
         >>> import math
         >>> from typing import NamedTuple
         >>> import fastopt
-        >>> class LionH(NamedTuple):
+        >>> class SignumH(NamedTuple):
         ...     lr: float = 1e-4
-        ...     beta1: float = 0.9
-        ...     beta2: float = 0.99
-        >>> def lion(h, p, g, exp_avg):
-        ...     direction = g + h.beta1 * (exp_avg - g)
-        ...     if direction:
-        ...         p = p - math.copysign(h.lr, direction)
-        ...     return p, g + h.beta2 * (exp_avg - g)
-        >>> Lion = fastopt.register_rule("Lion", LionH, lion, ["exp_avg"], decoupled_weight_decay=True)
+        ...     beta: float = 0.9
+        >>> def signum(h, p, g, exp_avg):
+        ...     exp_avg = g + h.beta * (exp_avg - g)
+        ...     if exp_avg:
+        ...         p = p - math.copysign(h.lr, exp_avg)
+        ...     return p, exp_avg
+        >>> Signum = fastopt.register_rule("Signum", SignumH, signum, ["exp_avg"])
     """
     if not (isinstance(hyper, type) and issubclass(hyper, tuple) and hasattr(hyper, "_fields")):
         raise TypeError(f"hyper is {hyper!r}: expected a NamedTuple class")
@@ -108,8 +108,8 @@ def register_rule(
             for group in self._groups:
                 _try(rule, group.checked)
 
-        def _check_table_options(self, checked: Mapping[str, Any], label: str) -> None:
-            super()._check_table_options(checked, label)
+        def _check_combinations(self, checked: Mapping[str, Any], label: str) -> None:
+            super()._check_combinations(checked, label)
             if checked["step_per_row"] and (by_step or hyper._fields[0] != "lr"):  # type: ignore[attr-defined]
                 raise ValueError(
                     f"{label} has step_per_row=True: expected False, as {name} folds the step itself or its "

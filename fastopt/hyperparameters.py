@@ -41,6 +41,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "eps": _AT_LEAST_0,
     "alpha": (lambda x: 0 <= x <= 1, "a number in [0, 1]"),
     "lr_decay": _AT_LEAST_0,
+    "momentum_decay": _AT_LEAST_0,
     "clip_row_norm": _AT_LEAST_0,
     "initial_accumulator_value": _AT_LEAST_0,
     "beta": _FRACTION,

@@ -178,8 +178,8 @@ class Optimizer:
             moment: there the movement missed is off by at most 3e-6 of itself for betas (0.9, 0.999), and
             more the nearer 1 - beta2 comes to (1 - beta1) / 2, see ``fastopt.kernels.rest``. It costs
             no more for the steps missed than for one, but for an L2 ``weight_decay`` with a rule that
-            divides by a root (AdaGrad, RMSProp, Adam, RAdam), where steps are gone through one by
-            one. Needs lr * weight_decay below 1.
+            divides by a root (AdaGrad, RMSProp, Adam, RAdam, NAdam) and for Lion, where steps are gone
+            through one by one. Needs lr * weight_decay below 1.
         step_per_row: count the steps of each row, from its first gradient on, for what depends on
             the step (Adam's bias corrections, AdaGrad's ``lr_decay``), instead of the parameter's.
             Not with rows="dense".
@@ -284,7 +284,7 @@ class Optimizer:
             suffix = one_label.removeprefix(params_label)
             parameters.append(_Parameter(value, key, one_label, suffix, view.shape, dtype))
         checked = self._check(options, label)
-        self._check_table_options(checked, label)
+        self._check_combinations(checked, label)
         self.param_groups.append(options)
         number = len(self._groups)
         rule = self.rule(checked)
@@ -303,7 +303,7 @@ class Optimizer:
             raise ValueError(f"{label} lacks the option {min(missing)!r}: set it again")
         return checked_options(own, label)
 
-    def _check_table_options(self, checked: Mapping[str, Any], label: str) -> None:
+    def _check_combinations(self, checked: Mapping[str, Any], label: str) -> None:
         """Refuse combinations that can't be honoured."""
         if checked["rows"] == "dense" and checked["step_per_row"]:
             raise ValueError(
@@ -481,7 +481,7 @@ class Optimizer:
         if group.seen == group.options or not _changed(group.options, checked):
             return checked
         checked = self._check(group.options, group.label)
-        self._check_table_options(checked, group.label)
+        self._check_combinations(checked, group.label)
         rule = self.rule(checked)
         if rule != group.rule:
             raise ValueError(

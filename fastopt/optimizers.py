@@ -380,3 +380,85 @@ class RAdam(Optimizer):
 
     def decoupled(self, options: Options) -> bool:
         return options["decoupled_weight_decay"]
+
+
+class NAdam(Optimizer):
+    """Adam with Nesterov momentum (Dozat 2016, Algorithm 2): the gradient itself, and the first moment
+    with the next step's momentum, move p.
+
+    mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2); M_t = mu_1 * ... * mu_t; m, v as in :class:`Adam`;
+    p = p - lr * ((1 - mu_t) / (1 - M_t) * g + mu_{t+1} / (1 - M_{t+1}) * m)
+    / (sqrt(v / (1 - beta2^t)) + eps). State: ``exp_avg``, ``exp_avg_sq``.
+
+    Args:
+        params, weight_decay, maximize: as for :class:`fastopt.Optimizer`.
+        lr: default 2e-3.
+        betas: each in [0, 1), default (0.9, 0.999). M_t is that of these betas from the first step on.
+        eps: default 1e-8.
+        momentum_decay: how fast mu goes from beta1 / 2 to beta1, at least 0, default 4e-3.
+        decoupled_weight_decay: decouple weight decay as :class:`AdamW` does.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            shared,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum_decay=momentum_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.NADAM
+
+    def decoupled(self, options: Options) -> bool:
+        return options["decoupled_weight_decay"]
+
+
+class Lion(Optimizer):
+    """Lion (Chen et al. 2023, Algorithm 2): every element moves by lr, in the direction of a momentum;
+    its weight decay is decoupled.
+
+    p = p - lr * sign(beta1 * m + (1 - beta1) * g); m = beta2 * m + (1 - beta2) * g. State: ``exp_avg``.
+
+    Args:
+        params, weight_decay, maximize: as for :class:`fastopt.Optimizer`.
+        lr: default 1e-4; a third to a tenth of AdamW's, with three to ten times its weight decay.
+        betas: each in [0, 1), default (0.9, 0.99).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        super().__init__(
+            params, shared, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.LION
+
+    def decoupled(self, options: Options) -> bool:
+        return True

@@ -35,6 +35,8 @@ OPTIMIZERS: dict[str, type[fastopt.Optimizer]] = {
     "adamw": fastopt.AdamW,
     "amsgrad": fastopt.AMSGrad,
     "radam": fastopt.RAdam,
+    "nadam": fastopt.NAdam,
+    "lion": fastopt.Lion,
 }
 LEARNING_RATES = {
     "sgd": 0.02,
@@ -45,6 +47,8 @@ LEARNING_RATES = {
     "adamw": 0.02,
     "amsgrad": 0.02,
     "radam": 0.02,
+    "nadam": 0.02,
+    "lion": 0.01,
 }
 FINAL_RATE = 0.05  # of the learning rate, at the end of the cosine
 FREQUENT = 1e-3  # share of the text from which a word is frequent: t in the paper's equation 5

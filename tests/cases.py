@@ -18,6 +18,7 @@ RANGES = {
     "momentum": (0.1, 0.99),
     "dampening": (0.1, 0.9),
     "lr_decay": (0.001, 0.5),
+    "momentum_decay": (0.001, 0.5),
     "initial_accumulator_value": (0.01, 1.0),
     "eps": (1e-10, 1e-3),
     # a small alpha leaves the variance v - mean^2 of a centered RMSProp few correct digits
@@ -117,6 +118,11 @@ CASES = [
     Case("radam", "RAdam", "radam", "RAdam", ADAM),
     Case("radam_decoupled", "RAdam", "radam", "RAdam", ADAM, {"decoupled_weight_decay": True},
          decoupled=True),
+    Case("nadam", "NAdam", "nadam", "NAdam", (*ADAM, "momentum_decay")),
+    Case("nadam_decoupled", "NAdam", "nadam", "NAdam", (*ADAM, "momentum_decay"),
+         {"decoupled_weight_decay": True}, decoupled=True),
+    # betas of few bits, with which the direction is exact, its sign included
+    Case("lion", "Lion", "lion", None, fixed={"betas": (0.75, 0.25)}, decoupled=True),
 ]  # fmt: skip
 
 BY_NAME = {case.name: case for case in CASES}
@@ -125,6 +131,7 @@ BY_NAME = {case.name: case for case in CASES}
 RULES = [BY_NAME[name] for name in (
     "sgd", "dampening", "adagrad_decay", "rowwise_adagrad", "rmsprop", "rmsprop_momentum",
     "rmsprop_centered", "rmsprop_centered_momentum", "adam", "amsgrad", "rowwise_adam", "radam",
+    "nadam", "lion",
 )]  # fmt: skip
 
 

@@ -112,9 +112,27 @@ def radam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, **common):
     return p - lr * m_hat * r * adaptive
 
 
-def lion(p, g, state, step, *, lr, beta1=0.9, beta2=0.99, **common):
-    """Chen et al. 2023, Algorithm 2."""
+def nadam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, momentum_decay=4e-3, **common):
     p, g = prepared(p, g, lr=lr, **common)
+    beta1, beta2 = betas
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, 1 - beta1)
+    v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
+    mu = beta1 * (1 - 0.5 * 0.96 ** (np.arange(1, step + 2) * momentum_decay))
+    product, product_next = np.prod(mu[:-1]), np.prod(mu)
+    m_hat = mu[-1] / (1 - product_next) * m + (1 - mu[-2]) / (1 - product) * g
+    return p - lr * m_hat / (np.sqrt(v / (1 - beta2**step)) + eps)
+
+
+def signum(p, g, state, step, *, lr, beta=0.9, **common):
+    """Bernstein et al. 2018, Algorithm 2."""
+    p, g = prepared(p, g, lr=lr, **common)
+    state["exp_avg"] = beta * state["exp_avg"] + (1 - beta) * g
+    return p - lr * np.sign(state["exp_avg"])
+
+
+def lion(p, g, state, step, *, lr, betas=(0.9, 0.99), **common):
+    p, g = prepared(p, g, lr=lr, **common)
+    beta1, beta2 = betas
     update = np.sign(beta1 * state["exp_avg"] + (1 - beta1) * g)
     state["exp_avg"] = beta2 * state["exp_avg"] + (1 - beta2) * g
     return p - lr * update
@@ -132,9 +150,9 @@ def slots(rule, options):
         return [name for name, present in wanted.items() if present]
     if rule is adam:
         return ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * options.get("amsgrad", False)
-    if rule in (radam, rowwise_adam):
+    if rule in (radam, rowwise_adam, nadam):
         return ["exp_avg", "exp_avg_sq"]
-    return ["exp_avg"] if rule is lion else []
+    return ["exp_avg"] if rule in (lion, signum) else []
 
 
 def new_state(rule, p, options):

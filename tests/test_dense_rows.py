@@ -40,24 +40,24 @@ COMBINATIONS = [
     ("rmsprop_centered", F64, True), ("rmsprop_centered_momentum", F64, False), ("adam", F32, False),
     ("adam", F64, True), ("adam_amsgrad", F32, False), ("amsgrad", F32, False), ("adamw", F32, True),
     ("adamw_amsgrad", F64, True), ("rowwise_adam", F32, False), ("rowwise_adam_decoupled", F64, True),
-    ("radam", F32, False), ("radam_decoupled", F64, True),
+    ("radam", F32, False), ("radam_decoupled", F64, True), ("nadam", F32, False),
+    ("nadam_decoupled", F64, True), ("lion", F32, False), ("lion", F64, True),
 ]  # fmt: skip
 
 
-class LionH(NamedTuple):
+class SignumH(NamedTuple):
     lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.99
+    beta: float = 0.9
 
 
-def lion(h, p, g, exp_avg):
-    direction = g + h.beta1 * (exp_avg - g)
-    if direction:
-        p = p - math.copysign(h.lr, direction)
-    return p, g + h.beta2 * (exp_avg - g)
+def signum(h, p, g, exp_avg):
+    exp_avg = g + h.beta * (exp_avg - g)
+    if exp_avg:
+        p = p - math.copysign(h.lr, exp_avg)
+    return p, exp_avg
 
 
-Lion = fastopt.register_rule("Lion", LionH, lion, ["exp_avg"], decoupled_weight_decay=True)
+Signum = fastopt.register_rule("Signum", SignumH, signum, ["exp_avg"], decoupled_weight_decay=True)
 
 
 class DriftH(NamedTuple):
@@ -225,7 +225,8 @@ def assert_reads_up_to_date(twin, rng):
 
 LONG = [("momentum", F32, False), ("rmsprop_momentum", F32, False), ("adam", F32, False), ("adam", F64, True),
         ("amsgrad", F32, False), ("adamw", F32, True), ("adamw_amsgrad", F64, True),
-        ("rowwise_adam", F32, False), ("radam", F32, False), ("radam_decoupled", F64, True)]  # fmt: skip
+        ("rowwise_adam", F32, False), ("radam", F32, False), ("radam_decoupled", F64, True),
+        ("nadam", F32, False), ("nadam_decoupled", F64, True)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dtype", "decay"), LONG)
@@ -255,15 +256,15 @@ def options_of_loop(name, rng):
         return lambda p, **more: case.make([p], {**options, **more})
     if name == "far":  # betas that rest.py does not sum
         return lambda p, **more: fastopt.Adam([p], lr=0.03, betas=(0.9, 0.5), **more)
-    if name == "lion":
-        return lambda p, **more: Lion([p], lr=0.02, weight_decay=0.1, **more)
+    if name == "signum":
+        return lambda p, **more: Signum([p], lr=0.02, weight_decay=0.1, **more)
     return lambda p, **more: Drift([p], lr=0.3, ascend=True, weight_decay=0.05, **more)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("adam", F64), ("adagrad_decay", F32), ("rowwise_adagrad", F32), ("rmsprop_centered", F64),
-     ("far", F32), ("lion", F32), ("drift", F64)],
+     ("far", F32), ("lion", F32), ("nadam", F32), ("signum", F32), ("drift", F64)],
 )  # fmt: skip
 @given(seed=SEEDS, steps=st.integers(1, 30))
 def test_steps_gone_through_one_by_one_have_the_bits_of_dense_steps(name, dtype, seed, steps):
@@ -300,11 +301,11 @@ def test_summed_gradients_outlast_the_steps_that_were_missed():
 
 
 @given(seed=SEEDS)
-def test_lion_against_its_formula(seed):
+def test_a_registered_rule_against_its_formula(seed):
     rng = np.random.default_rng(seed)
     p = cases.parameter(rng, (ROWS, DIM), F64)
-    want = reference.Tracked(reference.lion, p, {"lr": 0.01, "weight_decay": 0.1, "decoupled": True})
-    opt = Lion([p], lr=0.01, weight_decay=0.1, rows="dense")
+    want = reference.Tracked(reference.signum, p, {"lr": 0.01, "weight_decay": 0.1, "decoupled": True})
+    opt = Signum([p], lr=0.01, weight_decay=0.1, rows="dense")
     for _ in range(20):
         g, dense = drawn_gradient(rng, F64)
         opt.step([g])
@@ -642,11 +643,11 @@ def test_unknown_rows_are_refused(options, error, message):
         fastopt.Adam(np.zeros((2, 2)), **options)
 
 
-@pytest.mark.parametrize("lion", [False, True])
-def test_combinations_are_refused_in_groups_too(lion):
+@pytest.mark.parametrize("registered", [False, True])
+def test_combinations_are_refused_in_groups_too(registered):
     group = {"params": np.zeros((2, 2)), "step_per_row": True}
     with pytest.raises(ValueError, match=r"params\[0\] has rows='dense' and step_per_row=True"):
-        (Lion if lion else fastopt.SGD)([group], rows="dense")
+        (Signum if registered else fastopt.SGD)([group], rows="dense")
 
 
 def test_rows_can_not_be_changed_later():

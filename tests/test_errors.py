@@ -165,6 +165,9 @@ NUMBERS = [
     (fastopt.AMSGrad, "betas", [(0.9, 1.5)]),
     (fastopt.RAdam, "betas", [(1, 0.9)]),
     (fastopt.RAdam, "decoupled_weight_decay", ["no"]),
+    (fastopt.NAdam, "momentum_decay", [-0.1, NAN, INF, "x", True]),
+    (fastopt.NAdam, "decoupled_weight_decay", [1]),
+    (fastopt.Lion, "betas", [(0.9, 1.0)]),
 ]
 NUMBERS = [(optimizer, name, value) for optimizer, name, values in NUMBERS for value in values]
 

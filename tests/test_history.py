@@ -29,6 +29,7 @@ CASES = {
     "adam": (rules.ADAM, reference.adam, ADAM),
     "amsgrad": (rules.AMSGRAD, reference.adam, (*ADAM, "amsgrad")),
     "radam": (rules.RADAM, reference.radam, ADAM),
+    "nadam": (rules.NADAM, reference.nadam, (*ADAM, "momentum_decay")),
 }  # fmt: skip
 DECAYS = rules.Scaled, rules.L2, rules.Decoupled
 VARIANTS = [(name, decay) for name, (rule, *_) in CASES.items() for decay in DECAYS
@@ -54,6 +55,7 @@ OPTIONS = st.fixed_dictionaries({
     "nesterov": st.booleans(),
     "alpha": st.sampled_from([0.0, 1.0]) | st.floats(0.1, 0.999),
     "lr_decay": st.sampled_from([0.0, 0.1]),
+    "momentum_decay": st.sampled_from([0.0, 4e-3, 0.5]),
     "weight_decay": st.floats(1e-3, 5.0),
 })  # fmt: skip
 SCHEDULES = {
@@ -187,7 +189,7 @@ def test_missed_steps_are_steps_with_zero_gradient(
 
 
 FIXED = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.9, "dampening": 0.0, "nesterov": False,
-         "alpha": 0.99, "lr_decay": 0.0, "weight_decay": 1e-2}  # fmt: skip
+         "alpha": 0.99, "lr_decay": 0.0, "momentum_decay": 4e-3, "weight_decay": 1e-2}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "rmsprop_momentum", "adam", "radam"])
@@ -286,8 +288,10 @@ def test_the_first_step_is_undampened():
 
 @pytest.mark.parametrize(
     ("rule", "decay"),
-    [(rules.ADAM, rules.L2), (rules.RADAM, rules.L2), (rules.ADAGRAD, rules.L2), (rules.RMSPROP, rules.L2),
-     (rules.CENTERED_RMSPROP_MOMENTUM, rules.L2), (rules.ROWWISE_ADAGRAD, rules.L2)],
+    [(rules.ADAM, rules.L2), (rules.RADAM, rules.L2), (rules.NADAM, rules.L2),
+     (rules.LION, rules.Scaled), (rules.LION, rules.Decoupled), (rules.ADAGRAD, rules.L2),
+     (rules.RMSPROP, rules.L2), (rules.CENTERED_RMSPROP_MOMENTUM, rules.L2),
+     (rules.ROWWISE_ADAGRAD, rules.L2)],
 )  # fmt: skip
 def test_other_steps_are_kept_as_they_are(rule, decay):
     options = {**FIXED, "lr_decay": 0.1}
@@ -296,7 +300,8 @@ def test_other_steps_are_kept_as_they_are(rule, decay):
     assert history.kind is rest.Loop
     for i in (1, 2, 100):
         h = rule.fold(4 + i, {**options, "lr": lrs[i - 1]})
-        assert history.steps[i].tolist() == [*map(float, h), 0.01]
+        kept = {rules.Scaled: [], rules.L2: [0.01], rules.Decoupled: [1.0 - lrs[i - 1] * 0.01]}
+        assert history.steps[i].tolist() == [*map(float, h), *kept[decay]]
 
 
 def test_steps_that_do_not_settle_keep_their_weight_decay():

@@ -1,5 +1,7 @@
 """Every kernel, through the public API, against the float64 reference."""
 
+import math
+
 import cases
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
+from fastopt.kernels import rules
 
 SHAPES = [(), (0,), (1,), (7,), (64,), (101,), (0, 4), (3, 0), (1, 1), (5, 3), (17, 8), (2, 3, 5)]
 WIDTHS = [0, 1, 3, 7, 8, 64, 100]
@@ -209,6 +212,64 @@ class fastopt_state:
 
     def state_dict(self):
         return {"state": self.state}
+
+
+def test_nadam_by_hand():
+    # 0.96^(t * momentum_decay) is 2^-t: mu is 3/8, 7/16 and 15/32, M 3/8, 21/128 and 315/4096
+    options = {"lr": 1.0, "betas": (0.5, 0.75), "eps": 0.0, "momentum_decay": math.log(0.5, 0.96)}
+    p = np.zeros(2)
+    opt = fastopt.NAdam(p, **options)
+    want = 0.0
+    for gradient_rate, momentum_rate, m in ((1, 56 / 107, 1 / 2), (72 / 107, 1920 / 3781, 3 / 4)):
+        opt.step(np.array([1.0, -4.0]))
+        want -= gradient_rate + momentum_rate * m
+        np.testing.assert_allclose(p, [want, -want], rtol=1e-14)
+    np.testing.assert_array_equal(opt.state_dict()["state"][0]["exp_avg_sq"], [7 / 16, 7])
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.9, 0.9999])
+@pytest.mark.parametrize("momentum_decay", [0.0, 1e-300, 4e-3, 0.5, 50.0, 1e306])
+def test_the_product_of_nadams_momenta(beta1, momentum_decay):
+    product = 1.0
+    for step in range(1, 1001):
+        product *= beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay))
+        got = rules.mu_product(step, beta1, momentum_decay)
+        np.testing.assert_allclose(got, product, rtol=2e-14, atol=1e-20)
+    assert rules.mu_product(2**53, beta1, momentum_decay) == 0
+
+
+def test_lion_by_hand():
+    p = np.ones(4)
+    opt = fastopt.Lion(p, lr=0.5, betas=(0.5, 0.75), weight_decay=0.5)
+    opt.step(np.array([2.0, -2.0, 0.0, 4.0]))
+    np.testing.assert_array_equal(p, [0.25, 1.25, 0.75, 0.25])
+    opt.step(np.array([-0.5, 0.0, 0.0, -4.0]))  # the first element's direction is 0
+    np.testing.assert_array_equal(p, [0.1875, 1.4375, 0.5625, 0.6875])
+    np.testing.assert_array_equal(opt.state_dict()["state"][0]["exp_avg"], [0.25, -0.375, 0, -0.25])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_lions_direction_is_the_sign_that_torch_takes(dtype):
+    tiny = np.finfo(dtype).smallest_subnormal
+    g = np.tile(np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e30, -1e30, 4 * tiny, -4 * tiny], dtype), 9)
+    p = np.full(g.size, 2, dtype)
+    fastopt.Lion(p, lr=0.5, betas=(0.25, 0.0)).step(g)
+    np.testing.assert_array_equal(p, 2 - np.sign(g) / 2)
+
+
+@given(data=st.data(), seed=SEEDS, maximize=st.booleans())
+def test_lion_follows_the_formula_with_any_betas(data, seed, maximize):
+    rng = np.random.default_rng(seed)
+    betas = data.draw(st.tuples(*(st.floats(*cases.RANGES[name]) for name in ("beta1", "beta2"))))
+    options = {"lr": 0.01, "betas": betas, "weight_decay": 0.1, "maximize": maximize}
+    p = cases.parameter(rng, (20, 3), np.float64)
+    opt, want = fastopt.Lion(p, **options), cases.BY_NAME["lion"].reference(p, options)
+    for _ in range(5):
+        # no multiples of 1/64: a direction within rounding of 0 may have either sign
+        g = rng.standard_normal((20, 3))
+        opt.step(g)
+        want.step(g)
+    assert_follows(cases.BY_NAME["lion"], opt, [want], [p])
 
 
 def test_read_only_gradients_and_strided_indices_are_taken():

@@ -11,30 +11,29 @@ import fastopt
 from fastopt.kernels import rules
 
 
-class LionH(NamedTuple):
+class SignumH(NamedTuple):
     lr: float
-    beta1: float
-    beta2: float
+    beta: float
 
 
-def lion(h, p, g, exp_avg):
-    direction = g + h.beta1 * (exp_avg - g)
-    if direction:
-        p = p - math.copysign(h.lr, direction)
-    return p, g + h.beta2 * (exp_avg - g)
+def signum(h, p, g, exp_avg):
+    exp_avg = g + h.beta * (exp_avg - g)
+    if exp_avg:
+        p = p - math.copysign(h.lr, exp_avg)
+    return p, exp_avg
 
 
 PACKAGE = [hyper for hyper in rules.RULES if hyper.__module__ == "fastopt.kernels.rules"]
 
 
-@pytest.fixture(params=[*PACKAGE, LionH], ids=lambda hyper: hyper.__name__)
+@pytest.fixture(params=[*PACKAGE, SignumH], ids=lambda hyper: hyper.__name__)
 def rule(request: pytest.FixtureRequest) -> Iterator[rules.Rule]:
     """Every rule of the package, and one that a user registered."""
-    if request.param is LionH:
-        fastopt.register_rule("Lion", LionH, lion, ["exp_avg"])
+    if request.param is SignumH:
+        fastopt.register_rule("Signum", SignumH, signum, ["exp_avg"])
     yield rules.RULES[request.param]
-    if request.param is LionH:
-        del rules.RULES[LionH]
+    if request.param is SignumH:
+        del rules.RULES[SignumH]
 
 
 @pytest.fixture(params=[rules.Scaled, rules.L2, rules.Decoupled])

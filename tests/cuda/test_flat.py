@@ -28,10 +28,10 @@ OPTIONS = {
     "momentum": 0.8,
     "dampening": 0.3,
     "lr_decay": 0.1,
+    "momentum_decay": 0.2,
     "alpha": 0.9,
     "betas": (0.8, 0.95),
-    "beta1": 0.8,
-    "beta2": 0.95,
+    "beta": 0.8,
     "eps": 1e-3,
 }
 # The function in reference.py of each rule, and the options that make it this variant.
@@ -48,7 +48,9 @@ REFERENCES = {
     "AMSGradH": (reference.adam, {"amsgrad": True}),
     "RowwiseAdamH": (reference.rowwise_adam, {}),
     "RAdamH": (reference.radam, {}),
+    "NAdamH": (reference.nadam, {}),
     "LionH": (reference.lion, {}),
+    "SignumH": (reference.signum, {}),
 }
 ULPS = 100  # v - mean^2 of a centered RMSProp loses a digit
 

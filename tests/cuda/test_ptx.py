@@ -23,10 +23,10 @@ OPTIONS = {
     "dampening": 0.0,
     "nesterov": True,
     "lr_decay": 0.0,
+    "momentum_decay": 4e-3,
     "alpha": 0.9,
     "betas": (0.9, 0.99),
-    "beta1": 0.9,
-    "beta2": 0.99,
+    "beta": 0.9,
     "eps": 1e-8,
 }
 PTXAS = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "ptxas")
