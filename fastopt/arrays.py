@@ -76,9 +76,7 @@ def _article(name: str) -> str:
 def check_float(array: np.ndarray, label: str) -> None:
     """Refuse dtypes other than those of parameters, in native byte order."""
     if array.dtype not in ALL_DTYPES:
-        raise TypeError(
-            f"{label} has dtype {array.dtype}: expected {NAMES}, pass {label}.astype(np.float32)"
-        )
+        raise TypeError(f"{label} has dtype {array.dtype}: expected {NAMES}, pass {label}.astype(np.float32)")
 
 
 def check_contiguous(array: np.ndarray, label: str) -> None:

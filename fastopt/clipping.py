@@ -168,7 +168,9 @@ def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
         arrays.check_float(array, label)
         arrays.check_contiguous(array, label)
         if writable and not array.flags.writeable:
-            raise ValueError(f"{label} is read-only: expected a gradient to change in place, pass a copy of it")
+            raise ValueError(
+                f"{label} is read-only: expected a gradient to change in place, pass a copy of it"
+            )
         found.append((gradient, array, label))
     group_all([gradient.indices for gradient, _, _ in found if gradient is not None])
     if writable:

@@ -49,29 +49,13 @@ class Member(NamedTuple):
     state: list[int]
 
 
-class Launch:
-    """A kernel that is called again and again with arguments of the same types."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
-        self._entries: dict[bool, Callable] = {}
-
-    def compile(self, serial: bool, args: tuple) -> None:
-        if serial not in self._entries:
-            self._entries[serial] = self._kernel.entry(serial, args)
-
-    def run(self, serial: bool, args: tuple) -> None:
-        self.compile(serial, args)
-        self._kernel.run(self._entries[serial], serial, args)
-
-
 class Squares:
     """Sums of squares of arrays of one dtype."""
 
     def __init__(self, dtype: np.dtype, sizes: Sequence[int]) -> None:
         self._like, self._kinds = computed_with(dtype).type(0), formats.formats(gradient_format(dtype))
         self._bases = np.cumsum([0, *sizes])
-        self._launch = Launch(norms.sum_squares_arrays)
+        self._serial, self._entry = True, None
 
     def sum(self, addresses: np.ndarray, scale: float) -> float:
         """Of all arrays, which are at ``addresses``, times ``scale**2``."""
@@ -80,7 +64,10 @@ class Squares:
             return 0.0
         partials = empty(-(-size // norms.BLOCK), np.float64)
         args = self._like, self._kinds, addresses, self._bases, scale, partials
-        self._launch.run(norms.sum_squares_arrays.runs_serial(size), args)
+        serial = norms.sum_squares_arrays.runs_serial(size)
+        if self._entry is None or serial != self._serial:
+            self._serial, self._entry = serial, norms.sum_squares_arrays.entry(serial, args)
+        norms.sum_squares_arrays.run(self._entry, serial, args)
         return float(partials.sum())
 
 
@@ -144,9 +131,8 @@ class Bundle:
         self._random = any(kind in formats.RANDOM for kind in kind.members)
         self._kinds = formats.formats(*kind.members)
         self._like = kind.like.type(0)
-        self._prototypes: tuple[Any, Any] | None = None
         self._numbers = np.empty((0, 0))
-        self._launch = Launch(update_arrays)
+        self._launched: tuple | None = None
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
         """Take over where parameters and gradients are."""
@@ -156,30 +142,32 @@ class Bundle:
     def prepare(self, fold: Fold, zero_grads: bool) -> None:
         """Set the hyperparameters of the next step, ``fold(group, decay, dtype, step)`` for each class, and
         have everything compiled."""
-        keys = []
+        kind, keys = self.kind, []
         for row, (group, step, seed) in enumerate(self._classes):
             step += self._steps + 1
-            h, c = fold(group, self.kind.decay, self.kind.like, step)
-            if self._prototypes is None:
-                self._prototypes = _prototype(h, self.kind.like), _prototype(c, self.kind.like)
+            h, c = fold(group, kind.decay, kind.like, step)
+            if not self._numbers.size:
                 self._numbers = np.empty((len(self._classes), len(h) + len(c)))
+                self._prototypes = _prototype(h, kind.like), _prototype(c, kind.like)
             self._numbers[row] = h + c
             if self._random:
                 keys.append(random_key(seed, step))
         if keys:
             self.table[:, KEY] = np.array(keys)[self.table[:, NUMBERS]]
-        assert self._prototypes is not None
         serial = update_arrays.runs_serial(self.size)
-        parts = 1 if serial else PARTS_PER_THREAD * thread_count()
-        chunk = max(-(-self.size // (parts * RUN)), 1) * RUN
-        given = self._like, self._kinds, self.table, self.bases, self._numbers, zero_grads, chunk
-        self._next = serial, (*self._prototypes, *given)
-        self._launch.compile(*self._next)
+        launched = serial, zero_grads, serial or thread_count()
+        if launched != self._launched:
+            chunk = -(-self.size // (RUN if serial else PARTS_PER_THREAD * thread_count() * RUN)) * RUN
+            chunk = max(chunk, RUN)
+            given = self._like, self._kinds, self.table, self.bases, self._numbers, zero_grads, chunk
+            self._arguments = *self._prototypes, *given
+            self._entry = update_arrays.entry(serial, self._arguments)
+            self._launched = launched
 
     def run(self) -> None:
         """Make the step that was prepared."""
         if self.size:
-            self._launch.run(*self._next)
+            update_arrays.run(self._entry, self._launched[0], self._arguments)
         self._steps += 1
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+
 class SharedOptions(TypedDict, total=False):
     """Options that all optimizers have (see :class:`Optimizer`)."""
 
@@ -48,7 +49,15 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "beta1": _FRACTION,
     "beta2": _FRACTION,
 }
-_FLAGS = {"maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay", "step_per_row", "master_weights"}
+_FLAGS = {
+    "maximize",
+    "nesterov",
+    "centered",
+    "amsgrad",
+    "decoupled_weight_decay",
+    "step_per_row",
+    "master_weights",
+}
 
 
 def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:

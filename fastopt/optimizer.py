@@ -1,6 +1,8 @@
 """The optimizer that all others derive from: parameters, state, and the step."""
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -147,6 +149,16 @@ class _Group:
         )
         self.seen = dict(self.options) if fixed else None
 
+    def changed(self) -> bool:
+        """Whether its options may have changed."""
+        try:
+            return self.seen != self.options and {**self.options, "params": None} != {
+                **self.checked,
+                "params": None,
+            }
+        except ValueError:  # an array among them, which compares element by element
+            return True
+
     def holds_the_same(self) -> bool:
         """Whether its container still holds the arrays it held at first."""
         if isinstance(self.params, list):
@@ -231,15 +243,15 @@ class Optimizer:
 
     def _begin(self) -> None:
         """What belongs to these very objects in memory, and is not copied with the optimizer."""
-        self._headers = Headers([p.dtype for p in self._all], [p.shape for p in self._all], True)
+        self._headers = Headers([p.dtype for p in self._all], [p.shape for p in self._all])
         self._parameters_at = np.empty(0, np.int64)
-        self._gradient_headers: Headers | None = None
         self._batch: dense.Batch | None = None
+        self._own_dicts = [group.options for group in self._groups]
         for group in self._groups:
             group.identify()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = "_headers", "_parameters_at", "_gradient_headers", "_batch"
+        own = "_headers", "_parameters_at", "_batch"
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -367,17 +379,20 @@ class Optimizer:
         if not isinstance(zero_grads, bool):
             raise TypeError(f"zero_grads is {zero_grads!r}: expected True or False")
         self._check_groups()
-        checked = [self._changed_options(group) for group in self._groups]
-        if any(own is not group.checked for group, own in zip(self._groups, checked, strict=True)):
+        checked, rates, same = [], [], True
+        for group in self._groups:
+            own = self._changed_options(group)
+            same = same and own is group.checked
+            checked.append(own)
+            lr = own["lr"]
+            rates.append(self._learning_rate(group, own) if callable(lr) or self._dense_rows else lr)
+        if not same:
             self._forget()
-        rates = [
-            self._learning_rate(group, own) for group, own in zip(self._groups, checked, strict=True)
-        ]
         batch, rows = self._match(grads, checked, zero_grads)
         if rows:
             group_all([update.gradient.indices for update in rows])
-        for group, own in zip(self._groups, checked, strict=True):
-            if own is not group.checked:
+        if not same:
+            for group, own in zip(self._groups, checked, strict=True):
                 self._adopt(group, own)
         if rows:
             self._take_maxima(rows)
@@ -391,13 +406,13 @@ class Optimizer:
             if clip_norm is not None:
                 factor = clip_factor(norm, clip_norm)
 
-        scale = grad_scale * factor
-
-        def fold(number: int, decay: type, dtype: np.dtype, step: int) -> tuple[Any, Any]:
-            group = self._groups[number]
-            return self._fold(group, group.checked, decay, dtype, rates[number], scale, limit, step)
-
-        launches = self._prepared(batch, rows, rates, fold, zero_grads)
+        fold = functools.partial(self._fold, rates, grad_scale * factor, limit)
+        if batch.placed and not rows and not self._dense_rows and not self._in_files:
+            for bundle in batch.bundles:
+                bundle.prepare(fold, zero_grads)
+            launches = []
+        else:
+            launches = self._prepared(batch, rows, rates, fold, zero_grads)
         for bundle in batch.bundles:
             bundle.run()
         for launch in launches:
@@ -417,7 +432,9 @@ class Optimizer:
     ) -> list[Launch]:
         """Make ready all launches of a step, the batch's and those returned, compiled, with what they write
         kept where it is in files. Nothing has changed if that fails."""
-        before = [(p, p.state, p.tracking) for p in (*self._without_state(batch), *(u.parameter for u in rows))]
+        before = [
+            (p, p.state, p.tracking) for p in (*self._without_state(batch), *(u.parameter for u in rows))
+        ]
         try:
             if batch.bundles is None:
                 batch.bundles = self._bundles(batch)
@@ -430,7 +447,9 @@ class Optimizer:
                     self._catch_up(self._all[i])
             for bundle in batch.bundles:
                 bundle.prepare(fold, zero_grads)
-            launches = row_launches([self._row_update(update, rates, fold) for update in rows]) if rows else []
+            launches = (
+                row_launches([self._row_update(update, rates, fold) for update in rows]) if rows else []
+            )
             # compiling takes seconds, and must not be interrupted after a first write
             if len(launches) + len(batch.bundles) > 1:
                 for launch in launches:
@@ -450,10 +469,8 @@ class Optimizer:
         """Refuse changes of ``param_groups`` that can't be followed."""
         if not isinstance(self.param_groups, list):
             raise TypeError(f"param_groups is {self.param_groups!r}: expected the list it was at first")
-        groups = self._groups
-        if len(self.param_groups) != len(groups) or any(
-            options is not group.options for options, group in zip(self.param_groups, groups, strict=True)
-        ):
+        own = self._own_dicts
+        if len(self.param_groups) != len(own) or not all(map(operator.is_, self.param_groups, own)):
             raise ValueError("param_groups holds other dicts than at first: change the options in those")
 
     def flush(self) -> None:
@@ -478,7 +495,7 @@ class Optimizer:
             raise ValueError(
                 f"the params of {group.label} were changed: make a new optimizer for other parameters"
             )
-        if group.seen == group.options or not _changed(group.options, checked):
+        if not group.changed():
             return checked
         checked = self._check(group.options, group.label)
         self._check_combinations(checked, group.label)
@@ -532,19 +549,17 @@ class Optimizer:
                     f"{parameter.label} now belongs to another optimizer: expected the last one made"
                 )
         entries = self._entries(grads)
-        changed, unknown = self._headers.read(self._values)
-        if changed or unknown:
+        if self._batch is None:
+            self._headers.expect(self._expected_gradients(checked))
+        (changed, odd), (moved, unknown) = self._headers.read(self._values, entries)
+        if changed or odd:
             changed = self._locate_parameters()
-        headers = self._gradient_headers
-        if headers is None:
-            headers = self._gradient_headers = self._expected_gradients(checked)
-        moved, unknown = headers.read(entries)
         batch = self._batch
         if batch is not None and not (changed or moved or unknown) and (batch.may_clear or not zero_grads):
             return batch, []
 
         self._batch = None  # until all is checked
-        where, kinds = headers.addresses.copy(), np.zeros(len(entries), np.int8)
+        where, kinds = self._headers.addresses[1].copy(), np.zeros(len(entries), np.int8)
         rows: list[_Update] = []
         for i in np.flatnonzero(where == UNKNOWN).tolist():
             where[i], kinds[i], update = self._look_at(grads, entries[i], i, checked)
@@ -597,17 +612,17 @@ class Optimizer:
             return True
         return len(parameter.shape) == 2 and (checked["step_per_row"] or parameter.by_row)
 
-    def _expected_gradients(self, checked: list[dict[str, Any]]) -> Headers:
-        """Of the dense gradients that need no closer look."""
+    def _expected_gradients(self, checked: list[dict[str, Any]]) -> list[np.dtype | None]:
+        """The dtypes of the dense gradients that need no closer look."""
         dtypes: list[np.dtype | None] = [p.dtype for p in self._all]
         for i, (parameter, group) in enumerate(zip(self._all, self._group_of, strict=True)):
             if self._takes_rows(parameter, group, checked[group.number]):
                 dtypes[i] = None
-        return Headers(dtypes, [p.shape for p in self._all], False)
+        return dtypes
 
     def _locate_parameters(self) -> bool:
         """Set where parameters are; returns whether one has moved."""
-        where = self._headers.addresses.copy()
+        where = self._headers.addresses[0].copy()
         for i in np.flatnonzero(where == UNKNOWN).tolist():
             parameter = self._all[i]
             address = arrays.tensor_address(parameter.value, parameter.dtype, parameter.shape)
@@ -620,7 +635,9 @@ class Optimizer:
         """Refuse parameters, and gradients that are to become zero, that share memory with others."""
         values = [update.gradient.values for update in rows]
         addresses = [array.__array_interface__["data"][0] for array in values]
-        starts = np.concatenate([self._parameters_at, batch.where[batch.dense], np.array(addresses, np.int64)])
+        starts = np.concatenate(
+            [self._parameters_at, batch.where[batch.dense], np.array(addresses, np.int64)]
+        )
         sizes = np.concatenate([self._bytes, batch.bytes, np.array([a.nbytes for a in values], np.int64)])
         written = np.full(len(starts), zero_grads)
         written[: len(self._all)] = True
@@ -707,14 +724,16 @@ class Optimizer:
 
     def _forget(self) -> None:
         """Have all that is kept from step to step found anew."""
-        self._batch = self._gradient_headers = None
+        self._batch = None
 
     def _entries(self, grads: Any) -> list | tuple:
         """The gradient of each parameter."""
-        if not self._grouped and isinstance(self._groups[0].params, list):
-            count = len(self._all)
-            if isinstance(grads, list | tuple) and len(grads) == count:
+        if not self._grouped:
+            params = self._groups[0].params
+            if isinstance(params, list) and isinstance(grads, list | tuple) and len(grads) == len(params):
                 return grads
+            if type(grads) is np.ndarray and not isinstance(params, list | dict):
+                return [grads]
         entries: list[Any] = []
         for group, group_grads, label in self._group_grads(grads):
             entries += _paired(group, group_grads, label)
@@ -823,8 +842,15 @@ class Optimizer:
         if tracking.history.now > tracking.history.base:
             group = next(group for group in self._groups if parameter in group.parameters)
             dtype = precision.computed_with(parameter.dtype)
-            folded = self._fold(
-                group, tracking.options, self._decay(tracking.options), dtype, 0.0, 1.0, math.inf, parameter.step
+            folded = self._folded(
+                group,
+                tracking.options,
+                self._decay(tracking.options),
+                dtype,
+                0.0,
+                1.0,
+                math.inf,
+                parameter.step,
             )
             h, c = (_cast(numbers, dtype.type) for numbers in folded)
             rows = None if indices is None else indices.groups.own_rows()
@@ -858,8 +884,22 @@ class Optimizer:
 
     def _fold(
         self,
+        rates: list[float],
+        scale: float,
+        limit: float,
+        number: int,
+        decay: type,
+        dtype: np.dtype,
+        step: int,
+    ) -> tuple[Any, Any]:
+        """The hyperparameters of a launch for parameters of a group, computed with ``dtype``."""
+        group = self._groups[number]
+        return self._folded(group, group.checked, decay, dtype, rates[number], scale, limit, step)
+
+    def _folded(
+        self,
         group: _Group,
-        options: Mapping[str, Any],
+        options: dict[str, Any],
         decay: type,
         dtype: np.dtype,
         lr: float,
@@ -867,8 +907,7 @@ class Optimizer:
         limit: float,
         step: int,
     ) -> tuple[Any, Any]:
-        """The hyperparameters of a launch that computes with ``dtype``."""
-        h = group.rule.fold(step, {**options, "lr": lr})
+        h = group.rule.fold(step, options if options["lr"] is lr else {**options, "lr": lr})
         if options["maximize"]:
             scale = -scale
         c: Any
@@ -878,14 +917,13 @@ class Optimizer:
             c = rules.Decoupled(scale, limit, 1.0 - lr * options["weight_decay"])
         else:
             c = rules.L2(scale, limit, options["weight_decay"])
-        most = _MOST[dtype]
-        for numbers in (h, c):
-            for x in numbers:
-                if most < x < math.inf or -math.inf < x < -most:
-                    name = numbers._fields[numbers.index(x)]
-                    raise ValueError(
-                        f"the options of {group.label} make {name} {x!r}: expected a number that fits {dtype}"
-                    )
+        if (
+            max(map(abs, h)) > _MOST[dtype]
+            or abs(scale) > _MOST[dtype]
+            or (decay is not rules.Scaled and abs(c[-1]) > _MOST[dtype])
+        ):
+            _check_range(h, dtype, group.label)
+            _check_range(c, dtype, group.label)
         return h, c
 
     # State
@@ -1004,6 +1042,14 @@ def _new_state(slots: Mapping[str, Slot], together: tuple[str, ...]) -> dict[str
     return {name: state[name] for name in slots}
 
 
+def _check_range(values: Any, dtype: np.dtype, label: str) -> None:
+    for name, value in zip(values._fields, values, strict=True):
+        if _MOST[dtype] < abs(value) < math.inf:
+            raise ValueError(
+                f"the options of {label} make {name} {value!r}: expected a number that fits {dtype}"
+            )
+
+
 def _cast(values: Any, dtype: type[np.floating]) -> Any:
     """A tuple of hyperparameters in the type that is computed with; flags stay flags."""
     return type(values)(*(value if isinstance(value, bool) else dtype(value) for value in values))
@@ -1032,13 +1078,6 @@ def _as_container(params: Any, label: str) -> Any:
     if isinstance(params, str | bytes) or not hasattr(params, "__iter__"):
         arrays.host_array(params, label)  # raises
     return list(params)
-
-
-def _changed(options: dict[str, Any], checked: dict[str, Any]) -> bool:
-    try:
-        return {**options, "params": None} != {**checked, "params": None}
-    except ValueError:  # an array among them, which compares element by element
-        return True
 
 
 def _entries(params: Any, label: str) -> Iterator[tuple[str | int, Any, str]]:

@@ -453,9 +453,7 @@ class Lion(Optimizer):
         maximize: bool = False,
         **shared: Unpack[SharedOptions],
     ) -> None:
-        super().__init__(
-            params, shared, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize
-        )
+        super().__init__(params, shared, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.LION

@@ -91,7 +91,7 @@ def _take_over(
 
 def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) -> dict[str, Any]:
     expected = {*optimizer.defaults, "params"}
-    if isinstance(saved, Mapping):  # of a version that lacked some of the options that all have
+    if isinstance(saved, Mapping) and saved:  # of a version that lacked some of the options that all have
         saved = {**{name: SHARED[name] for name in SHARED if name in expected}, **saved}
     if not isinstance(saved, Mapping) or set(saved) != expected:
         raise ValueError(f"{label} has {_length(saved)}: expected the options {', '.join(sorted(expected))}")

@@ -62,7 +62,9 @@ def restricted_helper(function: Callable) -> Any:
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
 
-PARALLEL_FROM = 262_144  # elements, 0.1 ms of Adam; below, waking the other threads costs more than it saves
+PARALLEL_FROM = (
+    131_072  # elements, 50 microseconds of Adam; below, waking the other threads costs more than it saves
+)
 
 
 def _is_forked_worker() -> bool:

@@ -157,8 +157,11 @@ def read_only(array):
 
 TABLE = np.ones((4, 4))
 REFUSED = [
-    (np.ones(3, np.int64), TypeError, r"grads\[1\] has dtype int64: expected float32 or float64"),
-    (np.ones(3, np.float16), TypeError, r"grads\[1\] has dtype float16"),
+    (
+        np.ones(3, np.int64),
+        TypeError,
+        r"grads\[1\] has dtype int64: expected float32, float64, float16 or bfloat16",
+    ),
     ([1.0, 2.0], TypeError, r"grads\[1\]\[0\] is a float: expected a NumPy array or a torch CPU tensor"),
     ("x", TypeError, r"grads\[1\] is a str"),
     (np.ones((4, 4))[:, ::2], ValueError, r"grads\[1\] has strides .* expected a C-contiguous"),

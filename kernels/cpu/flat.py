@@ -57,22 +57,28 @@ def update_chunk(h, c, like, kinds, table, bases, numbers, zero_grads, first, la
     """The blocks of arrays that begin between the elements ``first`` and ``last``."""
     buffers = new_buffers(kinds, like)
     run = run_length(kinds)
-    for t in range(array_at(bases, first), table.shape[0]):
+    begin_array = array_at(bases, first)
+    known = table[begin_array, NUMBERS]
+    own_h = unpack(h, numbers[known], like)
+    own_c = unpack(c, numbers[known, len(h) :], like)
+    for t in range(begin_array, table.shape[0]):
         base = bases[t]
         if base >= last:
             break
+        row = table[t]
+        if row[NUMBERS] != known:
+            known = row[NUMBERS]
+            own_h = unpack(h, numbers[known], like)
+            own_c = unpack(c, numbers[known, len(h) :], like)
         begin = max(first - base + BLOCK - 1, 0) // BLOCK * BLOCK
         end = min((last - base + BLOCK - 1) // BLOCK * BLOCK, bases[t + 1] - base)
-        row = table[t]
-        own_h = unpack(h, numbers[row[NUMBERS]], like)
-        own_c = unpack(c, numbers[row[NUMBERS], len(h) :], like)
-        places = row[PLACES:].reshape(-1, 2)
+        places = row[PLACES:]
         for at in range(begin, end, run):
             size = min(run, end - at)
             update_run(own_h, own_c, like, kinds, places, at, size, row[KEY], row[POSITION] + at, buffers)
             if zero_grads:
                 width = gradient_itemsize(kinds, like)
-                view(places[1, 0] + at * width, size * width, np.uint8(0))[:] = 0
+                view(row[GRADIENT] + at * width, size * width, np.uint8(0))[:] = 0
 
 
 ROWS_PER_CHUNK = 64

@@ -321,7 +321,7 @@ def run_update(members: tuple[Format, ...], like: np.dtype) -> Callable:
     and each slot of the state.
 
     Its arguments are ``(h, c, places, at, size, key, position, buffers)``: the hyperparameters; places:
-    [array, 2], addresses; the first element and how many, with 8-bit codes those of one block;
+    two addresses for each array; the first element and how many, with 8-bit codes those of one block;
     the key of the random bits and the position of the first element's; buffers: [slots with codes, BLOCK].
     """
     slots = members[2:]
@@ -337,15 +337,15 @@ def run_update(members: tuple[Format, ...], like: np.dtype) -> Callable:
             names |= {f"zero{k}": codec.stored(0), f"decode{k}": codec.decode, f"encode{k}": codec.encode}
             zero = f"zero{k}"
         if kind in MASTERED:
-            opening.append(f"a{k} = view(places[{k}, 1] + at * {like.itemsize}, size, like)")
-            opening.append(f"o{k} = view(places[{k}, 0] + at * {size}, size, {zero})")
+            opening.append(f"a{k} = view(places[{2 * k + 1}] + at * {like.itemsize}, size, like)")
+            opening.append(f"o{k} = view(places[{2 * k}] + at * {size}, size, {zero})")
             arrays += [f"a{k}", f"o{k}"]
         else:
-            opening.append(f"a{k} = view(places[{k}, 0] + at * {size}, size, {zero})")
+            opening.append(f"a{k} = view(places[{2 * k}] + at * {size}, size, {zero})")
             arrays.append(f"a{k}")
         if kind in CODED:
             names |= {f"factor{k}": codec.factor, f"inverse{k}": codec.inverse}
-            opening.append(f"s{k} = view(places[{k}, 1] + at // {BLOCK} * 4, 1, np.float32(0))")
+            opening.append(f"s{k} = view(places[{2 * k + 1}] + at // {BLOCK} * 4, 1, np.float32(0))")
             opening.append(f"b{k} = buffers[{coded.index(k - 2)}]")
             arrays += [f"factor{k}(s{k}[0])", f"b{k}"]
         new = f"new[{k - (k > 0)}]"

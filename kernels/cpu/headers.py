@@ -16,7 +16,7 @@ import numba
 import numpy as np
 
 from fastopt.kernels.cpu.memory import view
-from fastopt.kernels.jit import Direct
+from fastopt.kernels.jit import Direct, helper
 
 WORD = 8
 OBJECT = object.__basicsize__ // WORD  # words before what a type adds
@@ -29,15 +29,26 @@ UNKNOWN = np.int64(-1)  # in place of the address of what is no array as expecte
 
 
 @Direct
-def _read(items, is_list, array_type, expected, extents, addresses):
-    """See :class:`Headers`; expected: [array, (dtype, dimensions, the first of its extents, flags)]."""
+def _read(
+    parameters, parameters_are_list, gradients, gradients_are_list, array_type, expected, extents, addresses
+):
+    """See :class:`Headers`; expected: [parameters or gradients, array, (dtype, dimensions, the first of its
+    extents, flags)]."""
+    return (
+        _read_all(parameters, parameters_are_list, array_type, expected[0], extents, addresses[0]),
+        _read_all(gradients, gradients_are_list, array_type, expected[1], extents, addresses[1]),
+    )
+
+
+@helper
+def _read_all(items, is_list, array_type, expected, extents, addresses):
     count = addresses.size
     if is_list:
         items = view(items + ITEMS * WORD, 1, np.int64(0))[0]
     else:
         items = items + ITEMS * WORD
     objects = view(items, count, np.int64(0))
-    changed = unknown = 0
+    changed = unknown = False
     for i in range(count):
         words = view(objects[i], FLAGS + 1, np.int64(0))
         address = UNKNOWN
@@ -51,8 +62,8 @@ def _read(items, is_list, array_type, expected, extents, addresses):
                     fits = fits and shape[k] == extents[expected[i, 2] + k]
                 if fits:
                     address = words[DATA]
-        changed += address != addresses[i]
-        unknown += address == UNKNOWN
+        changed = changed or address != addresses[i]
+        unknown = unknown or address == UNKNOWN
         addresses[i] = address
     return changed, unknown
 
@@ -81,54 +92,71 @@ class Identities:
         return [id(value) for value in values] == self._identities.tolist()
 
 
-class Headers:
-    """What arrays must be to be taken as they are: C-contiguous, aligned, of these dtypes and shapes.
+Found = tuple[tuple[bool, bool], tuple[bool, bool]]
 
-    ``addresses`` holds, after :meth:`read`, where each array's elements are, or UNKNOWN for what is something
-    else, or of another dtype or shape, and has to be looked at.
+
+class Headers:
+    """What parameters and gradients must be to be taken as they are: C-contiguous, aligned, of these dtypes and
+    shapes, parameters writeable.
+
+    ``addresses``, [parameters or gradients, array], holds, after :meth:`read`, where each one's elements are, or
+    UNKNOWN for what is something else, or of another dtype or shape, and has to be looked at.
     """
 
-    def __init__(self, dtypes: Sequence[np.dtype | None], shapes: list[tuple[int, ...]], writeable: bool) -> None:
-        self.count = len(shapes)
-        self.addresses = np.zeros(self.count, np.int64)
-        self._dtypes, self._shapes = dtypes, shapes
-        flags = C_CONTIGUOUS | ALIGNED | (WRITEABLE if writeable else 0)
+    def __init__(self, dtypes: Sequence[np.dtype], shapes: Sequence[tuple[int, ...]]) -> None:
+        self.addresses = np.zeros((2, len(shapes)), np.int64)
+        self._shapes = shapes
         firsts = np.cumsum([0, *map(len, shapes)])[:-1]
-        rows = [(id(d), len(s), first, flags) for d, s, first in zip(dtypes, shapes, firsts, strict=True)]
-        self._expected = np.array(rows, np.int64).reshape(-1, 4)
+        flags = C_CONTIGUOUS | ALIGNED
+        rows = [(id(d), len(s), n, flags) for d, s, n in zip(dtypes, shapes, firsts, strict=True)]
+        self._expected = np.array([rows, rows], np.int64).reshape(2, -1, 4)
+        self._expected[0, :, 3] |= WRITEABLE
         self._extents = np.array([extent for shape in shapes for extent in shape], np.int64)
-        self._writeable = writeable
+        self._dtypes: tuple[Sequence[np.dtype | None], ...] = dtypes, dtypes
+        self._fixed = id(np.ndarray), self._expected, self._extents, self.addresses
 
-    def read(self, values: list | tuple) -> tuple[int, int]:
-        """Set ``addresses`` to those of ``values``; returns how many changed and how many are UNKNOWN."""
-        if len(values) != self.count:
-            raise ValueError(f"{len(values)} values for {self.count}")
-        if type(values) in (list, tuple) and readable():
-            arguments = id(np.ndarray), self._expected, self._extents, self.addresses
-            return _read.call(id(values), type(values) is list, *arguments)
-        return self._look(values)
+    def expect(self, dtypes: Sequence[np.dtype | None]) -> None:
+        """Take gradients of these dtypes, and none for None."""
+        self._dtypes = self._dtypes[0], dtypes
+        self._expected[1, :, 0] = [id(dtype) for dtype in dtypes]
 
-    def _look(self, values: list | tuple) -> tuple[int, int]:
+    def read(self, parameters: list | tuple, gradients: list | tuple) -> Found:
+        """Set ``addresses``; returns, of parameters and of gradients, whether any has changed, and whether
+        any is UNKNOWN."""
+        kinds = type(parameters), type(gradients)
+        if len(parameters) != len(self._shapes) or len(gradients) != len(self._shapes):
+            raise ValueError(f"{len(parameters)} and {len(gradients)}: expected {len(self._shapes)}")
+        if readable() and kinds[0] in _READ and kinds[1] in _READ:
+            return _read.call(id(parameters), kinds[0] is list, id(gradients), kinds[1] is list, *self._fixed)
+        return self._look(0, parameters), self._look(1, gradients)
+
+    def _look(self, which: int, values: list | tuple) -> tuple[bool, bool]:
         """The same, from Python."""
-        before = self.addresses.copy()
-        for i, value in enumerate(values):
+        addresses, before = self.addresses[which], self.addresses[which].copy()
+        for i, (value, dtype, shape) in enumerate(
+            zip(values, self._dtypes[which], self._shapes, strict=True)
+        ):
             fits = (
                 type(value) is np.ndarray
-                and value.dtype is self._dtypes[i]
-                and value.shape == self._shapes[i]
+                and value.dtype is dtype
+                and value.shape == shape
                 and value.flags.c_contiguous
                 and value.flags.aligned
-                and (value.flags.writeable or not self._writeable)
+                and (value.flags.writeable or which == 1)
             )
-            self.addresses[i] = value.__array_interface__["data"][0] if fits else UNKNOWN
-        return int((self.addresses != before).sum()), int((self.addresses == UNKNOWN).sum())
+            addresses[i] = value.__array_interface__["data"][0] if fits else UNKNOWN
+        return bool((addresses != before).any()), bool((addresses == UNKNOWN).any())
+
+
+_READ = list, tuple
 
 
 @functools.cache
 def readable() -> bool:
     """Whether headers are laid out as is said here."""
     locked = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if numba.config.DISABLE_JIT or platform.python_implementation() != "CPython" or not locked:  # type: ignore[attr-defined]
+    compiled = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
+    if not compiled or platform.python_implementation() != "CPython" or not locked:
         return False
     single, double = np.dtype(np.float32), np.dtype(np.float64)
     read_only = np.zeros(3, single)
@@ -138,13 +166,13 @@ def readable() -> bool:
     values += [np.zeros(12, single)[3:9], 7]
     shapes = [(2, 3), (5,), (), (0, 4), (4,), (1,), (2, 3), (4, 2), (3,), (6,), ()]
     dtypes = [single, double, double, single, double, single, single, single, single, single, double]
-    for writeable in (True, False):
-        headers = Headers(dtypes, shapes, writeable)
-        looked = headers._look(values), headers.addresses.copy()
-        for container in (values, tuple(values)):
-            headers.addresses[:] = 0
-            arguments = id(np.ndarray), headers._expected, headers._extents, headers.addresses
-            found = _read.call(id(container), type(container) is list, *arguments)
-            if found != looked[0] or (headers.addresses != looked[1]).any():
-                return False
+    headers = Headers(dtypes, shapes)
+    looked = headers._look(0, values), headers._look(1, values)
+    expected = headers.addresses.copy()
+    for container in (values, tuple(values)):
+        headers.addresses[:] = 0
+        where, is_list = id(container), type(container) is list
+        found = _read.call(where, is_list, where, is_list, *headers._fixed)
+        if found != looked or (headers.addresses != expected).any():
+            return False
     return True
