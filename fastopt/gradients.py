@@ -131,7 +131,7 @@ class RowGradient:
         """The gradient's and the table's columns of a row for kernels (see kernels/cpu/tables.py);
         what they point to lives as long as the gradient."""
         groups = self.indices.groups
-        row = np.zeros(tables.WIDTH, np.int64)
+        row = np.zeros(tables.STATE, np.int64)
         row[tables.PARAM] = arrays.address(table)
         row[tables.DIM] = table.shape[1]
         row[tables.VALUES] = arrays.address(self.values)

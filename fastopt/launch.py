@@ -1,6 +1,6 @@
-"""Kernels with what they are to be called with: dense gradients one by one, sparse ones all at once."""
+"""Kernels for tables, with what they are to be called with: all tables that are alike at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +9,9 @@ from fastopt import arrays
 from fastopt.gradients import RowGradient
 from fastopt.kernels.cpu import norms, tables
 from fastopt.kernels.cpu.norms import GROUPS_PER_BLOCK
-from fastopt.kernels.cpu.rows import catch_up, update_tables
+from fastopt.kernels.cpu.formats import Format, formats
+from fastopt.kernels.cpu.rows import buffer_rows, catch_up, update_tables
 from fastopt.kernels.jit import Kernel, thread_count
-from fastopt.kernels.rules import Rule
 from fastopt.kernels.scratch import empty
 from fastopt.tables import Tracking
 
@@ -59,10 +59,37 @@ def _emptied(value: Any) -> Any:
     return tuple(map(_emptied, value)) if type(value) is tuple else value
 
 
+class Stored(NamedTuple):
+    """How a table and its state are stored.
+
+    like: the dtype that is computed with. members: formats of parameter, gradient and slots. state: the rule's
+    slots, each with its scales or None, then those of one element a row. position, key: of random bits.
+    """
+
+    like: np.dtype
+    members: tuple[Format, ...]
+    state: tuple[tuple[np.ndarray, np.ndarray | None], ...]
+    master: np.ndarray | None
+    position: int
+    key: int
+
+    def describe(self, row: np.ndarray) -> np.ndarray:
+        """``row``, the columns of the gradient and the table, with those of the state."""
+        row = np.concatenate([row, np.zeros(2 * len(self.state), np.int64)])
+        wide = [slot for slot, _ in self.state if slot.ndim == 2]
+        row[tables.STATE_STRIDE] = wide[0].strides[0] // wide[0].itemsize if wide else 0
+        for k, (slot, scales) in enumerate(self.state):
+            row[tables.STATE + 2 * k] = arrays.address(slot)
+            row[tables.STATE + 2 * k + 1] = 0 if scales is None else arrays.address(scales)
+        row[tables.MASTER] = 0 if self.master is None else arrays.address(self.master)
+        row[tables.POSITION], row[tables.KEY] = self.position, self.key
+        return row
+
+
 class RowUpdate(NamedTuple):
     """One table's share of a launch.
 
-    state: the rule's slots, then those of one element a row. limit: largest norm of a row's gradient.
+    limit: largest norm of a row's gradient.
     row_steps: int64 [rows], or None. numbers: for PerRow, what the rule folds at each count.
     tracking: for rows="dense".
     """
@@ -72,31 +99,24 @@ class RowUpdate(NamedTuple):
     c: Any
     table: np.ndarray
     gradient: RowGradient
-    state: tuple[np.ndarray, ...]
     limit: float
     step: int
     row_steps: np.ndarray | None
     numbers: np.ndarray | None
     tracking: Tracking | None
+    stored: Stored
 
     def describe(self) -> np.ndarray:
         """The row of numbers that kernels see (see kernels/cpu/tables.py)."""
-        row = self.gradient.describe(self.table)
-        _describe_state(row, self.state)
+        row = self.stored.describe(self.gradient.describe(self.table))
         row[tables.STEP] = self.step
         if self.tracking is not None:
-            _describe_tracking(row, self.tracking, self.gradient.indices.groups.rows.size, self.table.dtype)
+            count = self.gradient.indices.groups.rows.size
+            _describe_tracking(row, self.tracking, count, self.stored.like)
         elif self.row_steps is not None and self.numbers is not None:
             row[tables.ROW_STEPS] = arrays.address(self.row_steps)
             _describe_history(row, self.numbers)
         return row
-
-
-def _describe_state(row: np.ndarray, state: tuple[np.ndarray, ...]) -> None:
-    wide = [slot for slot in state if slot.ndim == 2]
-    row[tables.STATE_STRIDE] = wide[0].strides[0] // wide[0].itemsize if wide else 0
-    for k, slot in enumerate(state):
-        row[tables.STATE + k] = arrays.address(slot)
 
 
 def _describe_history(row: np.ndarray, history: np.ndarray) -> None:
@@ -116,45 +136,44 @@ def _describe_tracking(row: np.ndarray, tracking: Tracking, rows: int, dtype: np
 
 
 def catch_up_launch(
-    tracking: Tracking,
-    table: np.ndarray,
-    state: Mapping[str, np.ndarray],
-    rule: Rule,
-    h: Any,
-    c: Any,
-    step: int,
-    rows: np.ndarray | None,
+    tracking: Tracking, table: np.ndarray, stored: Stored, h: Any, c: Any, step: int, rows: np.ndarray | None
 ) -> Launch:
     """Have rows, the different ones of ``rows`` or all, take the steps up to ``step`` that they missed."""
-    row = np.zeros(tables.WIDTH, np.int64)
+    row = np.zeros(tables.STATE, np.int64)
     row[tables.PARAM], row[tables.DIM] = arrays.address(table), table.shape[1]
-    _describe_state(row, tuple(state[slot] for slot in (*rule.state_slots, *rule.row_slots)))
+    row = stored.describe(row)
     row[tables.STEP] = step + 1
     count = table.shape[0] if rows is None else rows.size
-    _describe_tracking(row, tracking, count, table.dtype)
+    _describe_tracking(row, tracking, count, stored.like)
     listed = np.empty(0, np.int64) if rows is None else rows
-    like = table.dtype.type(0)
+    kinds, like = formats(*stored.members), stored.like.type(0)
     work = count * table.shape[1]
-    return Launch(
-        catch_up, work, (tracking.history.kind(), h, c, like, row, listed, count), (table, state, tracking)
-    )
+    parts = max(1, min(PARTS_PER_THREAD * thread_count(), count))
+    buffers = _buffers(parts, kinds, table.shape[1], stored.like)
+    given = tracking.history.kind(), h, c, like, kinds, row, listed, count, buffers
+    return Launch(catch_up, work, given, (table, stored, tracking))
+
+
+def _buffers(parts: int, kinds: Any, dim: int, like: np.dtype) -> np.ndarray:
+    """Memory for rows, for each part, a multiple of cache lines."""
+    return empty((parts, -(-buffer_rows(kinds) * dim // APART) * APART), like)
 
 
 def row_launches(updates: Sequence[RowUpdate]) -> list[Launch]:
     """One launch for all the tables that share a rule, kind of weight decay, dtype and mode."""
     bundles: dict[tuple, list[RowUpdate]] = {}
     for update in updates:
-        key = type(update.mode), type(update.h), type(update.c), update.table.dtype
+        key = type(update.mode), type(update.h), type(update.c), update.stored.like, update.stored.members
         bundles.setdefault(key, []).append(update)
     return [_row_launch(bundle) for bundle in bundles.values()]
 
 
 def _row_launch(updates: list[RowUpdate]) -> Launch:
     first = updates[0]
-    dtype = first.table.dtype.type
+    dtype = first.stored.like.type
     works = [update.gradient.work for update in updates]
     parts = shares(works)
-    width = -(-max(update.table.shape[1] for update in updates) // APART) * APART
+    kinds = formats(*first.stored.members)
     return Launch(
         update_tables,
         sum(works),
@@ -163,12 +182,13 @@ def _row_launch(updates: list[RowUpdate]) -> Launch:
             first.h,
             first.c,
             dtype(0),
+            kinds,
             np.stack([update.describe() for update in updates]),
             np.array([update.h for update in updates], dtype),
             np.array([update.c for update in updates], dtype),
             np.array([update.limit for update in updates]),
             parts,
-            empty((len(parts), width), dtype),
+            _buffers(len(parts), kinds, max(u.table.shape[1] for u in updates), first.stored.like),
         ),
         updates,
     )

@@ -15,10 +15,11 @@ from fastopt.clipping import check_limit, clip_factor, norm_of
 from fastopt.gradients import BagGradient, IndexedSlices, RowGradient, row_gradient, values_of
 from fastopt.hyperparameters import FIXED, SHARED, checked_options
 from fastopt.kernels import rules
+from fastopt.kernels.cpu import formats
 from fastopt.kernels.cpu.headers import UNKNOWN, Headers, Identities
 from fastopt.kernels.cpu.rows import Lazy, PerRow
 from fastopt.kernels.scratch import ALIGNMENT, aligned
-from fastopt.launch import Launch, RowUpdate, catch_up_launch, row_launches
+from fastopt.launch import Launch, RowUpdate, Stored, catch_up_launch, row_launches
 from fastopt.plan import Indices, group_all
 from fastopt.precision import Slot
 from fastopt.state import state_arrays
@@ -815,12 +816,31 @@ class Optimizer:
             c,
             update.view,
             update.gradient,
-            tuple(parameter.state[slot] for slot in (*rule.state_slots, *rule.row_slots)),
             math.inf if limit is None else limit,
             parameter.step + 1,
             row_steps,
             numbers,
             parameter.tracking,
+            self._stored(parameter, group, parameter.step + 1),
+        )
+
+    def _stored(self, parameter: _Parameter, group: _Group, step: int) -> Stored:
+        """How a table and its state are stored; step: of the random numbers."""
+        rule, options, state = group.rule, group.checked, parameter.state
+        members = (
+            precision.parameter_format(parameter.dtype, options),
+            formats.PLAIN,
+            *precision.state_formats(rule, parameter.dtype, options),
+        )
+        slots = [(state[slot], state.get(slot + precision.SCALES)) for slot in rule.state_slots]
+        slots += [(state[slot], None) for slot in rule.row_slots]
+        return Stored(
+            precision.computed_with(parameter.dtype),
+            members,
+            tuple(slots),
+            state.get(precision.MASTER),
+            parameter.position,
+            precision.random_key(options["seed"], step),
         )
 
     def _track(self, parameter: _Parameter, group: _Group, gradient: RowGradient) -> None:
@@ -854,9 +874,9 @@ class Optimizer:
             )
             h, c = (_cast(numbers, dtype.type) for numbers in folded)
             rows = None if indices is None else indices.groups.own_rows()
-            launch = catch_up_launch(
-                tracking, parameter.view(), parameter.state, group.rule, h, c, parameter.step, rows
-            )
+            # other random numbers than those of the update of that step
+            stored = self._stored(parameter, group, -parameter.step - 1)
+            launch = catch_up_launch(tracking, parameter.view(), stored, h, c, parameter.step, rows)
             parameter.before_writing(rows)
             launch.run()
         if indices is None:

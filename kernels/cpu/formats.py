@@ -401,6 +401,58 @@ def run_update(members: tuple[Format, ...], like: np.dtype) -> Callable:
     )
 
 
+def reader(kind: Format) -> Callable:
+    """``(stored, scales, out)``: decode a row; scales are those of its blocks."""
+    codec = CODECS[kind]
+    names: dict[str, Any] = {"decode": codec.decode, "factor": codec.factor}
+    if kind in CODED:
+        lines = (
+            f"for first in range(0, out.size, {BLOCK}):",
+            f"    own = factor(scales[first // {BLOCK}])",
+            f"    for i in range(first, min(first + {BLOCK}, out.size)):",
+            "        out[i] = decode(stored[i], own)",
+        )
+    else:
+        lines = ("for i in range(out.size):", "    out[i] = decode(stored[i])")
+    return restricted_helper(define("read", "stored, scales, out", *lines, **names))
+
+
+def writer(kind: Format, slot: int) -> Callable:
+    """``(values, stored, scales, key, position)``: encode a row, of the state's slot ``slot``."""
+    codec = CODECS[kind]
+    names: dict[str, Any] = {"np": np, "random_bits": random_bits, "encode": codec.encode}
+    names |= {"inverse": codec.inverse, "larger": larger, "scale_from": scale_from}
+    draws = _draws([slot]) if kind in RANDOM else []
+    random = _half_of_random(slot) if kind in RANDOM else "np.uint32(0)"
+    if kind in CODED:
+        lines = [
+            f"for first in range(0, values.size, {BLOCK}):",
+            f"    last = min(first + {BLOCK}, values.size)",
+            "    largest = np.uint32(0)",
+            "    for k in range(first, last):",
+            "        largest = larger(largest, values[k])",
+            "    scale = scale_from(largest)",
+            f"    scales[first // {BLOCK}] = scale",
+            "    own = inverse(scale)",
+            "    for k in range(first, last):",
+            *(f"        {line}" for line in draws),
+            f"        stored[k] = encode(values[k], {random}, own)",
+        ]
+    else:
+        lines = [
+            "for k in range(values.size):",
+            *(f"    {line}" for line in draws),
+            f"    stored[k] = encode(values[k], {random})",
+        ]
+    return restricted_helper(define("write", "values, stored, scales, key, position", *lines, **names))
+
+
+@register_jitable
+def blocks_of(size):
+    """How many blocks hold ``size`` elements."""
+    return (size + BLOCK - 1) // BLOCK
+
+
 @functools.cache
 def _compiled_run(members: tuple[Format, ...], like: np.dtype) -> Callable:
     return register_jitable(run_update(members, like))

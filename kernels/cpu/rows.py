@@ -1,11 +1,24 @@
 """Sparse updates and reads: the rows of tables that indices name."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
 from numba.extending import overload, register_jitable
+from numba.np.numpy_support import as_dtype
 
+from fastopt.kernels.cpu.formats import (
+    CODECS,
+    CODED,
+    MASTERED,
+    PLAIN,
+    Format,
+    blocks_of,
+    itemsize,
+    reader,
+    writer,
+)
 from fastopt.kernels.cpu.memory import AHEAD, prefetch, view, view_2d
 from fastopt.kernels.cpu.tables import (
     DIM,
@@ -15,7 +28,10 @@ from fastopt.kernels.cpu.tables import (
     HISTORY_COLUMNS,
     HISTORY_ROWS,
     HISTORY_WINDOW,
+    KEY,
+    MASTER,
     PARAM,
+    POSITION,
     ROW_STEPS,
     SKIPPED,
     STATE,
@@ -41,58 +57,119 @@ from fastopt.kernels.elements import (
 )
 from fastopt.kernels.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.rest import Loop, coefficients, rest, rest_row, tabulated
-from fastopt.kernels.rules import RULES
+from fastopt.kernels.rules import RULES, Rule
 
 LOOKUPS_PER_CHUNK = 256
 GROUPS_PER_CHUNK = 256
 
 
-def state_rows(h, table, like, row):
-    """Row ``row`` of the state arrays, and the elements of those of one a row: two tuples of 1-D arrays."""
-    rule = RULES[type(h)]
-    size = np.dtype(type(like)).itemsize
-    slots = len(rule.state_slots)
-    return (
-        tuple(
-            view(table[STATE + k] + row * table[STATE_STRIDE] * size, table[DIM], like) for k in range(slots)
+def _row_source(rule: Rule, members: tuple[Format, ...], like: np.dtype) -> dict[str, Any]:
+    """Functions that open, close and prefetch a row of the parameter and of its state (see formats.py)."""
+    size, slots = like.itemsize, len(rule.state_slots)
+    names: dict[str, Any] = {"view": view, "prefetch": prefetch, "np": np, "blocks_of": blocks_of}
+    opening, closing, fetching, opened = [], [], [], []
+    for k, kind in enumerate(members):
+        if k == 1:  # the gradient is summed up elsewhere
+            continue
+        width = itemsize(kind, size)
+        column = PARAM if k == 0 else STATE + 2 * (k - 2)
+        stride = f"table[{DIM if k == 0 else STATE_STRIDE}] * {width}"
+        address = f"table[{column}] + row * {stride}"
+        fetching.append(f"prefetch({address}, table[{DIM}] * {width})")
+        if kind in MASTERED:
+            master = f"table[{MASTER}] + row * table[{DIM}] * {size}"
+            fetching.append(f"prefetch({master}, table[{DIM}] * {size})")
+            opening.append(f"a{k} = view({master}, table[{DIM}], like)")
+        elif kind is PLAIN:
+            opening.append(f"a{k} = view({address}, table[{DIM}], like)")
+        else:
+            opening.append(
+                f"a{k} = view(buffers + {1 + len(closing)} * table[{DIM}] * {size}, table[{DIM}], like)"
+            )
+        opened.append(f"a{k}")
+        if kind is PLAIN:
+            continue
+        names |= {
+            f"zero{k}": CODECS[kind].stored(0),
+            f"read{k}": reader(kind),
+            f"write{k}": writer(kind, k - 2),
+        }
+        stored, scales = f"view({address}, table[{DIM}], zero{k})", "no_scales"
+        if kind in CODED:
+            start = f"table[{column + 1}] + row * blocks_of(table[{DIM}]) * 4"
+            scales = f"view({start}, blocks_of(table[{DIM}]), np.float32(0))"
+        if kind not in MASTERED:
+            opening.append(f"read{k}({stored}, {scales}, a{k})")
+        values = "p" if k == 0 else f"state[{k - 2}]"
+        position = f"table[{POSITION}] + row * table[{DIM}]"
+        closing.append(f"write{k}({values}, {stored}, {scales}, np.uint64(table[{KEY}]), {position})")
+    narrow = [f"table[{STATE + 2 * (slots + k)}] + row * {size}" for k in range(len(rule.row_slots))]
+    fetching += [f"prefetch({address}, {size})" for address in narrow]
+    fetching += [f"if table[{ROW_STEPS}]:", f"    prefetch(table[{ROW_STEPS}] + row * 8, 8)"]
+    state = "".join(f"{name}, " for name in opened[1:])
+    row_state = "".join(f"view({address}, 1, like), " for address in narrow)
+    no_scales = "no_scales = view(np.int64(0), np.int64(0), np.float32(0))"
+    return {
+        "open": define(
+            "open_row", _OPEN, no_scales, *opening, f"return {opened[0]}, ({state}), ({row_state})", **names
         ),
-        tuple(view(table[STATE + slots + k] + row * size, 1, like) for k in range(len(rule.row_slots))),
-    )
+        "close": define("close_row", _CLOSE, no_scales, *closing, "return None", **names),
+        "fetch": define("prefetch_row", _FETCH, *fetching, "return None", **names),
+    }
 
 
-@overload(state_rows)
-def _state_rows(h, table, like, row):
-    rule = RULES[h.instance_class]
-    size = like.bitwidth // 8
-    slots = len(rule.state_slots)
-    wide = "".join(
-        f"view(table[{STATE + k}] + row * table[{STATE_STRIDE}] * {size}, table[{DIM}], like), "
-        for k in range(slots)
-    )
-    narrow = "".join(
-        f"view(table[{STATE + slots + k}] + row * {size}, 1, like), " for k in range(len(rule.row_slots))
-    )
-    return define("state_rows", "h, table, like, row", f"return ({wide}), ({narrow})", view=view)
+_OPEN = "h, kinds, table, like, row, buffers"
+_CLOSE = "h, kinds, table, like, row, p, state"
+_FETCH = "h, kinds, table, like, row"
 
 
-def prefetch_state(h, table, like, row):
-    """Have row ``row`` of the state loaded."""
+@functools.cache
+def _row_functions(rule: Rule, members: tuple[Format, ...], like: np.dtype) -> dict[str, Any]:
+    return _row_source(rule, members, like)
 
 
-@overload(prefetch_state)
-def _prefetch_state(h, table, like, row):
-    rule = RULES[h.instance_class]
-    size = like.bitwidth // 8
-    slots = len(rule.state_slots)
-    lines = [
-        f"prefetch(table[{STATE + k}] + row * table[{STATE_STRIDE}] * {size}, table[{DIM}] * {size})"
-        for k in range(slots)
-    ]
-    lines += [
-        f"prefetch(table[{STATE + slots + k}] + row * {size}, {size})" for k in range(len(rule.row_slots))
-    ]
-    lines += [f"if table[{ROW_STEPS}]:", f"    prefetch(table[{ROW_STEPS}] + row * 8, 8)"]
-    return define("prefetch_state", "h, table, like, row", *lines, "return None", prefetch=prefetch)
+def _of_values(h: Any, kinds: Any, like: Any) -> dict[str, Any]:
+    return _row_functions(RULES[type(h)], kinds.members, np.dtype(type(like)))
+
+
+def _of_types(h: Any, kinds: Any, like: Any) -> dict[str, Any]:
+    return _row_functions(RULES[h.instance_class], kinds.instance_class.members, as_dtype(like))
+
+
+def open_row(h, kinds, table, like, row, buffers):
+    """Row ``row`` of the parameter and of the state as 1-D arrays, and of the state of one element a row: what is
+    stored otherwise than it is computed with is decoded into the memory at ``buffers``, after its first row."""
+    return _of_values(h, kinds, like)["open"](h, kinds, table, like, row, buffers)
+
+
+@overload(open_row)
+def _open_row(h, kinds, table, like, row, buffers):
+    return _of_types(h, kinds, like)["open"]
+
+
+def close_row(h, kinds, table, like, row, p, state):
+    """Store what :func:`open_row` decoded."""
+    _of_values(h, kinds, like)["close"](h, kinds, table, like, row, p, state)
+
+
+@overload(close_row)
+def _close_row(h, kinds, table, like, row, p, state):
+    return _of_types(h, kinds, like)["close"]
+
+
+def prefetch_row(h, kinds, table, like, row):
+    """Have row ``row`` of the parameter and of the state loaded."""
+    _of_values(h, kinds, like)["fetch"](h, kinds, table, like, row)
+
+
+@overload(prefetch_row)
+def _prefetch_row(h, kinds, table, like, row):
+    return _of_types(h, kinds, like)["fetch"]
+
+
+def buffer_rows(kinds: Any) -> int:
+    """How many rows of memory an update needs: for the sum of gradients, and for what it decodes."""
+    return 1 + sum(kind is not PLAIN for kind in kinds.members)
 
 
 @restricted_helper
@@ -205,66 +282,67 @@ def _enter_row(mode, h, c, like, table, row, p, state, row_state):
 
 
 @Kernel
-def catch_up(mode, h, c, like, table, rows, count):
+def catch_up(mode, h, c, like, kinds, table, rows, count, buffers):
     """Bring rows up to date with the step before ``table[STEP]``: the ``count`` different ones of ``rows``
-    or, if that is empty, the first ``count``."""
-    for chunk in prange((count + GROUPS_PER_CHUNK - 1) // GROUPS_PER_CHUNK):
-        begin = chunk * GROUPS_PER_CHUNK
-        catch_up_chunk(mode, h, c, like, table, rows, begin, min(begin + GROUPS_PER_CHUNK, count))
+    or, if that is empty, the first ``count``. buffers: [parts, memory], as for :func:`update_tables`."""
+    parts = buffers.shape[0]
+    for part in prange(parts):
+        memory = buffers.ctypes.data + part * buffers.shape[1] * buffers.itemsize
+        begin, end = part * count // parts, (part + 1) * count // parts
+        catch_up_part(mode, h, c, like, kinds, table, rows, begin, end, memory)
 
 
 @helper
-def catch_up_chunk(mode, h, c, like, table, rows, begin, end):
-    dim = table[DIM]
-    stride = dim * view(table[PARAM], dim, like).itemsize
+def catch_up_part(mode, h, c, like, kinds, table, rows, begin, end, buffers):
     for k in range(begin, end):
         if k + AHEAD < end:
-            ahead = rows[k + AHEAD] if rows.size else k + AHEAD
-            prefetch(table[PARAM] + ahead * stride, stride)
-            prefetch_state(h, table, like, ahead)
+            prefetch_row(h, kinds, table, like, rows[k + AHEAD] if rows.size else k + AHEAD)
         row = rows[k] if rows.size else k
-        p = view(table[PARAM] + row * stride, dim, like)
-        state, row_state = state_rows(h, table, like, row)
+        if view(table[ROW_STEPS] + row * 8, 1, np.int64(0))[0] >= table[STEP] - 1:
+            continue
+        p, state, row_state = open_row(h, kinds, table, like, row, buffers)
         take_missed_steps(mode, h, c, like, table, row, p, state, row_state, table[STEP] - 1)
+        close_row(h, kinds, table, like, row, p, state)
 
 
 @Kernel
-def update_tables(mode, h, c, like, tables, hs, cs, limits, parts, totals):
+def update_tables(mode, h, c, like, kinds, tables, hs, cs, limits, parts, buffers):
     """Update the rows of tables that their groups name, each once, with the sum of its gradients.
 
-    mode: what comes before a row's update. tables: see tables.py. h, c: the types of hs[t] and cs[t],
-    the hyperparameters of table t. limits[t]: largest norm of a row's gradient. parts: [table, part,
-    how many parts the table has]. totals: memory for the sum of a row in each part.
+    mode: what comes before a row's update. kinds: formats of the parameter, of the gradient, which is as
+    computed with, and of the state. tables: see tables.py. h, c: the types of hs[t] and cs[t], the
+    hyperparameters of table t. limits[t]: largest norm of a row's gradient. parts: [table, part,
+    how many parts the table has]. buffers: [parts, memory for as many rows as :func:`buffer_rows` says].
 
     Bytes moved: the rows of values once for each position, and each distinct row of the table and
     of the state read and written.
     """
     for k in prange(parts.shape[0]):
         t = parts[k, 0]
-        total = view(totals.ctypes.data + k * totals.shape[1] * totals.itemsize, tables[t, DIM], like)
-        update_part(mode, h, c, like, tables[t], hs[t], cs[t], limits[t], parts[k, 1], parts[k, 2], total)
+        memory = buffers.ctypes.data + k * buffers.shape[1] * buffers.itemsize
+        update_part(
+            mode, h, c, like, kinds, tables[t], hs[t], cs[t], limits[t], parts[k, 1], parts[k, 2], memory
+        )
 
 
 @helper
-def update_part(mode, h, c, like, table, h_numbers, c_numbers, limit, part, parts, total):
+def update_part(mode, h, c, like, kinds, table, h_numbers, c_numbers, limit, part, parts, buffers):
     """One part's share of :func:`update_tables`; apart, because what stands in a prange compiles slowly."""
     h = unpack(h, h_numbers, like)
     c = unpack(c, c_numbers, like)
     dim, groups = table[DIM], table[GROUPS]
-    stride = dim * total.itemsize
+    total = view(buffers, dim, like)
     for group in range(first_group(table, part, parts), first_group(table, part + 1, parts)):
         if group + AHEAD < groups:
-            ahead = row_of_group(table, group + AHEAD)
-            prefetch(table[PARAM] + ahead * stride, stride)
-            prefetch_state(h, table, like, ahead)
+            prefetch_row(h, kinds, table, like, row_of_group(table, group + AHEAD))
         row = row_of_group(table, group)
         if row == table[SKIPPED]:
             continue
         g = view(gradient_of(table, like, total, group), dim, like)
-        p = view(table[PARAM] + row * stride, dim, like)
-        state, row_state = state_rows(h, table, like, row)
+        p, state, row_state = open_row(h, kinds, table, like, row, buffers)
         row_h = enter_row(mode, h, c, like, table, row, p, state, row_state)
         update_apart(row_h, limited(c, g, limit), p, g, state, row_state)
+        close_row(h, kinds, table, like, row, p, state)
 
 
 @helper

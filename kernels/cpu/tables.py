@@ -40,9 +40,11 @@ from fastopt.kernels.jit import helper, restricted_helper
     TABULATED,  # address of [any number, TABULATED_COLUMNS]: coefficients of rest.py for the last steps
     TABULATED_COLUMNS,
     TABULATED_FROM,  # the step that the first of them are for
-    STATE,  # addresses of the state arrays, then of those of one element a row
-) = range(27)
-WIDTH = STATE + 4
+    MASTER,  # address of the parameter's master, or 0
+    POSITION,  # that random bits are counted from
+    KEY,  # of the random bits
+    STATE,  # two addresses (see formats.py) each of the state arrays, and of those of one element a row
+) = range(30)
 
 
 @restricted_helper
