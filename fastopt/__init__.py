@@ -9,6 +9,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 from fastopt import schedules
+from fastopt.buffer import FlatBuffer
 from fastopt.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from fastopt.custom import register_rule
 from fastopt.gradients import BagGradient, IndexedSlices
@@ -37,6 +38,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "BagGradient",
+    "FlatBuffer",
     "IndexPlan",
     "IndexedSlices",
     "Lion",

@@ -247,12 +247,13 @@ class Optimizer:
         self._headers = Headers([p.dtype for p in self._all], [p.shape for p in self._all])
         self._parameters_at = np.empty(0, np.int64)
         self._batch: dense.Batch | None = None
+        self._expecting = False  # whether the headers know which dense gradients are used by rows
         self._own_dicts = [group.options for group in self._groups]
         for group in self._groups:
             group.identify()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = "_headers", "_parameters_at", "_batch"
+        own = "_headers", "_parameters_at", "_batch", "_expecting", "_own_dicts"
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -550,8 +551,9 @@ class Optimizer:
                     f"{parameter.label} now belongs to another optimizer: expected the last one made"
                 )
         entries = self._entries(grads)
-        if self._batch is None:
+        if not self._expecting:
             self._headers.expect(self._expected_gradients(checked))
+            self._expecting = True
         (changed, odd), (moved, unknown) = self._headers.read(self._values, entries)
         if changed or odd:
             changed = self._locate_parameters()
@@ -725,7 +727,7 @@ class Optimizer:
 
     def _forget(self) -> None:
         """Have all that is kept from step to step found anew."""
-        self._batch = None
+        self._batch, self._expecting = None, False
 
     def _entries(self, grads: Any) -> list | tuple:
         """The gradient of each parameter."""
@@ -790,6 +792,15 @@ class Optimizer:
                 parameter.state = _new_state(slots, group.rule.state_slots if by_row else ())
                 if precision.MASTER in slots:
                     parameter.state[precision.MASTER][...] = parameter.view()
+        elif by_row and not parameter.by_row:
+            kinds = precision.state_formats(group.rule, parameter.dtype, group.checked)
+            state = dict(parameter.state)
+            for slot, kind in zip(group.rule.state_slots, kinds, strict=True):
+                if kind in formats.CODED:
+                    scales = slot + precision.SCALES
+                    state[slot], state[scales] = precision.by_rows(kind, state[slot], state[scales])
+            parameter.state = state
+        self._expecting = self._expecting and not parameter.by_row
         return parameter.state
 
     def _row_update(self, update: _Update, rates: list[float], fold: Callable) -> RowUpdate:
