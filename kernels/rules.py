@@ -301,9 +301,7 @@ class LAMBH(NamedTuple):
     def fold(cls, step, *, lr, betas, eps, weight_decay, **_):
         beta1, beta2 = betas
         correction, root_correction = 1.0 / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
-        return cls(
-            lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, correction, root_correction, eps, weight_decay
-        )
+        return cls(lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, correction, root_correction, eps, weight_decay)
 
 
 @register_jitable

@@ -1,8 +1,8 @@
 """Adafactor of matrices: second moments of rows and columns in place of those of elements.
 
-An array is a stack of matrices, its last two axes. Matrices are cut into tiles, which threads share out; a
-row of a tile is decoded (see formats.py) and worked on while it is in cache. Sums are in float64, over a
-tile each, and added in order, so that they do not depend on the number of threads.
+An array is a stack of matrices, its last two axes. Matrices are cut into tiles, which threads share out;
+LANES elements at a time are decoded (see formats.py) and worked on while they are in cache. Sums are in
+float64, over a tile each, and added in order, so that they do not depend on the number of threads.
 
 Three passes, since the length of a step depends on all of the update and this on all of the gradient: sums
 of squares, those of the update, and the update. Bytes moved for an element of float32: p and g read, g read,
@@ -26,7 +26,8 @@ from fastopt.kernels.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.rules import adafactor_direction, lerp
 from fastopt.kernels.scratch import empty
 
-TILE_ROWS, TILE_COLUMNS = 64, 512
+TILE_ROWS, TILE_COLUMNS = 32, 4_096  # rows long enough for the processor to fetch ahead
+LANES = 512  # elements of a row that are worked on at a time, a divisor of TILE_COLUMNS
 CHUNK = TILE_ROWS * TILE_COLUMNS  # elements that a thread takes at a time, or a few more
 
 
@@ -147,29 +148,33 @@ def add_tiles(h, c, like, kinds, places, shape, numbers, first, last, row_sums, 
     """The squares of the parameter and, by row and by column, of the gradient."""
     c = unpack(c, numbers[len(h) :], like)
     buffers = new_buffers(like)
-    squares, lanes = np.empty(TILE_COLUMNS), np.empty(TILE_COLUMNS)
+    lanes = np.empty((2, LANES))
     for tile in range(first, last):
         matrix, band, stripe, top, bottom, left, right = tile_at(shape, tile)
-        width = right - left
-        columns = col_sums[band, left:right]
-        columns[:] = 0.0
-        lanes[:width] = 0.0
+        col_sums[band, left:right] = 0.0
+        used = min(LANES, right - left)
+        p_lanes, g_lanes = lanes[0, :used], lanes[1, :used]
+        p_lanes[:] = 0.0
         for row in range(top, bottom):
-            at = (matrix * shape[1] + row) * shape[2] + left
-            p = opened_parameter(kinds, like, places, at, width, buffers[0])
-            g = opened_gradient(kinds, like, places, at, width, buffers[1])
-            add_row(c, p, g, squares[:width], columns, lanes[:width])
-            row_sums[stripe, row] = total_of(squares[:width])
-        sums[0, tile] = total_of(lanes[:width])
+            first_of_row = (matrix * shape[1] + row) * shape[2]
+            g_lanes[:] = 0.0
+            for column in range(left, right, LANES):
+                width = min(LANES, right - column)
+                at = first_of_row + column
+                p = opened_parameter(kinds, like, places, at, width, buffers[0])
+                g = opened_gradient(kinds, like, places, at, width, buffers[1])
+                add_squares(c, p, g, col_sums[band, column : column + width], g_lanes, p_lanes)
+            row_sums[stripe, row] = total_of(g_lanes)
+        sums[0, tile] = total_of(p_lanes)
 
 
 @restricted_helper
-def add_row(c, p, g, squares, columns, lanes):
+def add_squares(c, p, g, columns, g_lanes, p_lanes):
     for j in range(p.size):
         x, y = np.float64(scaled(c, g[j])), np.float64(p[j])
-        squares[j] = x * x
         columns[j] += x * x
-        lanes[j] += y * y
+        g_lanes[j] += x * x
+        p_lanes[j] += y * y
 
 
 @helper
@@ -217,19 +222,23 @@ def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var,
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)
     buffers = new_buffers(like)
-    lanes = np.empty(TILE_COLUMNS)
+    memory = np.empty(LANES)
     for tile in range(first, last):
         matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
-        width = right - left
-        columns = col_var[matrix * shape[2] + left :][:width]
-        lanes[:width] = 0.0
+        columns = col_var[matrix * shape[2] :]
+        lanes = memory[: min(LANES, right - left)]
+        lanes[:] = 0.0
         for row in range(top, bottom):
-            at = matrix * shape[1] + row
-            share = share_of(h, like, row_var[at], means[matrix])
-            g = opened_gradient(kinds, like, places, at * shape[2] + left, width, buffers[1])
-            find_updates(h, c, g, share, columns, buffers[0, :width])
-            add_one(buffers[0, :width], lanes[:width])
-        sums[1, tile] = total_of(lanes[:width])
+            own_row = matrix * shape[1] + row
+            share = share_of(h, like, row_var[own_row], means[matrix])
+            for column in range(left, right, LANES):
+                width = min(LANES, right - column)
+                at = own_row * shape[2] + column
+                g = opened_gradient(kinds, like, places, at, width, buffers[1])
+                updates = buffers[0, :width]
+                find_updates(h, c, g, share, columns[column : column + width], updates)
+                add_one(updates, lanes)
+        sums[1, tile] = total_of(lanes)
 
 
 @restricted_helper
@@ -249,18 +258,20 @@ def take_step(
     buffers = new_buffers(like)
     for tile in range(first, last):
         matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
-        width = right - left
-        columns = col_var[matrix * shape[2] + left :][:width]
+        columns = col_var[matrix * shape[2] :]
         for row in range(top, bottom):
-            share = share_of(h, like, row_var[matrix * shape[1] + row], means[matrix])
-            at = (matrix * shape[1] + row) * shape[2] + left
-            p = opened_parameter(kinds, like, places, at, width, buffers[0])
-            g = opened_gradient(kinds, like, places, at, width, buffers[1])
-            update_row(h, c, p, g, share, columns, rate)
-            close_parameter(kinds, like, places, at, p)
-            if zero_grads:
-                size = gradient_itemsize(kinds, like)
-                view(places[1, 0] + at * size, width * size, np.uint8(0))[:] = 0
+            own_row = matrix * shape[1] + row
+            share = share_of(h, like, row_var[own_row], means[matrix])
+            for column in range(left, right, LANES):
+                width = min(LANES, right - column)
+                at = own_row * shape[2] + column
+                p = opened_parameter(kinds, like, places, at, width, buffers[0])
+                g = opened_gradient(kinds, like, places, at, width, buffers[1])
+                update_row(h, c, p, g, share, columns[column : column + width], rate)
+                close_parameter(kinds, like, places, at, p)
+                if zero_grads:
+                    size = gradient_itemsize(kinds, like)
+                    view(places[1, 0] + at * size, width * size, np.uint8(0))[:] = 0
 
 
 @restricted_helper
@@ -294,14 +305,14 @@ def _cast(like, x):
 
 
 def new_buffers(like):
-    """Memory for a row of a tile of the parameter, and one of the gradient."""
-    return np.empty((2, TILE_COLUMNS), type(like))
+    """Memory for numbers of the parameter, and for as many of the gradient."""
+    return np.empty((2, LANES), type(like))
 
 
 @overload(new_buffers)
 def _new_buffers(like):
     dtype = as_dtype(like)
-    return lambda like: np.empty((2, TILE_COLUMNS), dtype)
+    return lambda like: np.empty((2, LANES), dtype)
 
 
 def _opener(members: tuple[Format, ...], k: int, like: np.dtype) -> Callable:

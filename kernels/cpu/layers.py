@@ -109,7 +109,9 @@ def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, sums):
 def add_squares(found, lanes):
     """Add the squares of ``found``, GATHERED numbers or the fewer at an array's end."""
     if found.size == GATHERED:
-        add_four(found[:LANES], found[LANES : 2 * LANES], found[2 * LANES : 3 * LANES], found[3 * LANES :], lanes)
+        add_four(
+            found[:LANES], found[LANES : 2 * LANES], found[2 * LANES : 3 * LANES], found[3 * LANES :], lanes
+        )
     else:
         for first in range(0, found.size, LANES):
             add_one(found[first : min(first + LANES, found.size)], lanes)
