@@ -291,38 +291,31 @@ def _begin_row(h, c, p, g, row_state):
     return implementation
 
 
-@register_jitable
-def _row_layer(h, c, p, g, state, row_values):
-    """``h`` with its learning rate times the factor of a row that is a layer.
-
-    Two interleaved sums each: a fixed order, in which not every addition waits for the one before.
-    """
-    p_sums = u_sums = 0.0, 0.0
-    whole = g.size - g.size % 2
-    for d in range(0, whole, 2):
-        p0, u0 = np.float64(p[d]), np.float64(direction(h, c, p[d], g[d], *load(state, d), *row_values))
-        p1 = np.float64(p[d + 1])
-        u1 = np.float64(direction(h, c, p[d + 1], g[d + 1], *load(state, d + 1), *row_values))
-        p_sums = p_sums[0] + p0 * p0, p_sums[1] + p1 * p1
-        u_sums = u_sums[0] + u0 * u0, u_sums[1] + u1 * u1
-    p_sq, u_sq = p_sums[0] + p_sums[1], u_sums[0] + u_sums[1]
-    if whole < g.size:
-        p0 = np.float64(p[whole])
-        u0 = np.float64(direction(h, c, p[whole], g[whole], *load(state, whole), *row_values))
-        p_sq, u_sq = p_sq + p0 * p0, u_sq + u0 * u0
-    return rescaled(h, p.dtype.type(layer_factor(h, p_sq, u_sq, g.size)))
-
-
 def enter_layer(h, c, p, g, state, row_values):
-    """``h`` as the elements of a row are to see it."""
-    return h if RULES[type(h)].layer is None else _row_layer(h, c, p, g, state, row_values)
+    """``h`` as the elements of a row that is a layer are to see it."""
+    from fastopt.kernels.cpu.layers import rated_row  # which imports this module
+
+    return h if RULES[type(h)].layer is None else rated_row(h, c, p, g, state, row_values)
 
 
 @overload(enter_layer)
 def _enter_layer(h, c, p, g, state, row_values):
+    from fastopt.kernels.cpu.layers import rated_row
+
     if RULES[h.instance_class].layer is None:
         return lambda h, c, p, g, state, row_values: h
-    return lambda h, c, p, g, state, row_values: _row_layer(h, c, p, g, state, row_values)
+    return lambda h, c, p, g, state, row_values: rated_row(h, c, p, g, state, row_values)
+
+
+def part_of(arrays, first, last):
+    """The elements from ``first`` on, up to ``last``, of each 1-D array of a tuple."""
+    return tuple(array[first:last] for array in arrays)
+
+
+@overload(part_of)
+def _part_of(arrays, first, last):
+    items = "".join(f"arrays[{k}][first:last], " for k in range(len(arrays)))
+    return define("part_of", "arrays, first, last", f"return ({items})")
 
 
 def element_of(arrays, row):

@@ -20,8 +20,9 @@ from numba.np.numpy_support import as_dtype
 
 from fastopt.kernels.cpu.flat import NUMBERS, PLACES, array_at, update_arrays
 from fastopt.kernels.cpu.formats import BLOCK, Format, opened, run_length
+from fastopt.kernels.cpu.memory import ON_STACK, on_stack
 from fastopt.kernels.cpu.norms import total_of
-from fastopt.kernels.elements import define, direction, layer_factor, unpack
+from fastopt.kernels.elements import define, direction, layer_factor, load, part_of, rescaled, unpack
 from fastopt.kernels.jit import Kernel, helper, restricted_helper
 
 SUMMED = 8_192  # elements of a block of sums, a multiple of BLOCK
@@ -152,6 +153,42 @@ def find_rate(h, bases, t, numbers, sums, own_numbers):
         u_sq += sums[k, 1]
     own_numbers[:] = numbers
     own_numbers[0] *= layer_factor(unpack(h, numbers, np.float64(0)), p_sq, u_sq, size)
+
+
+@register_jitable
+def rated_row(h, c, p, g, state, row_values):
+    """``h`` with its learning rate times the factor of the row ``p``; all arrays are 1-D.
+
+    Four interleaved sums each: a fixed order, in which the additions need not wait for each other.
+    """
+    us = on_stack(p.dtype.type(0))
+    p_sq = u_sq = 0.0
+    for first in range(0, g.size, ON_STACK):
+        last = min(first + ON_STACK, g.size)
+        find_directions(h, c, p[first:last], g[first:last], part_of(state, first, last), row_values, us)
+        p_sq += sum_of_squares(p[first:last])
+        u_sq += sum_of_squares(us[: last - first])
+    return rescaled(h, p.dtype.type(layer_factor(h, p_sq, u_sq, g.size)))
+
+
+@restricted_helper
+def find_directions(h, c, p, g, state, row_values, us):
+    for d in range(p.size):
+        us[d] = direction(h, c, p[d], g[d], *load(state, d), *row_values)
+
+
+@restricted_helper
+def sum_of_squares(x):
+    a = b = c = d = 0.0
+    whole = x.size - x.size % 4
+    for k in range(0, whole, 4):
+        a += np.float64(x[k]) * np.float64(x[k])
+        b += np.float64(x[k + 1]) * np.float64(x[k + 1])
+        c += np.float64(x[k + 2]) * np.float64(x[k + 2])
+        d += np.float64(x[k + 3]) * np.float64(x[k + 3])
+    for k in range(whole, x.size):
+        a += np.float64(x[k]) * np.float64(x[k])
+    return (a + b) + (c + d)
 
 
 def run_directions(members: tuple[Format, ...], like: np.dtype) -> Callable:
