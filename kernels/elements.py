@@ -293,18 +293,21 @@ def _begin_row(h, c, p, g, row_state):
 
 def enter_layer(h, c, p, g, state, row_values):
     """``h`` as the elements of a row that is a layer are to see it."""
-    from fastopt.kernels.cpu.layers import rated_row  # which imports this module
-
-    return h if RULES[type(h)].layer is None else rated_row(h, c, p, g, state, row_values)
+    return h if RULES[type(h)].layer is None else _rated_row()(h, c, p, g, state, row_values)
 
 
 @overload(enter_layer)
 def _enter_layer(h, c, p, g, state, row_values):
-    from fastopt.kernels.cpu.layers import rated_row
-
     if RULES[h.instance_class].layer is None:
         return lambda h, c, p, g, state, row_values: h
+    rated_row = _rated_row()
     return lambda h, c, p, g, state, row_values: rated_row(h, c, p, g, state, row_values)
+
+
+def _rated_row() -> Callable:
+    from fastopt.kernels.cpu.layers import rated_row  # late, for it imports this module
+
+    return rated_row
 
 
 def part_of(arrays, first, last):
