@@ -7,6 +7,7 @@ sparse kernels on the CPU and the GPU all call it, in float32 or float64.
 - What depends on the step alone (bias corrections, products with the learning rate) is folded
   on the host in float64, by the ``fold`` of the rule's NamedTuple, and cast once.
 - Rules hold no literals: numbers in the code are 64 bits wide and would promote float32 arithmetic.
+  (What is computed once a layer is in float64, and may.)
 - A slot that a variant does without is ``None``; its branch is dropped at compile time.
 
 Gradient scale, sign and weight decay are the same for all rules and come before them: one of
@@ -391,7 +392,7 @@ class Rule:
         row's gradient, before ``update`` sees the row's elements.
     layer: where the length of the step depends on the whole layer, which is an array or, with a
         sparse gradient, a row, ``update`` returns in place of p a direction u, and the function
-        ``(h, sum of p^2, sum of u^2, size) -> factor`` makes it p = p - factor * h[0] * u.
+        ``(h, sum of p^2, sum of u^2, size) -> factor``, in float64, makes it p = p - factor * h[0] * u.
     """
 
     hyper: type
