@@ -20,7 +20,7 @@ from numba.np.numpy_support import as_dtype
 from fastopt.kernels.cpu.formats import CODECS, MASTERED, PLAIN, Format, gradient_itemsize, itemsize
 from fastopt.kernels.cpu.layers import add_one
 from fastopt.kernels.cpu.memory import view
-from fastopt.kernels.cpu.norms import total_of
+from fastopt.kernels.cpu.norms import add_sums, total_of
 from fastopt.kernels.elements import decayed, define, layer_factor, scaled, unpack
 from fastopt.kernels.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.rules import adafactor_direction, lerp
@@ -201,12 +201,6 @@ def average(h, like, sums, count, moments):
     for k in range(moments.size):
         mean = cast(like, totals[k] / count)
         moments[k] = lerp(moments[k], mean, h.one_minus_decay, h.decay)
-
-
-@restricted_helper
-def add_sums(totals, sums):
-    for k in range(totals.size):
-        totals[k] += sums[k]
 
 
 @helper

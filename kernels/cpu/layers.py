@@ -75,7 +75,7 @@ def first_sums(bases, t):
 @helper
 def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, sums):
     """The blocks of arrays that begin between the elements ``first`` and ``last``."""
-    lanes = np.empty((2, LANES))
+    p_memory, u_memory = np.empty(LANES), np.empty(LANES)
     found = new_found(like)
     run = min(run_length(kinds), GATHERED)
     for t in range(array_at(bases, first), table.shape[0]):
@@ -92,18 +92,20 @@ def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, sums):
         for block in range(begin, (end + SUMMED - 1) // SUMMED):
             block_end = min((block + 1) * SUMMED, size)
             used = min(LANES, block_end - block * SUMMED)
-            lanes[:, :used] = 0.0
+            p_lanes, u_lanes = p_memory[:used], u_memory[:used]
+            p_lanes[:] = 0.0
+            u_lanes[:] = 0.0
             for gathered in range(block * SUMMED, block_end, GATHERED):
                 count = min(GATHERED, block_end - gathered)
                 for at in range(0, count, run):
                     end_of_run = min(at + run, count)
                     ps, us = found[0, at:end_of_run], found[1, at:end_of_run]
                     find_run(own_h, own_c, like, kinds, places, gathered + at, end_of_run - at, ps, us)
-                add_squares(found[0, :count], lanes[0])
-                add_squares(found[1, :count], lanes[1])
+                add_squares(found[0, :count], p_lanes)
+                add_squares(found[1, :count], u_lanes)
             block_sums = sums[first_sums(bases, t) + block]
-            block_sums[0] = total_of(lanes[0, :used])
-            block_sums[1] = total_of(lanes[1, :used])
+            block_sums[0] = total_of(p_lanes)
+            block_sums[1] = total_of(u_lanes)
 
 
 @helper
