@@ -16,7 +16,9 @@ from fastopt.gradients import BagGradient, IndexedSlices
 from fastopt.lookup import embedding, embedding_bag
 from fastopt.optimizer import Optimizer, StepInfo
 from fastopt.optimizers import (
+    LAMB,
     SGD,
+    Adafactor,
     AdaGrad,
     Adam,
     AdamW,
@@ -32,9 +34,11 @@ from fastopt.plan import IndexPlan
 from fastopt.storage import Table, open_table
 
 __all__ = [
+    "LAMB",
     "SGD",
     "AMSGrad",
     "AdaGrad",
+    "Adafactor",
     "Adam",
     "AdamW",
     "BagGradient",

@@ -83,6 +83,32 @@ def state_slots(
     """The state arrays of a parameter; ``by_row``: blocks of 8-bit codes end with the rows of a table."""
     like = computed_with(dtype)
     slots = {}
+    if is_factored(rule, shape):
+        of_rows, of_columns = rule.matrix_slots
+        slots[of_rows] = Slot((*shape[:-1], 1), like)
+        slots[of_columns] = Slot((*shape[:-2], 1, shape[-1]), like)
+    else:
+        slots |= _element_slots(rule, shape, dtype, options, first, by_row)
+    if has_master(dtype, options):
+        slots[MASTER] = Slot(shape, SINGLE)
+    return slots
+
+
+def is_factored(rule: Rule, shape: tuple[int, ...]) -> bool:
+    """Whether the state is of rows and columns."""
+    return bool(rule.matrix_slots) and len(shape) >= 2
+
+
+def _element_slots(
+    rule: Rule,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    options: Mapping[str, Any],
+    first: Mapping[str, float],
+    by_row: bool,
+) -> dict[str, Slot]:
+    like = computed_with(dtype)
+    slots = {}
     for name, kind in zip(rule.state_slots, state_formats(rule, dtype, options), strict=True):
         value = first.get(name, 0.0)
         if kind in formats.CODED:
@@ -92,8 +118,6 @@ def state_slots(
             slots[name] = Slot(shape, _STORED.get(kind, like), value)
     for name in rule.row_slots:
         slots[name] = Slot((shape[0] if shape else 1,), like, first.get(name, 0.0))
-    if has_master(dtype, options):
-        slots[MASTER] = Slot(shape, SINGLE)
     return slots
 
 
