@@ -9,13 +9,16 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 from fastopt import schedules
+from fastopt.buffer import FlatBuffer
 from fastopt.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from fastopt.custom import register_rule
 from fastopt.gradients import BagGradient, IndexedSlices
 from fastopt.lookup import embedding, embedding_bag
 from fastopt.optimizer import Optimizer, StepInfo
 from fastopt.optimizers import (
+    LAMB,
     SGD,
+    Adafactor,
     AdaGrad,
     Adam,
     AdamW,
@@ -31,12 +34,15 @@ from fastopt.plan import IndexPlan
 from fastopt.storage import Table, open_table
 
 __all__ = [
+    "LAMB",
     "SGD",
     "AMSGrad",
     "AdaGrad",
+    "Adafactor",
     "Adam",
     "AdamW",
     "BagGradient",
+    "FlatBuffer",
     "IndexPlan",
     "IndexedSlices",
     "Lion",

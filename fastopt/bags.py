@@ -7,11 +7,23 @@ import numpy as np
 
 from fastopt import arrays
 from fastopt.kernels.cpu import bags as kernels
+from fastopt.kernels.cpu.rows import gather
 from fastopt.kernels.scratch import empty
 from fastopt.plan import Indices
+from fastopt.precision import LOW, widened
 
 MODES = ("sum", "mean", "max")
 NO_WEIGHTS = {np.dtype(dtype): np.empty(0, dtype) for dtype in (np.float32, np.float64)}
+
+
+def gathered(table: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """[number of indices, dim]: the rows of ``table`` that ``indices`` name."""
+    out = empty((indices.size, table.shape[1]), table.dtype)
+    if table.dtype in LOW:  # no dtype that Numba knows
+        gather(out.size, table.view(np.uint16), indices, out.view(np.uint16))
+    else:
+        gather(out.size, table, indices, out)
+    return out
 
 
 class Bags:
@@ -34,8 +46,20 @@ class Bags:
     def count(self) -> int:
         return self.offsets.size - 1
 
+    def of_rows_read(self, table: np.ndarray) -> "tuple[Bags, np.ndarray]":
+        """The same bags over a table that holds a row for each position, in float32, for one of 16 bits."""
+        read = gathered(table, self.indices.flat)
+        where = np.arange(len(read))
+        if self.padding >= 0:
+            where[self.indices.flat == self.padding] = len(read)
+        alone = Bags(Indices.of_rows(where), self.offsets, self.mode, self.weights, len(read))
+        return alone, widened(read)
+
     def pool(self, table: np.ndarray) -> np.ndarray:
-        """[count, dim]: each bag's rows summed or averaged."""
+        """[count, dim]: each bag's rows summed or averaged; rows of 16 bits are added in float32."""
+        if table.dtype in LOW:
+            bags, rows = self.of_rows_read(table)
+            return bags.pool(rows).astype(table.dtype)
         out = empty((self.count, table.shape[1]), table.dtype)
         weights = NO_WEIGHTS[table.dtype] if self.weights is None else self.weights
         kernels.pool(
@@ -46,6 +70,10 @@ class Bags:
 
     def pool_max(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[count, dim]: the largest element of each bag's rows, and the position it comes from."""
+        if table.dtype in LOW:
+            bags, rows = self.of_rows_read(table)
+            largest, winners = bags.pool_max(rows)
+            return largest.astype(table.dtype), winners
         out = empty((self.count, table.shape[1]), table.dtype)
         winners = empty(out.shape, np.int32)
         work = self.indices.array.size * table.shape[1]
@@ -141,7 +169,7 @@ def _weights(given: Any, indices: np.ndarray, dtype: np.dtype, prefix: str) -> n
         raise TypeError(f"{label} has dtype {weights.dtype}: expected {dtype}, that of the table")
     if weights.shape != indices.shape:
         raise ValueError(f"{label} has shape {weights.shape}: expected {indices.shape}, that of indices")
-    return np.ascontiguousarray(weights).reshape(-1)
+    return widened(np.ascontiguousarray(weights).reshape(-1))
 
 
 def _padding(padding_idx: Any, rows: int | None, prefix: str) -> int:

@@ -180,7 +180,7 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(optimizer: "Optimizer", number: int, saved: dict[str, Any]) -> dict[str, Any]:
     """A group's options; a schedule is not stored, and must be the one the optimizer was built with."""
-    options = {name: tuple(v) if name == "betas" else v for name, v in saved.items()}
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     if isinstance(options["lr"], dict):
         groups = optimizer._groups
         own = groups[number].options["lr"] if number < len(groups) else None

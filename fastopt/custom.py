@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels import rules
 from fastopt.hyperparameters import SHARED
+from fastopt.kernels import rules
 from fastopt.optimizer import Optimizer
 
 

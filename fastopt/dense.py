@@ -1,5 +1,6 @@
 """Dense gradients: the parameters that have them, in one launch for all that share a rule and formats."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,9 +8,11 @@ import numpy as np
 
 from fastopt.kernels import rules
 from fastopt.kernels.cpu import formats, norms
+from fastopt.kernels.cpu.factored import update_matrices
 from fastopt.kernels.cpu.flat import GRADIENT, KEY, NUMBERS, PARAMETER, POSITION, STATE, update_arrays
 from fastopt.kernels.cpu.formats import RUN, Format
-from fastopt.kernels.jit import Kernel, thread_count
+from fastopt.kernels.cpu.layers import update_layers
+from fastopt.kernels.jit import thread_count
 from fastopt.kernels.scratch import empty
 from fastopt.precision import DOUBLE, SINGLE, computed_with, gradient_format, random_key
 
@@ -85,7 +88,7 @@ class Batch:
         self.dense = np.flatnonzero(kinds <= FLOAT32)
         self.increments = (kinds != NONE).astype(np.int64)
         self.where = np.zeros(0, np.int64)
-        self.bundles: list[Bundle] | None = None
+        self.bundles: list[Bundle | Matrix] | None = None
         self.placed = self.may_clear = False
         own = {i: SINGLE if kinds[i] == FLOAT32 else dtypes[i] for i in self.dense.tolist()}
         self.formats = {i: gradient_format(dtype) for i, dtype in own.items()}
@@ -161,13 +164,46 @@ class Bundle:
             chunk = max(chunk, RUN)
             given = self._like, self._kinds, self.table, self.bases, self._numbers, zero_grads, chunk
             self._arguments = *self._prototypes, *given
-            self._entry = update_arrays.entry(serial, self._arguments)
+            if kind.rule.layer is None:
+                self._entry = update_arrays.entry(serial, self._arguments)
             self._launched = launched
 
     def run(self) -> None:
         """Make the step that was prepared."""
-        if self.size:
+        if self.size and self.kind.rule.layer is not None:
+            update_layers(self.size, *self._arguments)
+        elif self.size:
             update_arrays.run(self._entry, self._launched[0], self._arguments)
+        self._steps += 1
+
+
+class Matrix:
+    """A parameter of two or more dimensions whose state is of rows and columns."""
+
+    def __init__(self, kind: Kind, member: Member, shape: tuple[int, ...], state: list[np.ndarray]) -> None:
+        self.kind, self._member = kind, member
+        self._steps = 0
+        self._shape = math.prod(shape[:-2]), shape[-2], shape[-1]
+        self._state = [array.reshape(-1) for array in state]
+        self._places = np.array([[0, member.second], [0, 0]], np.int64)
+        self._kinds = formats.formats(*kind.members)
+
+    def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
+        """Take over where the parameter and the gradient are."""
+        self._places[:, 0] = parameters[self._member.index], gradients[self._member.index]
+
+    def prepare(self, fold: Fold, zero_grads: bool) -> None:
+        """Set the hyperparameters of the next step."""
+        like, member = self.kind.like, self._member
+        h, c = fold(member.group, self.kind.decay, like, member.step + self._steps + 1)
+        numbers = np.array([*h, *c], np.float64)
+        given = like.type(0), self._kinds, self._places, self._shape, *self._state, numbers, zero_grads
+        self._arguments = _prototype(h, like), _prototype(c, like), *given
+
+    def run(self) -> None:
+        """Make the step that was prepared."""
+        if self._member.size:
+            update_matrices(*self._arguments)
         self._steps += 1
 
 

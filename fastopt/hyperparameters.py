@@ -48,6 +48,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "beta": _FRACTION,
     "beta1": _FRACTION,
     "beta2": _FRACTION,
+    "beta2_decay": (lambda x: x <= 0, "a finite number, at most 0"),
+    "d": (lambda x: x > 0, "a finite number above 0"),
 }
 _FLAGS = {
     "maximize",
@@ -90,6 +92,11 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
                 raise TypeError(f"{where}: expected a pair of numbers, such as (0.9, 0.999)")
             pair = _FRACTION[0], "a pair of numbers in [0, 1)"
             checked[name] = tuple(_number(beta, where, pair) for beta in value)
+        elif name == "eps" and "beta2_decay" in options:  # Adafactor's two
+            if not isinstance(value, tuple | list) or len(value) != 2:
+                raise TypeError(f"{where}: expected a pair of numbers, such as (None, 1e-3)")
+            first = value[0] if value[0] is None else _number(value[0], where, _AT_LEAST_0)
+            checked[name] = first, _number(value[1], where, _AT_LEAST_0)
         elif (name == "lr" and callable(value)) or (isinstance(value, bool) and name not in _RANGES):
             checked[name] = value
         else:

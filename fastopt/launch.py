@@ -8,8 +8,8 @@ import numpy as np
 from fastopt import arrays
 from fastopt.gradients import RowGradient
 from fastopt.kernels.cpu import norms, tables
-from fastopt.kernels.cpu.norms import GROUPS_PER_BLOCK
 from fastopt.kernels.cpu.formats import Format, formats
+from fastopt.kernels.cpu.norms import GROUPS_PER_BLOCK
 from fastopt.kernels.cpu.rows import buffer_rows, catch_up, update_tables
 from fastopt.kernels.jit import Kernel, thread_count
 from fastopt.kernels.scratch import empty

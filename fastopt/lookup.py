@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastopt import arrays
-from fastopt.bags import NO_WEIGHTS, Bags, checked_bags
+from fastopt.bags import NO_WEIGHTS, Bags, checked_bags, gathered
 from fastopt.clipping import check_limit
 from fastopt.gradients import BagGradient
 from fastopt.kernels.cpu.bags import dots, limit_norms
-from fastopt.kernels.cpu.rows import gather
-from fastopt.kernels.scratch import empty
 from fastopt.plan import Indices
+from fastopt.precision import LOW, widened
 
 if TYPE_CHECKING:
     from fastopt.optimizer import Optimizer
@@ -25,7 +24,7 @@ def embedding(
     """The rows of ``table`` that ``indices`` name, as ``torch.nn.functional.embedding``.
 
     Args:
-        table: float32 or float64 array of shape (rows, dim), C-contiguous; NumPy or torch, CPU; or
+        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous; NumPy or torch, CPU; or
             a :class:`fastopt.Table`.
         indices: int32 or int64 array of any shape, each in [0, rows), or an
             :class:`fastopt.IndexPlan` of them.
@@ -44,9 +43,7 @@ def embedding(
     source = _table(table, max_norm is not None)
     where = Indices(indices, "indices", source.shape[0])
     _make_ready(table, source, where, max_norm, optimizer)
-    out = empty((where.array.size, source.shape[1]), source.dtype)
-    gather(out.size, source, where.flat, out)
-    return out.reshape(*where.array.shape, source.shape[1])
+    return gathered(source, where.flat).reshape(*where.array.shape, source.shape[1])
 
 
 def embedding_bag(
@@ -64,7 +61,7 @@ def embedding_bag(
     """Rows of ``table`` pooled by bags, as ``torch.nn.functional.embedding_bag``.
 
     Args:
-        table: float32 or float64 array of shape (rows, dim), C-contiguous; NumPy or torch, CPU; or
+        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous; NumPy or torch, CPU; or
             a :class:`fastopt.Table`.
         indices: int32 or int64 array, each in [0, rows), or an :class:`fastopt.IndexPlan` of them;
             2-D, a bag in each row, or 1-D with ``offsets``.
@@ -113,13 +110,17 @@ def per_sample_weights_grad(table: Any, gradient: BagGradient) -> np.ndarray:
             "(bags, dim of the table)"
         )
     arrays.check_contiguous(values, "grad_output")
-    unweighted = Bags(bags.indices, bags.offsets, bags.mode, None, bags.padding)
-    where, scales = unweighted.of_positions(source.dtype)
-    out = np.empty(bags.indices.array.size, source.dtype)
-    scales = NO_WEIGHTS[source.dtype] if scales is None else scales
+    shape = bags.indices.array.shape
+    bags = Bags(bags.indices, bags.offsets, bags.mode, None, bags.padding)
+    rows, values = source, widened(values)
+    if source.dtype in LOW:
+        bags, rows = bags.of_rows_read(source)
+    where, scales = bags.of_positions(rows.dtype)
+    out = np.empty(bags.indices.array.size, rows.dtype)
+    scales = NO_WEIGHTS[rows.dtype] if scales is None else scales
     work = out.size * source.shape[1]
-    dots(work, source, bags.indices.flat, where, scales, bags.padding, values, out)
-    return out.reshape(bags.indices.array.shape)
+    dots(work, rows, bags.indices.flat, where, scales, bags.padding, values, out)
+    return out.astype(source.dtype, copy=False).reshape(shape)
 
 
 def _table(table: Any, written: bool) -> np.ndarray:
@@ -128,6 +129,10 @@ def _table(table: Any, written: bool) -> np.ndarray:
     if source.ndim != 2:
         raise ValueError(f"table has shape {source.shape}: expected (rows, dim)")
     arrays.check_contiguous(source, "table")
+    if written and source.dtype in LOW:
+        raise TypeError(
+            f"table has dtype {source.dtype}, whose rows can't be scaled to max_norm: expected float32 or float64"
+        )
     if written and not source.flags.writeable:
         raise ValueError("table is read-only: expected one whose rows can be scaled to max_norm")
     return source

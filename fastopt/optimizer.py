@@ -247,12 +247,13 @@ class Optimizer:
         self._headers = Headers([p.dtype for p in self._all], [p.shape for p in self._all])
         self._parameters_at = np.empty(0, np.int64)
         self._batch: dense.Batch | None = None
+        self._expecting = False  # whether the headers know which dense gradients are used by rows
         self._own_dicts = [group.options for group in self._groups]
         for group in self._groups:
             group.identify()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = "_headers", "_parameters_at", "_batch"
+        own = "_headers", "_parameters_at", "_batch", "_expecting", "_own_dicts"
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -318,6 +319,11 @@ class Optimizer:
 
     def _check_combinations(self, checked: Mapping[str, Any], label: str) -> None:
         """Refuse combinations that can't be honoured."""
+        if checked["rows"] == "dense" and self.rule(checked).layer is not None:
+            raise ValueError(
+                f"{label} has rows='dense': expected 'lazy', as the steps of {type(self).__name__} depend on "
+                "whole layers"
+            )
         if checked["rows"] == "dense" and checked["step_per_row"]:
             raise ValueError(
                 f"{label} has rows='dense' and step_per_row=True: expected one of them, since dense rows "
@@ -550,8 +556,9 @@ class Optimizer:
                     f"{parameter.label} now belongs to another optimizer: expected the last one made"
                 )
         entries = self._entries(grads)
-        if self._batch is None:
+        if not self._expecting:
             self._headers.expect(self._expected_gradients(checked))
+            self._expecting = True
         (changed, odd), (moved, unknown) = self._headers.read(self._values, entries)
         if changed or odd:
             changed = self._locate_parameters()
@@ -590,6 +597,11 @@ class Optimizer:
             if address is not None:
                 return address, dense.SAME, None
             label, view = self._label(grads, i), parameter.view()
+            if by_rows and group.rule.layer is not None:
+                raise ValueError(
+                    f"{label} is dense but is used row by row (clip_row_norm, step_per_row, or 8-bit state made "
+                    f"for sparse gradients): {type(self).__name__} needs the whole array, expected IndexedSlices"
+                )
             array = arrays.gradient_view(value, label, view, parameter.label)
             if not by_rows:
                 kind = dense.SAME if array.dtype == parameter.dtype else dense.FLOAT32
@@ -604,6 +616,11 @@ class Optimizer:
             gradient = RowGradient(values, parameter.every_row(), dense=True)
             return 0, dense.ROWS, _Update(parameter, group, parameter.rows_of(view), gradient)
         label, view = self._label(grads, i), parameter.view()
+        if group.rule.matrix_slots:
+            raise TypeError(
+                f"{label} is {type(value).__name__}: {type(self).__name__} has means over columns, expected a "
+                "dense gradient"
+            )
         gradient = row_gradient(value, label, view, parameter.label)
         return 0, dense.ROWS, _Update(parameter, group, view, gradient)
 
@@ -685,9 +702,10 @@ class Optimizer:
         """Parameters of the batch that are to get a state."""
         return [] if batch.bundles is not None else [self._all[i] for i in batch.dense.tolist()]
 
-    def _bundles(self, batch: dense.Batch) -> list[dense.Bundle]:
+    def _bundles(self, batch: dense.Batch) -> list[dense.Bundle | dense.Matrix]:
         """The launches for the dense gradients."""
         found: dict[tuple, dict[type, list[dense.Member]]] = {}
+        matrices: list[dense.Matrix] = []
         for i in batch.dense.tolist():
             parameter, group = self._all[i], self._group_of[i]
             rule, options, state = group.rule, group.checked, self._ready_state(parameter, group, False)
@@ -697,7 +715,7 @@ class Optimizer:
                 *precision.state_formats(rule, parameter.dtype, options),
             )
             places = []
-            for slot in rule.state_slots:
+            for slot in rule.state_slots if not precision.is_factored(rule, parameter.shape) else ():
                 state[slot] = np.asarray(state[slot], order="C")  # rows of several arrays may lie together
                 scales = state.get(slot + precision.SCALES)
                 places += [arrays.address(state[slot]), 0 if scales is None else arrays.address(scales)]
@@ -712,9 +730,16 @@ class Optimizer:
                 0 if master is None else arrays.address(master),
                 places,
             )
+            if precision.is_factored(rule, parameter.shape):
+                kind = dense.Kind(
+                    rule, self._decay(options), precision.computed_with(parameter.dtype), kinds[:2]
+                )
+                means = [state[slot] for slot in rule.matrix_slots]
+                matrices.append(dense.Matrix(kind, member, parameter.shape, means))
+                continue
             by_decay = found.setdefault((rule, precision.computed_with(parameter.dtype), kinds), {})
             by_decay.setdefault(self._decay(options), []).append(member)
-        bundles = []
+        bundles: list[dense.Bundle | dense.Matrix] = [*matrices]
         for (rule, like, kinds), by_decay in found.items():
             if len(by_decay) > 1 and rules.Scaled in by_decay:  # none is a decay by 0
                 other = next(decay for decay in by_decay if decay is not rules.Scaled)
@@ -725,7 +750,7 @@ class Optimizer:
 
     def _forget(self) -> None:
         """Have all that is kept from step to step found anew."""
-        self._batch = None
+        self._batch, self._expecting = None, False
 
     def _entries(self, grads: Any) -> list | tuple:
         """The gradient of each parameter."""
@@ -790,6 +815,15 @@ class Optimizer:
                 parameter.state = _new_state(slots, group.rule.state_slots if by_row else ())
                 if precision.MASTER in slots:
                     parameter.state[precision.MASTER][...] = parameter.view()
+        elif by_row and not parameter.by_row:
+            kinds = precision.state_formats(group.rule, parameter.dtype, group.checked)
+            state = dict(parameter.state)
+            for slot, kind in zip(group.rule.state_slots, kinds, strict=True):
+                if kind in formats.CODED:
+                    scales = slot + precision.SCALES
+                    state[slot], state[scales] = precision.by_rows(kind, state[slot], state[scales])
+            parameter.state = state
+        self._expecting = self._expecting and not parameter.by_row
         return parameter.state
 
     def _row_update(self, update: _Update, rates: list[float], fold: Callable) -> RowUpdate:

@@ -5,8 +5,10 @@ too, are those of :class:`fastopt.Optimizer`."""
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
-from fastopt.kernels import rules
+import numpy as np
+
 from fastopt.hyperparameters import SharedOptions
+from fastopt.kernels import rules
 from fastopt.optimizer import Optimizer
 
 LearningRate = float | Callable[[int], float]
@@ -191,6 +193,11 @@ class RMSProp(Optimizer):
 
     def rule(self, options: Options) -> rules.Rule:
         if options["centered"]:
+            if options["state_dtype"] in ("bfloat16", "8bit"):
+                raise ValueError(
+                    f"centered is True with state_dtype {options['state_dtype']!r}, whose rounding can make the "
+                    "variance v - mean^2 negative: expected state_dtype None or 'float32'"
+                )
             return rules.CENTERED_RMSPROP_MOMENTUM if options["momentum"] else rules.CENTERED_RMSPROP
         return rules.RMSPROP_MOMENTUM if options["momentum"] else rules.RMSPROP
 
@@ -457,6 +464,115 @@ class Lion(Optimizer):
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.LION
+
+    def decoupled(self, options: Options) -> bool:
+        return True
+
+
+class LAMB(Optimizer):
+    """LAMB (You et al. 2020, Algorithm 2): Adam's direction, scaled for each layer to the norm of its
+    parameters.
+
+    m, v as in :class:`Adam`; u = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay * p;
+    p = p - lr * |p| / |u| * u, with the ratio 1 where |p| or |u| is 0. A layer is an array or, with a sparse
+    gradient, a row of it (as in FBGEMM). Defaults are those of NVIDIA's FusedLAMB, which clips the norm of
+    all gradients to 1, too: pass ``clip_norm=1.0`` to :meth:`step` for that.
+
+    State: ``exp_avg``, ``exp_avg_sq``.
+
+    Args:
+        params, maximize: as for :class:`fastopt.Optimizer`.
+        lr: default 1e-3.
+        betas: each in [0, 1), default (0.9, 0.999).
+        eps: default 1e-6.
+        weight_decay: at least 0, default 0.01; a part of the direction u.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        maximize: bool = False,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            shared,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.LAMB
+
+    def _decay(self, options: Options) -> type:
+        return rules.Scaled  # what weight decay there is is the rule's
+
+
+class Adafactor(Optimizer):
+    """Adafactor (Shazeer & Stern 2018, Algorithms 4 and 5) as in torch: for a matrix, moments of its rows and
+    of its columns in place of those of its elements.
+
+    With w = t^beta2_decay, t being the parameter's own step:
+
+    matrices (the last two axes): R = R + w * (mean(g^2 over a row) - R), C the same over a column,
+        v = R * C / max(mean(R), eps1); others: v = v + w * (g^2 - v)
+    u = g / max(sqrt(v), eps1)
+    p = p - lr * weight_decay * p - min(lr, 1 / sqrt(t)) * max(eps2, RMS(p)) / max(1, RMS(u) / d) * u
+
+    with RMS the root of the mean square over the array, p being that before the step. Sparse gradients are
+    refused, as by torch.
+
+    State: ``row_var``, of shape (..., rows, 1), and ``col_var``, (..., 1, columns), never in fewer bits than
+    float32; of an array of fewer than two dimensions ``variance``.
+
+    Args:
+        params, maximize: as for :class:`fastopt.Optimizer`.
+        lr: default 1e-2; the largest step, relative to the parameters.
+        beta2_decay: at most 0, default -0.8.
+        eps: eps1 and eps2, default (None, 1e-3); None stands for the epsilon of what is
+            computed with, float32 or float64.
+        d: above 0, default 1.0: largest root mean square of u, beyond which it is scaled down.
+        weight_decay: at least 0, default 0; decoupled.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            shared,
+            lr=lr,
+            beta2_decay=beta2_decay,
+            eps=eps,
+            d=d,
+            weight_decay=weight_decay,
+            maximize=maximize,
+        )
+
+    def rule(self, options: Options) -> rules.Rule:
+        return rules.ADAFACTOR
+
+    def _folded(self, group: Any, options: dict[str, Any], decay: type, dtype: Any, *given: Any) -> Any:
+        smallest, relative = options["eps"]
+        smallest = float(np.finfo(dtype).eps) if smallest is None else smallest
+        return super()._folded(group, {**options, "eps": (smallest, relative)}, decay, dtype, *given)
 
     def decoupled(self, options: Options) -> bool:
         return True

@@ -117,6 +117,13 @@ class Indices:
         )
         return self
 
+    @classmethod
+    def of_rows(cls, array: np.ndarray) -> "Indices":
+        """Positions that need no check and are not grouped."""
+        self = cls.__new__(cls)
+        self.array, self.rows, self._groups = array, array.size + 1, None
+        return self
+
     @property
     def flat(self) -> np.ndarray:
         return self.array.reshape(-1)

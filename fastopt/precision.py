@@ -83,6 +83,32 @@ def state_slots(
     """The state arrays of a parameter; ``by_row``: blocks of 8-bit codes end with the rows of a table."""
     like = computed_with(dtype)
     slots = {}
+    if is_factored(rule, shape):
+        of_rows, of_columns = rule.matrix_slots
+        slots[of_rows] = Slot((*shape[:-1], 1), like)
+        slots[of_columns] = Slot((*shape[:-2], 1, shape[-1]), like)
+    else:
+        slots |= _element_slots(rule, shape, dtype, options, first, by_row)
+    if has_master(dtype, options):
+        slots[MASTER] = Slot(shape, SINGLE)
+    return slots
+
+
+def is_factored(rule: Rule, shape: tuple[int, ...]) -> bool:
+    """Whether the state is of rows and columns."""
+    return bool(rule.matrix_slots) and len(shape) >= 2
+
+
+def _element_slots(
+    rule: Rule,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    options: Mapping[str, Any],
+    first: Mapping[str, float],
+    by_row: bool,
+) -> dict[str, Slot]:
+    like = computed_with(dtype)
+    slots = {}
     for name, kind in zip(rule.state_slots, state_formats(rule, dtype, options), strict=True):
         value = first.get(name, 0.0)
         if kind in formats.CODED:
@@ -92,8 +118,6 @@ def state_slots(
             slots[name] = Slot(shape, _STORED.get(kind, like), value)
     for name in rule.row_slots:
         slots[name] = Slot((shape[0] if shape else 1,), like, first.get(name, 0.0))
-    if has_master(dtype, options):
-        slots[MASTER] = Slot(shape, SINGLE)
     return slots
 
 
@@ -107,6 +131,33 @@ def scale_shape(shape: tuple[int, ...], by_row: bool) -> tuple[int, ...]:
         rows, dim = shape
         return rows, -(-dim // BLOCK)
     return (-(-int(np.prod(shape)) // BLOCK),)
+
+
+def by_rows(kind: Format, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of a table whose blocks go on over its rows, with their scales, as those of blocks that end with its
+    rows, rounded to the nearest."""
+    signed = kind is formats.SIGNED8
+    shift = formats.SIGNED_SHIFT if signed else formats.ROOT_SHIFT
+    span = formats.SIGNED_SPAN if signed else formats.ROOT_SPAN
+    values = np.empty(codes.shape, np.float32)
+    flat, out = codes.reshape(-1), values.reshape(-1)
+    for block, scale in enumerate(scales):
+        part = slice(block * BLOCK, (block + 1) * BLOCK)
+        magnitude = (flat[part] & 127 if signed else flat[part]).astype(np.uint32)
+        z = ((magnitude << shift) + formats.LOWEST_BITS).view(np.float32) - formats.LOWEST
+        out[part] = np.where(flat[part] & 128, -z, z) / span * scale if signed else (z / span) ** 2 * scale
+    new, own = np.empty_like(codes), np.empty(scale_shape(codes.shape, True), np.float32)
+    for block in range(own.shape[1]):
+        part = values[:, block * BLOCK : (block + 1) * BLOCK]
+        largest = np.abs(part).max(axis=1, initial=0.0)
+        scale = np.where(np.isfinite(largest), np.maximum(largest, formats.SMALLEST_SCALE), np.nan)
+        own[:, block] = scale
+        z = np.abs(part) / scale[:, None].astype(np.float32)
+        z = (z if signed else np.sqrt(z)) * span + formats.LOWEST
+        code = (z.view(np.uint32) + (np.uint32(1) << (shift - 1)) - formats.LOWEST_BITS) >> shift
+        code = code.astype(np.uint8) | (np.signbit(part) * np.uint8(128) if signed else np.uint8(0))
+        new[:, block * BLOCK : (block + 1) * BLOCK] = code
+    return new, own
 
 
 def random_key(seed: int, step: int) -> int:

@@ -117,10 +117,11 @@ def _unpack_decay(prototype, numbers, like):
     )
 
 
-def _adapter(rule: Rule) -> Callable:
+def _adapter(rule: Rule, direction: bool = False) -> Callable:
     """``rule.update`` on present slots alone: ``None`` goes in, and is dropped, for the others.
 
-    In the adapter's source, because a tuple of state in a kernel can't hold a ``None``.
+    In the adapter's source, because a tuple of state in a kernel can't hold a ``None``. With
+    ``direction`` only that of a rule with a layer's part is returned.
     """
     arguments: list[str] = []
     results: list[str] = []
@@ -131,11 +132,12 @@ def _adapter(rule: Rule) -> Callable:
         present += slot is not None
     arguments += [f"state[{present + k}]" for k in range(len(rule.row_slots))]
     kept = [result for result, slot in zip(results, rule.slots, strict=True) if slot is not None]
+    first = f"p - h.{rule.hyper._fields[0]} * new" if rule.layer else "new"  # type: ignore[attr-defined]
     return define(
         "adapter",
         "h, p, g, *state",
-        f"{', '.join(['p', *results])}, = rule_update({', '.join(['h', 'p', 'g', *arguments])})",
-        f"return {', '.join(['p', *kept])},",
+        f"{', '.join(['new', *results])}, = rule_update({', '.join(['h', 'p', 'g', *arguments])})",
+        "return new" if direction else f"return {', '.join([first, *kept])},",
         rule_update=register_jitable(rule.update),
     )
 
@@ -188,15 +190,41 @@ def update_element(h, c, p, g, *state):
     return update(h, decayed(c, p), regularise(c, p, g), *state)
 
 
-def rescaled(c, factor):
-    """``c`` with the gradient's scale times ``factor``."""
-    return c._replace(scale=c.scale * factor)
+def direction(h, c, p, g, *state):
+    """Where :func:`update_element` goes, by a rule with a layer's part."""
+    return _adapter(RULES[type(h)], direction=True)(h, decayed(c, p), regularise(c, p, g), *state)
+
+
+@overload(direction)
+def _direction(h, c, p, g, *state):
+    rule_direction = register_jitable(_adapter(RULES[h.instance_class], direction=True))
+    return lambda h, c, p, g, *state: rule_direction(h, decayed(c, p), regularise(c, p, g), *state)
+
+
+def layer_factor(h, p_sq, u_sq, size):
+    """The layer's part of the rule that belongs to ``type(h)``."""
+    return RULES[type(h)].layer(h, p_sq, u_sq, size)
+
+
+@overload(layer_factor)
+def _layer_factor(h, p_sq, u_sq, size):
+    return RULES[h.instance_class].layer
+
+
+def rescaled(numbers, factor):
+    """The named tuple ``numbers`` with its first, a scale or a learning rate, times ``factor``."""
+    return numbers._replace(**{numbers._fields[0]: numbers[0] * factor})
 
 
 @overload(rescaled)
-def _rescaled(c, factor):
-    others = "".join(f", c.{name}" for name in c.fields[1:])
-    return define("rescaled", "c, factor", f"return cls(c.scale * factor{others})", cls=c.instance_class)
+def _rescaled(numbers, factor):
+    first, *others = (f"numbers.{name}" for name in numbers.fields)
+    return define(
+        "rescaled",
+        "numbers, factor",
+        f"return cls({', '.join([f'{first} * factor', *others])})",
+        cls=numbers.instance_class,
+    )
 
 
 @register_jitable
@@ -263,6 +291,36 @@ def _begin_row(h, c, p, g, row_state):
     return implementation
 
 
+def enter_layer(h, c, p, g, state, row_values):
+    """``h`` as the elements of a row that is a layer are to see it."""
+    return h if RULES[type(h)].layer is None else _rated_row()(h, c, p, g, state, row_values)
+
+
+@overload(enter_layer)
+def _enter_layer(h, c, p, g, state, row_values):
+    if RULES[h.instance_class].layer is None:
+        return lambda h, c, p, g, state, row_values: h
+    rated_row = _rated_row()
+    return lambda h, c, p, g, state, row_values: rated_row(h, c, p, g, state, row_values)
+
+
+def _rated_row() -> Callable:
+    from fastopt.kernels.cpu.layers import rated_row  # late, for it imports this module
+
+    return rated_row
+
+
+def part_of(arrays, first, last):
+    """The elements from ``first`` on, up to ``last``, of each 1-D array of a tuple."""
+    return tuple(array[first:last] for array in arrays)
+
+
+@overload(part_of)
+def _part_of(arrays, first, last):
+    items = "".join(f"arrays[{k}][first:last], " for k in range(len(arrays)))
+    return define("part_of", "arrays, first, last", f"return ({items})")
+
+
 def element_of(arrays, row):
     """Element ``row`` of each 1-D array of a tuple, as arrays of one element."""
     return tuple(array[row : row + 1] for array in arrays)
@@ -279,6 +337,7 @@ def update_row(h, c, p, g, state, row_state):
     """Update the row ``p`` and its state with the row's whole gradient ``g``, all of them 1-D and
     the arrays of ``row_state`` of one element."""
     row_values = begin_row(h, c, p, g, row_state)
+    h = enter_layer(h, c, p, g, state, row_values)
     for d in range(g.size):
         new = update_element(h, c, p[d], g[d], *load(state, d), *row_values)
         p[d] = new[0]

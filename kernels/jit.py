@@ -321,7 +321,7 @@ def _rule_key(cls: type) -> str:
         return name  # the package's digest covers it
     # the types of a signature have no field names
     seen = [name, repr((rule.hyper._fields, rule.slots, rule.row_slots))]  # type: ignore[attr-defined]
-    for function in (rule.update, rule.update_row):
+    for function in (rule.update, rule.update_row, rule.layer):
         seen.extend(_fingerprint(function, set()))
     return hashlib.sha256("\0".join(seen).encode()).hexdigest()
 

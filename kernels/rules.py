@@ -7,6 +7,7 @@ sparse kernels on the CPU and the GPU all call it, in float32 or float64.
 - What depends on the step alone (bias corrections, products with the learning rate) is folded
   on the host in float64, by the ``fold`` of the rule's NamedTuple, and cast once.
 - Rules hold no literals: numbers in the code are 64 bits wide and would promote float32 arithmetic.
+  (What is computed once a layer is in float64, and may.)
 - A slot that a variant does without is ``None``; its branch is dropped at compile time.
 
 Gradient scale, sign and weight decay are the same for all rules and come before them: one of
@@ -387,6 +388,95 @@ def lion(h, p, g, exp_avg):
     return p - move, h.beta2 * exp_avg + h.one_minus_beta2 * g
 
 
+class LAMBH(NamedTuple):
+    lr: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    correction: float
+    root_correction: float
+    eps: float
+    weight_decay: float
+
+    @classmethod
+    def fold(cls, step, *, lr, betas, eps, weight_decay, **_):
+        beta1, beta2 = betas
+        correction, root_correction = 1.0 / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
+        return cls(lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, correction, root_correction, eps, weight_decay)
+
+
+@register_jitable
+def lamb(h, p, g, exp_avg, exp_avg_sq):
+    """LAMB, You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76
+    minutes", Algorithm 2; the direction of a layer's step, whose length :func:`trust_ratio` gives.
+
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g^2
+    u = m / (1 - beta1^t) / (sqrt(v) / sqrt(1 - beta2^t) + eps) + weight_decay * p
+    """
+    exp_avg = lerp(exp_avg, g, h.one_minus_beta1, h.beta1)
+    exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * g * g
+    direction = exp_avg * h.correction / (math.sqrt(exp_avg_sq) * h.root_correction + h.eps)
+    return direction + h.weight_decay * p, exp_avg, exp_avg_sq
+
+
+@register_jitable
+def trust_ratio(h, p_sq, u_sq, size):
+    """The layer's part of :func:`lamb`: p = p - lr * |p| / |u| * u, with the ratio 1 where either is 0
+    (the paper's phi being the identity)."""
+    if p_sq > 0.0 and u_sq > 0.0:
+        return math.sqrt(p_sq) / math.sqrt(u_sq)
+    return 1.0
+
+
+class AdafactorH(NamedTuple):
+    lr: float
+    decay: float
+    one_minus_decay: float
+    smallest_variance: float
+    smallest_mean: float
+    smallest_rms: float
+    d: float
+
+    @classmethod
+    def fold(cls, step, *, lr, beta2_decay, eps, d, **_):
+        eps1, eps2 = eps
+        one_minus_decay = float(step) ** beta2_decay
+        lr = min(lr, 1.0 / math.sqrt(step))
+        return cls(lr, 1.0 - one_minus_decay, one_minus_decay, eps1 * eps1, eps1, eps2, d)
+
+
+@register_jitable
+def adafactor_direction(h, g, variance):
+    """Adafactor, Shazeer & Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost",
+    Algorithms 4 and 5, as in torch: u = g / max(sqrt(v), eps1), where the paper adds eps1 to g^2.
+
+    The length of the step is :func:`adafactor_factor`'s. The estimate v of a matrix's g^2 is
+    R_i * C_j / max(mean(R), eps1), of means over rows and columns that decay as v in :func:`adafactor`.
+    """
+    # this way round a NaN stays one
+    variance = h.smallest_variance if variance < h.smallest_variance else variance
+    return g / math.sqrt(variance)
+
+
+@register_jitable
+def adafactor(h, p, g, variance):
+    """Adafactor of a vector: v = beta2_t * v + (1 - beta2_t) * g^2, with beta2_t = 1 - t^beta2_decay."""
+    variance = lerp(variance, g * g, h.one_minus_decay, h.decay)
+    return adafactor_direction(h, g, variance), variance
+
+
+@register_jitable
+def adafactor_factor(h, p_sq, u_sq, size):
+    """The layer's part of :func:`adafactor`, with RMS the root of the mean square:
+
+    p = p - min(lr, 1 / sqrt(t)) * max(eps2, RMS(p)) / max(1, RMS(u) / d) * u
+    """
+    rms_p, rms_u = math.sqrt(p_sq / size), math.sqrt(u_sq / size)
+    return max(h.smallest_rms, rms_p) / max(1.0, rms_u / h.d)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule as kernels and optimizers see it.
@@ -401,6 +491,11 @@ class Rule:
     update_row, row_slots: a rule with state of one element a row has the function
         ``(h, mean_sq, *row_slots) -> row_slots``, called once a row with the mean square of the
         row's gradient, before ``update`` sees the row's elements.
+    layer: where the length of the step depends on the whole layer, which is an array or, with a
+        sparse gradient, a row, ``update`` returns in place of p a direction u, and the function
+        ``(h, sum of p^2, sum of u^2, size) -> factor``, in float64, makes it p = p - factor * h[0] * u.
+    matrix_slots: names of the state, in place of all other, of an array of two or more dimensions, by a rule
+        that has means over rows and over columns (see kernels/cpu/factored.py): of the former, of the latter.
     not_negative: those of ``slots`` whose elements never are negative, sums and means of squares: stored in
         8 bits, they need no sign.
     """
@@ -411,6 +506,8 @@ class Rule:
     update_row: Callable[..., tuple] | None = None
     row_slots: tuple[str, ...] = ()
     not_negative: tuple[str, ...] = ()
+    layer: Callable[..., float] | None = None
+    matrix_slots: tuple[str, ...] = ()
 
     @property
     def state_slots(self) -> tuple[str, ...]:
@@ -467,3 +564,14 @@ AMSGRAD = register(
 RADAM = register(Rule(RAdamH, radam, ("exp_avg", "exp_avg_sq"), not_negative=("exp_avg_sq",)))
 NADAM = register(Rule(NAdamH, nadam, ("exp_avg", "exp_avg_sq"), not_negative=("exp_avg_sq",)))
 LION = register(Rule(LionH, lion, ("exp_avg",)))
+LAMB = register(Rule(LAMBH, lamb, ("exp_avg", "exp_avg_sq"), not_negative=("exp_avg_sq",), layer=trust_ratio))
+ADAFACTOR = register(
+    Rule(
+        AdafactorH,
+        adafactor,
+        ("variance",),
+        not_negative=("variance",),
+        layer=adafactor_factor,
+        matrix_slots=("row_var", "col_var"),
+    )
+)

@@ -130,6 +130,39 @@ def signum(p, g, state, step, *, lr, beta=0.9, **common):
     return p - lr * np.sign(state["exp_avg"])
 
 
+def lamb(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, maximize=False):
+    """Of one layer."""
+    if maximize:
+        g = -g
+    beta1, beta2 = betas
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, 1 - beta1)
+    v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
+    m_hat = m / (1 - beta1**step)
+    v_hat = v / (1 - beta2**step)
+    u = m_hat / (np.sqrt(v_hat) + eps) + weight_decay * p
+    p_norm, u_norm = np.sqrt((p**2).sum()), np.sqrt((u**2).sum())
+    ratio = p_norm / u_norm if p_norm > 0 and u_norm > 0 else 1
+    return p - lr * ratio * u
+
+
+def adafactor(p, g, state, step, *, lr=1e-2, beta2_decay=-0.8, eps=(2.0**-23, 1e-3), d=1.0,
+              weight_decay=0.0, maximize=False):  # fmt: skip
+    if p.size == 0:
+        return p
+    if maximize:
+        g = -g
+    weight = step**beta2_decay
+    alpha = max(eps[1], np.sqrt((p**2).mean())) * min(lr, 1 / np.sqrt(step))
+    if p.ndim > 1:
+        r = state["row_var"] = lerp(state["row_var"], (g**2).mean(axis=-1, keepdims=True), weight)
+        c = state["col_var"] = lerp(state["col_var"], (g**2).mean(axis=-2, keepdims=True), weight)
+        v = r * c / np.maximum(r.mean(axis=-2, keepdims=True), eps[0])
+    else:
+        v = state["variance"] = lerp(state["variance"], g**2, weight)
+    u = g / np.maximum(np.sqrt(v), eps[0])
+    return p - lr * weight_decay * p - alpha / max(1, np.sqrt((u**2).mean()) / d) * u
+
+
 def lion(p, g, state, step, *, lr, betas=(0.9, 0.99), **common):
     p, g = prepared(p, g, lr=lr, **common)
     beta1, beta2 = betas
@@ -150,13 +183,17 @@ def slots(rule, options):
         return [name for name, present in wanted.items() if present]
     if rule is adam:
         return ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * options.get("amsgrad", False)
-    if rule in (radam, rowwise_adam, nadam):
+    if rule in (radam, rowwise_adam, nadam, lamb):
         return ["exp_avg", "exp_avg_sq"]
     return ["exp_avg"] if rule in (lion, signum) else []
 
 
 def new_state(rule, p, options):
     """State before the first update."""
+    if rule is adafactor:
+        if p.ndim < 2:
+            return {"variance": np.zeros(p.shape)}
+        return {"row_var": np.zeros((*p.shape[:-1], 1)), "col_var": np.zeros((*p.shape[:-2], 1, p.shape[-1]))}
     by_row = {rowwise_adagrad: ["sum"], rowwise_adam: ["exp_avg_sq"]}.get(rule, [])
     return {name: np.full((p.shape[:1] or (1,)) if name in by_row else p.shape,
                           options.get("initial_accumulator_value", 0.0))
@@ -178,7 +215,14 @@ def update_rows(rule, p, indices, values, state, step, options):
     rows, sums = coalesce(indices, values)
     own = {name: array[rows] for name, array in state.items()}
     p = p.copy()
-    p[rows] = rule(p[rows], sums, own, step, **options)
+    if rule is lamb:  # each row is a layer
+        for k, row in enumerate(rows):
+            single = {name: array[k] for name, array in own.items()}
+            p[row] = rule(p[row], sums[k], single, step, **options)
+            for name, array in single.items():
+                own[name][k] = array
+    else:
+        p[rows] = rule(p[rows], sums, own, step, **options)
     for name, array in own.items():
         state[name] = state[name].copy()
         state[name][rows] = array

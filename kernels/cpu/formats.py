@@ -13,7 +13,6 @@ numbers near the largest have a relative spacing of 1/8 at most (signed, seven b
 
 import functools
 import math
-import re
 from collections import namedtuple
 from collections.abc import Callable
 from enum import Enum
@@ -319,6 +318,42 @@ def _draws(slots: list[int]) -> list[str]:
     ]
 
 
+class Opening(NamedTuple):
+    """Source that opens the arrays of a run, and the parameters and arguments of a loop over its elements
+    ``i``, which finds the numbers at ``loads``. All of it sees ``names``."""
+
+    lines: list[str]
+    parameters: list[str]
+    arguments: list[str]
+    loads: list[str]
+    names: dict[str, Any]
+
+
+def opened(members: tuple[Format, ...], like: np.dtype) -> Opening:
+    """Of arrays at ``places``, from the element ``at`` on."""
+    names: dict[str, Any] = {"np": np, "view": view, "like": like.type(0)}
+    opening = Opening([], [], [], [], names)
+    for k, kind in enumerate(members):
+        name, place, size, zero = f"a{k}", f"places[{2 * k}]", itemsize(kind, like.itemsize), "like"
+        load = f"a{k}[i]"
+        if kind in MASTERED:
+            place, size = f"places[{2 * k + 1}]", like.itemsize
+        elif kind in CODECS:
+            names |= {f"zero{k}": CODECS[kind].stored(0), f"decode{k}": CODECS[kind].decode}
+            zero, load = f"zero{k}", f"decode{k}(a{k}[i])"
+        opening.lines.append(f"{name} = view({place} + at * {size}, size, {zero})")
+        opening.parameters.append(name)
+        opening.arguments.append(name)
+        if kind in CODED:
+            names[f"factor{k}"] = CODECS[kind].factor
+            opening.lines.append(f"s{k} = view(places[{2 * k + 1}] + at // {BLOCK} * 4, 1, np.float32(0))")
+            opening.parameters.append(f"f{k}")
+            opening.arguments.append(f"factor{k}(s{k}[0])")
+            load = f"decode{k}(a{k}[i], f{k})"
+        opening.loads.append(load)
+    return opening
+
+
 def run_update(members: tuple[Format, ...], like: np.dtype) -> Callable:
     """A function that updates a run of elements with the formats ``members`` of the parameter, the gradient
     and each slot of the state.
@@ -329,40 +364,28 @@ def run_update(members: tuple[Format, ...], like: np.dtype) -> Callable:
     """
     slots = members[2:]
     coded = [s for s, kind in enumerate(slots) if kind in CODED]
-    names: dict[str, Any] = {"np": np, "view": view, "random_bits": random_bits, "like": like.type(0)}
-    names |= {"update_element": update_element, "larger": larger, "scale_from": scale_from}
-    opening, loads, stores, arrays = [], [], [], []
+    opening, parameters, arguments, loads, names = opened(members, like)
+    names |= {"random_bits": random_bits, "update_element": update_element}
+    names |= {"larger": larger, "scale_from": scale_from}
+    stores = []
     for k, kind in enumerate(members):
-        size = itemsize(kind, like.itemsize)
-        zero = "like"
-        if kind in CODECS:
-            codec = CODECS[kind]
-            names |= {f"zero{k}": codec.stored(0), f"decode{k}": codec.decode, f"encode{k}": codec.encode}
-            zero = f"zero{k}"
-        if kind in MASTERED:
-            opening.append(f"a{k} = view(places[{2 * k + 1}] + at * {like.itemsize}, size, like)")
-            opening.append(f"o{k} = view(places[{2 * k}] + at * {size}, size, {zero})")
-            arrays += [f"a{k}", f"o{k}"]
-        else:
-            opening.append(f"a{k} = view(places[{2 * k}] + at * {size}, size, {zero})")
-            arrays.append(f"a{k}")
-        if kind in CODED:
-            names |= {f"factor{k}": codec.factor, f"inverse{k}": codec.inverse}
-            opening.append(f"s{k} = view(places[{2 * k + 1}] + at // {BLOCK} * 4, 1, np.float32(0))")
-            opening.append(f"b{k} = buffers[{coded.index(k - 2)}]")
-            arrays += [f"factor{k}(s{k}[0])", f"b{k}"]
-        new = f"new[{k - (k > 0)}]"
-        if kind is PLAIN or kind in MASTERED:
-            loads.append(f"a{k}[i]")
-        elif kind in CODED:
-            loads.append(f"decode{k}(a{k}[i], f{k})")
-        else:
-            loads.append(f"decode{k}(a{k}[i])")
         if k == 1:
             continue
+        new = f"new[{k - (k > 0)}]"
+        if kind in CODECS:
+            names |= {f"encode{k}": CODECS[kind].encode, f"inverse{k}": CODECS[kind].inverse}
         if kind in CODED:
+            opening.append(f"b{k} = buffers[{coded.index(k - 2)}]")
+            parameters.append(f"b{k}")
+            arguments.append(f"b{k}")
             stores += [f"b{k}[i] = {new}", f"l{k} = larger(l{k}, {new})"]
             continue
+        if kind in MASTERED:
+            size, stored = itemsize(kind, like.itemsize), CODECS[kind].stored
+            names[f"zero{k}"] = stored(0)
+            opening.append(f"o{k} = view(places[{2 * k}] + at * {size}, size, zero{k})")
+            parameters.append(f"o{k}")
+            arguments.append(f"o{k}")
         if kind is PLAIN or kind in MASTERED:
             stores.append(f"a{k}[i] = {new}")
         if kind in CODECS:
@@ -370,7 +393,6 @@ def run_update(members: tuple[Format, ...], like: np.dtype) -> Callable:
             random = _half_of_random(k - 2) if kind in RANDOM else "np.uint32(0)"
             stores.append(f"{target}[i] = encode{k}({new}, {random})")
     draws = _draws([s for s, kind in enumerate(slots) if kind is STOCHASTIC])
-    parameters = [re.sub(r"factor(\d+)\(.*", r"f\1", name) for name in arrays]
     loop = define(
         "loop",
         f"h, c, size, key, position, {', '.join(parameters)}",
@@ -384,7 +406,7 @@ def run_update(members: tuple[Format, ...], like: np.dtype) -> Callable:
         **names,
     )
     names["loop"] = restricted_helper(loop)
-    closing = [f"largest = loop(h, c, size, key, position, {', '.join(arrays)})"]
+    closing = [f"largest = loop(h, c, size, key, position, {', '.join(arguments)})"]
     if coded:
         encode = define(
             "encode",

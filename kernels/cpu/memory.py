@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 CACHE_LINE = 64  # bytes
 AHEAD = 12  # rows that are fetched before their turn: memory answers in the time of a few
+ON_STACK = 64  # elements
 MOST_BYTES = 16 * CACHE_LINE  # of a row: the processor itself fetches on from there
 
 
@@ -48,6 +49,17 @@ def _view_2d(context: Any, address: Any, rows: Any, columns: Any, like: Any) -> 
         return _array_at(context, builder, signature.return_type, arguments[0], list(arguments[1:3]))
 
     return types.Array(like, 2, "C")(types.int64, types.int64, types.int64, like), generate
+
+
+@intrinsic
+def _on_stack(context: Any, like: Any) -> Any:
+    def generate(context, builder, signature, arguments):
+        kind = signature.return_type
+        i64 = ir.IntType(64)
+        data = cgutils.alloca_once(builder, context.get_data_type(kind.dtype), size=i64(ON_STACK))
+        return _array_at(context, builder, kind, builder.ptrtoint(data, i64), [i64(ON_STACK)])
+
+    return types.Array(like, 1, "C")(like), generate
 
 
 def _prefetch_function(module: ir.Module) -> ir.Function:
@@ -101,6 +113,12 @@ def _python_view_2d(address, rows, columns, like):
     return _python_view(address, rows * columns, like).reshape(rows, columns)
 
 
+def _python_on_stack(like):
+    """An array of ON_STACK elements, of the type of ``like``, for the time of a call: one from NumPy costs as
+    much as a row of 64 elements."""
+    return np.empty(ON_STACK, type(like))
+
+
 def _python_prefetch(address, size):
     """Have the first of ``size`` bytes at ``address`` loaded; does nothing without JIT."""
 
@@ -108,4 +126,5 @@ def _python_prefetch(address, size):
 _compiled: Any = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
 view: Any = _view if _compiled else _python_view
 view_2d: Any = _view_2d if _compiled else _python_view_2d
+on_stack: Any = _on_stack if _compiled else _python_on_stack
 prefetch: Any = _prefetch if _compiled else _python_prefetch

@@ -12,7 +12,7 @@ from fastopt.kernels.cpu.flat import array_at
 from fastopt.kernels.cpu.formats import CODECS, itemsize, same
 from fastopt.kernels.cpu.memory import view
 from fastopt.kernels.cpu.tables import DIM, GROUPS, PARAM, SKIPPED, gradient_of, row_of_group
-from fastopt.kernels.jit import Kernel, helper
+from fastopt.kernels.jit import Kernel, helper, restricted_helper
 
 BLOCK = 8_192  # elements
 LANES = 512  # sums of a block that grow side by side, so that the loop over them vectorises
@@ -33,11 +33,15 @@ def total_of(sums):
     size = sums.size
     while size > 1:
         half = size // 2
-        upper = sums[size - half : size]
-        for i in range(half):
-            sums[i] += upper[i]
+        add_sums(sums[:half], sums[size - half : size])
         size -= half
     return sums[0]
+
+
+@restricted_helper
+def add_sums(totals, sums):
+    for k in range(totals.size):
+        totals[k] += sums[k]
 
 
 @Kernel

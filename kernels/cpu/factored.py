@@ -1,0 +1,394 @@
+"""Adafactor of matrices: second moments of rows and columns in place of those of elements.
+
+An array is a stack of matrices, its last two axes. Matrices are cut into tiles, which threads share out;
+LANES elements at a time are decoded (see formats.py) and worked on while they are in cache. Sums are in
+float64, over a tile each, and added in order, so that they do not depend on the number of threads.
+
+Three passes, since the length of a step depends on all of the update and this on all of the gradient: sums
+of squares, those of the update, and the update. Bytes moved for an element of float32: p and g read, g read,
+p and g read and p written, 24.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import prange
+from numba.extending import overload
+from numba.np.numpy_support import as_dtype
+
+from fastopt.kernels.cpu.formats import CODECS, MASTERED, PLAIN, Format, gradient_itemsize, itemsize
+from fastopt.kernels.cpu.layers import add_one
+from fastopt.kernels.cpu.memory import view
+from fastopt.kernels.cpu.norms import add_sums, total_of
+from fastopt.kernels.elements import decayed, define, layer_factor, scaled, unpack
+from fastopt.kernels.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.rules import adafactor_direction, lerp
+from fastopt.kernels.scratch import empty
+
+TILE_ROWS, TILE_COLUMNS = 32, 4_096  # rows long enough for the processor to fetch ahead
+LANES = 512  # elements of a row that are worked on at a time, a divisor of TILE_COLUMNS
+CHUNK = TILE_ROWS * TILE_COLUMNS  # elements that a thread takes at a time, or a few more
+
+
+def update_matrices(
+    h: Any,
+    c: Any,
+    like: Any,
+    kinds: Any,
+    places: np.ndarray,
+    shape: tuple[int, int, int],
+    row_var: np.ndarray,
+    col_var: np.ndarray,
+    numbers: np.ndarray,
+    zero_grads: bool,
+) -> None:
+    """Update an array, a stack of matrices, and its state with its gradient.
+
+    h, c: AdafactorH, and Scaled or Decoupled; their types count. like: a number of the type that is computed
+    with. kinds: formats of parameter and gradient. places: [array, 2], their addresses (see formats.py).
+    shape: matrices, rows, columns. row_var, col_var: [matrices * rows] and [matrices * columns], of the
+    type of ``like``. numbers: fields of h and of c, float64. zero_grads: whether gradients become 0.
+    """
+    matrices, rows, columns = shape
+    work = matrices * rows * columns
+    if not work:
+        return
+    bands, stripes = _pieces(rows, TILE_ROWS), _pieces(columns, TILE_COLUMNS)
+    chunk = max(1, CHUNK // (min(rows, TILE_ROWS) * min(columns, TILE_COLUMNS)))
+    update_tiles(
+        work,
+        h,
+        c,
+        like,
+        kinds,
+        places,
+        shape,
+        row_var,
+        col_var,
+        numbers,
+        zero_grads,
+        chunk,
+        empty((matrices * stripes, rows), np.float64),
+        empty((matrices * bands, columns), np.float64),
+        empty(matrices, np.float64),
+        empty((2, matrices * bands * stripes), np.float64),
+    )
+
+
+def _pieces(size: int, most: int) -> int:
+    return -(-size // most)
+
+
+@Kernel
+def update_tiles(
+    h,
+    c,
+    like,
+    kinds,
+    places,
+    shape,
+    row_var,
+    col_var,
+    numbers,
+    zero_grads,
+    chunk,
+    row_sums,
+    col_sums,
+    means,
+    sums,
+):
+    """:func:`update_matrices`, with memory for sums of squares: row_sums: [matrix and stripe, row].
+    col_sums: [matrix and band, column]. means: [matrix], of row_var. sums: [2, tile], of p and the update.
+    chunk: tiles a thread takes at a time."""
+    tiles = sums.shape[1]
+    chunks = (tiles + chunk - 1) // chunk
+    for k in prange(chunks):
+        last = min((k + 1) * chunk, tiles)
+        add_tiles(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_sums, col_sums, sums)
+    for m in prange(means.size):
+        means[m] = update_moments(h, like, shape, numbers, m, row_sums, col_sums, row_var, col_var)
+    for k in prange(chunks):
+        last = min((k + 1) * chunk, tiles)
+        add_updates(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means, sums)
+    factor = factor_of(h, shape, numbers, sums)
+    for k in prange(chunks):
+        last = min((k + 1) * chunk, tiles)
+        take_step(
+            h,
+            c,
+            like,
+            kinds,
+            places,
+            shape,
+            numbers,
+            k * chunk,
+            last,
+            row_var,
+            col_var,
+            means,
+            factor,
+            zero_grads,
+        )
+
+
+@helper
+def tile_at(shape, tile):
+    """The matrix, the band of rows and the stripe of columns of a tile, and where these begin and end."""
+    stripes = (shape[2] + TILE_COLUMNS - 1) // TILE_COLUMNS
+    bands = (shape[1] + TILE_ROWS - 1) // TILE_ROWS
+    matrix, band, stripe = tile // (bands * stripes), tile // stripes % bands, tile % stripes
+    top, left = band * TILE_ROWS, stripe * TILE_COLUMNS
+    bottom, right = min(top + TILE_ROWS, shape[1]), min(left + TILE_COLUMNS, shape[2])
+    return matrix, matrix * bands + band, matrix * stripes + stripe, top, bottom, left, right
+
+
+@helper
+def add_tiles(h, c, like, kinds, places, shape, numbers, first, last, row_sums, col_sums, sums):
+    """The squares of the parameter and, by row and by column, of the gradient."""
+    c = unpack(c, numbers[len(h) :], like)
+    buffers = new_buffers(like)
+    lanes = np.empty((2, LANES))
+    for tile in range(first, last):
+        matrix, band, stripe, top, bottom, left, right = tile_at(shape, tile)
+        col_sums[band, left:right] = 0.0
+        used = min(LANES, right - left)
+        p_lanes, g_lanes = lanes[0, :used], lanes[1, :used]
+        p_lanes[:] = 0.0
+        for row in range(top, bottom):
+            first_of_row = (matrix * shape[1] + row) * shape[2]
+            g_lanes[:] = 0.0
+            for column in range(left, right, LANES):
+                width = min(LANES, right - column)
+                at = first_of_row + column
+                p = opened_parameter(kinds, like, places, at, width, buffers[0])
+                g = opened_gradient(kinds, like, places, at, width, buffers[1])
+                add_squares(c, p, g, col_sums[band, column : column + width], g_lanes, p_lanes)
+            row_sums[stripe, row] = total_of(g_lanes)
+        sums[0, tile] = total_of(p_lanes)
+
+
+@restricted_helper
+def add_squares(c, p, g, columns, g_lanes, p_lanes):
+    for j in range(p.size):
+        x, y = np.float64(scaled(c, g[j])), np.float64(p[j])
+        columns[j] += x * x
+        g_lanes[j] += x * x
+        p_lanes[j] += y * y
+
+
+@helper
+def update_moments(h, like, shape, numbers, matrix, row_sums, col_sums, row_var, col_var):
+    """Those of a matrix; returns the mean of its rows'."""
+    h = unpack(h, numbers, like)
+    rows, columns = shape[1], shape[2]
+    stripes, bands = row_sums.shape[0] // shape[0], col_sums.shape[0] // shape[0]
+    own_rows, own_columns = row_var[matrix * rows :][:rows], col_var[matrix * columns :][:columns]
+    average(h, like, row_sums[matrix * stripes :][:stripes], columns, own_rows)
+    average(h, like, col_sums[matrix * bands :][:bands], rows, own_columns)
+    total = 0.0
+    for row in range(rows):
+        total += np.float64(own_rows[row])
+    return total / rows
+
+
+@helper
+def average(h, like, sums, count, moments):
+    """Average the moments with the means that belong to ``sums``: [part, moment]."""
+    totals = sums[0]
+    for part in range(1, sums.shape[0]):
+        add_sums(totals, sums[part])
+    for k in range(moments.size):
+        mean = cast(like, totals[k] / count)
+        moments[k] = lerp(moments[k], mean, h.one_minus_decay, h.decay)
+
+
+@helper
+def share_of(h, like, moment, mean):
+    """A row's share of its matrix's moments."""
+    mean = cast(like, mean)
+    return moment / (h.smallest_mean if mean < h.smallest_mean else mean)
+
+
+@helper
+def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var, col_var, means, sums):
+    """The squares of the update."""
+    c = unpack(c, numbers[len(h) :], like)
+    h = unpack(h, numbers, like)
+    buffers = new_buffers(like)
+    memory = np.empty(LANES)
+    for tile in range(first, last):
+        matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
+        columns = col_var[matrix * shape[2] :]
+        lanes = memory[: min(LANES, right - left)]
+        lanes[:] = 0.0
+        for row in range(top, bottom):
+            own_row = matrix * shape[1] + row
+            share = share_of(h, like, row_var[own_row], means[matrix])
+            for column in range(left, right, LANES):
+                width = min(LANES, right - column)
+                at = own_row * shape[2] + column
+                g = opened_gradient(kinds, like, places, at, width, buffers[1])
+                updates = buffers[0, :width]
+                find_updates(h, c, g, share, columns[column : column + width], updates)
+                add_one(updates, lanes)
+        sums[1, tile] = total_of(lanes)
+
+
+@restricted_helper
+def find_updates(h, c, g, share, columns, updates):
+    for j in range(g.size):
+        updates[j] = adafactor_direction(h, scaled(c, g[j]), share * columns[j])
+
+
+@helper
+def take_step(
+    h, c, like, kinds, places, shape, numbers, first, last, row_var, col_var, means, factor, zero_grads
+):
+    """Update the parameter."""
+    rate = cast(like, numbers[0] * factor)
+    c = unpack(c, numbers[len(h) :], like)
+    h = unpack(h, numbers, like)
+    buffers = new_buffers(like)
+    for tile in range(first, last):
+        matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
+        columns = col_var[matrix * shape[2] :]
+        for row in range(top, bottom):
+            own_row = matrix * shape[1] + row
+            share = share_of(h, like, row_var[own_row], means[matrix])
+            for column in range(left, right, LANES):
+                width = min(LANES, right - column)
+                at = own_row * shape[2] + column
+                p = opened_parameter(kinds, like, places, at, width, buffers[0])
+                g = opened_gradient(kinds, like, places, at, width, buffers[1])
+                update_row(h, c, p, g, share, columns[column : column + width], rate)
+                close_parameter(kinds, like, places, at, p)
+                if zero_grads:
+                    size = gradient_itemsize(kinds, like)
+                    view(places[1, 0] + at * size, width * size, np.uint8(0))[:] = 0
+
+
+@restricted_helper
+def update_row(h, c, p, g, share, columns, rate):
+    for j in range(p.size):
+        p[j] = decayed(c, p[j]) - rate * adafactor_direction(h, scaled(c, g[j]), share * columns[j])
+
+
+@helper
+def factor_of(h, shape, numbers, sums):
+    """That of the learning rate, of the sums of all tiles."""
+    p_sq = u_sq = 0.0
+    for tile in range(sums.shape[1]):
+        p_sq += sums[0, tile]
+        u_sq += sums[1, tile]
+    return layer_factor(unpack(h, numbers, np.float64(0)), p_sq, u_sq, shape[0] * shape[1] * shape[2])
+
+
+# Rows in their formats
+
+
+def cast(like, x):
+    """``x`` as the type of ``like``."""
+    return type(like)(x)
+
+
+@overload(cast)
+def _cast(like, x):
+    dtype = as_dtype(like).type
+    return lambda like, x: dtype(x)
+
+
+def new_buffers(like):
+    """Memory for numbers of the parameter, and for as many of the gradient."""
+    return np.empty((2, LANES), type(like))
+
+
+@overload(new_buffers)
+def _new_buffers(like):
+    dtype = as_dtype(like)
+    return lambda like: np.empty((2, LANES), dtype)
+
+
+def _opener(members: tuple[Format, ...], k: int, like: np.dtype) -> Callable:
+    """A function ``(kinds, like, places, at, size, buffer)`` that returns the numbers of array ``k`` from the
+    element ``at`` on: in place, or in ``buffer``."""
+    kind = members[k]
+    arguments = "kinds, like, places, at, size, buffer"
+    if kind is PLAIN or kind in MASTERED:
+        place = f"places[{k}, {int(kind in MASTERED)}] + at * {like.itemsize}"
+        return define("opened", arguments, f"return view({place}, size, like)", view=view)
+    codec = CODECS[kind]
+    return define(
+        "opened",
+        arguments,
+        f"stored = view(places[{k}, 0] + at * {itemsize(kind, like.itemsize)}, size, zero)",
+        "decode_row(stored, buffer[:size])",
+        "return buffer[:size]",
+        view=view,
+        zero=codec.stored(0),
+        decode_row=restricted_helper(
+            define(
+                "decode_row",
+                "stored, numbers",
+                "for j in range(stored.size):",
+                "    numbers[j] = decode(stored[j])",
+                decode=codec.decode,
+            )
+        ),
+    )
+
+
+def _closer(kind: Format, like: np.dtype) -> Callable:
+    """A function ``(kinds, like, places, at, p)`` that stores the numbers ``p`` of the parameter that were
+    opened, or that its master holds."""
+    arguments = "kinds, like, places, at, p"
+    if kind is PLAIN:
+        return define("close", arguments, "return None")
+    codec = CODECS[kind]
+    return define(
+        "close",
+        arguments,
+        f"encode_row(p, view(places[0, 0] + at * {itemsize(kind, like.itemsize)}, p.size, zero))",
+        view=view,
+        zero=codec.stored(0),
+        encode_row=restricted_helper(
+            define(
+                "encode_row",
+                "numbers, stored",
+                "for j in range(stored.size):",
+                "    stored[j] = encode(numbers[j], np.uint32(0))",
+                encode=codec.encode,
+                np=np,
+            )
+        ),
+    )
+
+
+def opened_parameter(kinds, like, places, at, size, buffer):
+    """Numbers of the parameter, see :func:`_opener`."""
+    return _opener(kinds.members, 0, np.dtype(type(like)))(kinds, like, places, at, size, buffer)
+
+
+@overload(opened_parameter)
+def _opened_parameter(kinds, like, places, at, size, buffer):
+    return _opener(kinds.instance_class.members, 0, as_dtype(like))
+
+
+def opened_gradient(kinds, like, places, at, size, buffer):
+    """Numbers of the gradient, see :func:`_opener`."""
+    return _opener(kinds.members, 1, np.dtype(type(like)))(kinds, like, places, at, size, buffer)
+
+
+@overload(opened_gradient)
+def _opened_gradient(kinds, like, places, at, size, buffer):
+    return _opener(kinds.instance_class.members, 1, as_dtype(like))
+
+
+def close_parameter(kinds, like, places, at, p):
+    """Store numbers of the parameter, see :func:`_closer`."""
+    return _closer(kinds.members[0], np.dtype(type(like)))(kinds, like, places, at, p)
+
+
+@overload(close_parameter)
+def _close_parameter(kinds, like, places, at, p):
+    return _closer(kinds.instance_class.members[0], as_dtype(like))

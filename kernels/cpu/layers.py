@@ -1,0 +1,244 @@
+"""Dense updates by rules with a layer's part: their steps depend on norms of the whole array.
+
+Two passes: one sums up the squares of the parameter and of the direction, and writes nothing; then each
+array has a factor of its learning rate and is updated as by any other rule. So the direction is computed
+twice, from the state before it is rounded to its format, and needs no memory. An element of float32 LAMB
+takes 16 bytes and 28, the second of which come from the cache where few elements are updated at a time.
+
+Sums are in float64, over blocks that begin with their array and are added in order: they depend neither on
+the number of threads nor on the other arrays.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import prange
+from numba.extending import overload, register_jitable
+from numba.np.numpy_support import as_dtype
+
+from fastopt.kernels.cpu.flat import NUMBERS, PLACES, array_at, update_arrays
+from fastopt.kernels.cpu.formats import BLOCK, Format, opened, run_length
+from fastopt.kernels.cpu.memory import ON_STACK, on_stack
+from fastopt.kernels.cpu.norms import total_of
+from fastopt.kernels.elements import define, direction, layer_factor, load, part_of, rescaled, unpack
+from fastopt.kernels.jit import Kernel, helper, restricted_helper
+
+SUMMED = 8_192  # elements of a block of sums, a multiple of BLOCK
+LANES = BLOCK  # sums of a block that grow side by side, so that the loop over them vectorises
+GATHERED = 4 * LANES  # numbers that are added to the sums at a time
+
+
+def update_layers(
+    work: int,
+    h: Any,
+    c: Any,
+    like: Any,
+    kinds: Any,
+    table: np.ndarray,
+    bases: np.ndarray,
+    numbers: np.ndarray,
+    zero_grads: bool,
+    chunk: int,
+) -> None:
+    """What :data:`~fastopt.kernels.cpu.flat.update_arrays` does, by a rule with a layer's part."""
+    sums = np.empty((bases[-1] // SUMMED + len(table), 2))
+    own_numbers = np.empty((len(table), numbers.shape[1]))
+    find_rates(work, h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers)
+    own_table = table.copy()
+    own_table[:, NUMBERS] = np.arange(len(table))
+    update_arrays(work, h, c, like, kinds, own_table, bases, own_numbers, zero_grads, chunk)
+
+
+@Kernel
+def find_rates(h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers):
+    """Set row t of ``own_numbers`` to the hyperparameters of array t, its factor in the learning rate.
+
+    The arguments are those of update_arrays; sums: memory, [bases[-1] // SUMMED + arrays, 2].
+
+    Bytes moved: the parameter, the gradient and the state read; for float32 LAMB 16 an element.
+    """
+    for k in prange((bases[-1] + chunk - 1) // chunk):
+        last = min((k + 1) * chunk, bases[-1])
+        sum_chunk(h, c, like, kinds, table, bases, numbers, k * chunk, last, sums)
+    for t in range(table.shape[0]):
+        find_rate(h, bases, t, numbers[table[t, NUMBERS]], sums, own_numbers[t])
+
+
+@helper
+def first_sums(bases, t):
+    """Where those of array ``t`` begin, with enough room after them for any array."""
+    return bases[t] // SUMMED + t
+
+
+@helper
+def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, sums):
+    """The blocks of arrays that begin between the elements ``first`` and ``last``."""
+    p_memory, u_memory = np.empty(LANES), np.empty(LANES)
+    found = new_found(like)
+    run = min(run_length(kinds), GATHERED)
+    for t in range(array_at(bases, first), table.shape[0]):
+        base = bases[t]
+        if base >= last:
+            break
+        begin = max(first - base + SUMMED - 1, 0) // SUMMED
+        size = bases[t + 1] - base
+        end = min(last - base, size)
+        row = table[t]
+        own_h = unpack(h, numbers[row[NUMBERS]], like)
+        own_c = unpack(c, numbers[row[NUMBERS], len(h) :], like)
+        places = row[PLACES:]
+        for block in range(begin, (end + SUMMED - 1) // SUMMED):
+            block_end = min((block + 1) * SUMMED, size)
+            used = min(LANES, block_end - block * SUMMED)
+            p_lanes, u_lanes = p_memory[:used], u_memory[:used]
+            p_lanes[:] = 0.0
+            u_lanes[:] = 0.0
+            for gathered in range(block * SUMMED, block_end, GATHERED):
+                count = min(GATHERED, block_end - gathered)
+                for at in range(0, count, run):
+                    end_of_run = min(at + run, count)
+                    ps, us = found[0, at:end_of_run], found[1, at:end_of_run]
+                    find_run(own_h, own_c, like, kinds, places, gathered + at, end_of_run - at, ps, us)
+                add_squares(found[0, :count], p_lanes)
+                add_squares(found[1, :count], u_lanes)
+            block_sums = sums[first_sums(bases, t) + block]
+            block_sums[0] = total_of(p_lanes)
+            block_sums[1] = total_of(u_lanes)
+
+
+@helper
+def add_squares(found, lanes):
+    """Add the squares of ``found``, GATHERED numbers or the fewer at an array's end."""
+    if found.size == GATHERED:
+        add_four(
+            found[:LANES], found[LANES : 2 * LANES], found[2 * LANES : 3 * LANES], found[3 * LANES :], lanes
+        )
+    else:
+        for first in range(0, found.size, LANES):
+            add_one(found[first : min(first + LANES, found.size)], lanes)
+
+
+@restricted_helper
+def add_four(a, b, c, d, lanes):
+    for i in range(LANES):
+        w, x, y, z = np.float64(a[i]), np.float64(b[i]), np.float64(c[i]), np.float64(d[i])
+        lanes[i] += (w * w + x * x) + (y * y + z * z)
+
+
+@restricted_helper
+def add_one(a, lanes):
+    for i in range(a.size):
+        x = np.float64(a[i])
+        lanes[i] += x * x
+
+
+def new_found(like):
+    """Memory for the numbers that are gathered, of the type of ``like``."""
+    return np.empty((2, GATHERED), type(like))
+
+
+@overload(new_found)
+def _new_found(like):
+    dtype = as_dtype(like)
+    return lambda like: np.empty((2, GATHERED), dtype)
+
+
+@helper
+def find_rate(h, bases, t, numbers, sums, own_numbers):
+    size = bases[t + 1] - bases[t]
+    first = first_sums(bases, t)
+    p_sq = u_sq = 0.0
+    for k in range(first, first + (size + SUMMED - 1) // SUMMED):
+        p_sq += sums[k, 0]
+        u_sq += sums[k, 1]
+    own_numbers[:] = numbers
+    own_numbers[0] *= layer_factor(unpack(h, numbers, np.float64(0)), p_sq, u_sq, size)
+
+
+@register_jitable
+def rated_row(h, c, p, g, state, row_values):
+    """``h`` with its learning rate times the factor of the row ``p``; all arrays are 1-D.
+
+    Four interleaved sums each: a fixed order, in which the additions need not wait for each other.
+    """
+    us = on_stack(p.dtype.type(0))
+    p_sq = u_sq = 0.0
+    for first in range(0, g.size, ON_STACK):
+        last = min(first + ON_STACK, g.size)
+        find_directions(h, c, p[first:last], g[first:last], part_of(state, first, last), row_values, us)
+        p_sq += sum_of_squares(p[first:last])
+        u_sq += sum_of_squares(us[: last - first])
+    return rescaled(h, p.dtype.type(layer_factor(h, p_sq, u_sq, g.size)))
+
+
+@restricted_helper
+def find_directions(h, c, p, g, state, row_values, us):
+    for d in range(p.size):
+        us[d] = direction(h, c, p[d], g[d], *load(state, d), *row_values)
+
+
+@restricted_helper
+def sum_of_squares(x):
+    a = b = c = d = 0.0
+    whole = x.size - x.size % 4
+    for k in range(0, whole, 4):
+        a += np.float64(x[k]) * np.float64(x[k])
+        b += np.float64(x[k + 1]) * np.float64(x[k + 1])
+        c += np.float64(x[k + 2]) * np.float64(x[k + 2])
+        d += np.float64(x[k + 3]) * np.float64(x[k + 3])
+    for k in range(whole, x.size):
+        a += np.float64(x[k]) * np.float64(x[k])
+    return (a + b) + (c + d)
+
+
+def run_directions(members: tuple[Format, ...], like: np.dtype) -> Callable:
+    """A function that sets ``ps`` and ``us`` to a run's elements and their direction; the other arguments are
+    as those of :func:`~fastopt.kernels.cpu.formats.run_update`.
+
+    They are squared apart: a loop with float64 in it would have as few lanes for all that it does.
+    """
+    opening, parameters, arguments, loads, names = opened(members, like)
+    loop = define(
+        "loop",
+        f"h, c, size, ps, us, {', '.join(parameters)}",
+        "for k in range(size):",
+        "    i = np.uint64(k)",
+        f"    p = {loads[0]}",
+        "    ps[i] = p",
+        f"    us[i] = direction(h, c, p, {', '.join(loads[1:])})",
+        "return None",
+        direction=direction,
+        **names,
+    )
+    return define(
+        "run",
+        "h, c, places, at, size, ps, us",
+        *opening,
+        f"loop(h, c, size, ps, us, {', '.join(arguments)})",
+        "return None",
+        loop=restricted_helper(loop),
+        **names,
+    )
+
+
+@functools.cache
+def _compiled_run(members: tuple[Format, ...], like: np.dtype) -> Callable:
+    return register_jitable(run_directions(members, like))
+
+
+def find_run(h, c, like, kinds, places, at, size, ps, us):
+    """Find the directions of a run, see :func:`run_directions`."""
+    run = run_directions(kinds.members, np.dtype(type(like)))
+    run(h, c, places, at, size, ps, us)
+
+
+@overload(find_run)
+def _find_run(h, c, like, kinds, places, at, size, ps, us):
+    run = _compiled_run(kinds.instance_class.members, as_dtype(like))
+
+    def implementation(h, c, like, kinds, places, at, size, ps, us):
+        run(h, c, places, at, size, ps, us)
+
+    return implementation
