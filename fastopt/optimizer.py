@@ -559,6 +559,7 @@ class Optimizer:
         if not self._expecting:
             self._headers.expect(self._expected_gradients(checked))
             self._expecting = True
+        self._headers.expect_writeable(zero_grads)
         batch, self._batch = self._batch, None  # until all is checked: the headers' next read compares with this
         (changed, odd), (moved, unknown) = self._headers.read(self._values, entries)
         if changed or odd:

@@ -252,6 +252,24 @@ def test_gradients_may_be_expected_of_other_dtypes_or_none_of_them(monkeypatch):
         assert own.read(arrays, arrays) == ((False, False), (True, False))
 
 
+def test_gradients_may_be_expected_to_be_writeable(monkeypatch):
+    parameters, gradients = [np.zeros(2, SINGLE)] * 2, [read_only(np.zeros(2, SINGLE)), np.zeros(2, SINGLE)]
+    places = [g.__array_interface__["data"][0] for g in gradients]
+    for readable in (True, False):
+        monkeypatch.setattr(headers, "readable", lambda r=readable: r)
+        own = Headers([SINGLE] * 2, [(2,)] * 2)
+        assert own.read(parameters, gradients) == ((True, False), (True, False))
+        for _ in range(2):
+            for _ in range(2):
+                own.expect_writeable(True)
+            assert own.read(parameters, gradients) == ((False, False), (True, True))
+            assert own.addresses[1].tolist() == [UNKNOWN, places[1]]
+            for _ in range(2):
+                own.expect_writeable(False)
+            assert own.read(parameters, gradients) == ((False, False), (True, False))
+            assert own.addresses[1].tolist() == places
+
+
 def test_other_numbers_of_arrays_are_refused():
     own = Headers([SINGLE] * 2, [(2,)] * 2)
     two = [np.zeros(2, SINGLE)] * 2
