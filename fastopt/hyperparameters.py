@@ -106,7 +106,7 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
 
 def _state_dtype(value: Any, where: str) -> str:
     """One of "float32", "bfloat16" and "8bit"."""
-    if value in ("float32", "bfloat16", "8bit"):
+    if isinstance(value, str) and value in ("float32", "bfloat16", "8bit"):
         return value
     name = str(value).removeprefix("torch.")  # as a torch dtype shows itself
     with suppress(TypeError):

@@ -258,3 +258,36 @@ class Tracked:
 
 def peak(array):
     return float(np.max(np.abs(array), initial=0.0))
+
+
+def code_levels(signed):
+    """What 8-bit codes without a sign stand for, for the scale 1, as the docstring of
+    fastopt.kernels.cpu.formats describes them: roots of numbers where there is no sign."""
+    fractions = 8 if signed else 16
+    codes = np.arange(128 if signed else 256)
+    logarithm = 2.0 ** (codes // fractions - 16) * (1 + codes % fractions / fractions)
+    return (logarithm - 2.0**-16) / ((logarithm[-1] - 2.0**-16) * (1 - 2.0**-20))
+
+
+def code_error(x, largest, signed):
+    """The distance of neighbouring codes at ``x``, or at its root, in a block with this largest, a little more for
+    the rounding of float32."""
+    share, last = (1 / 8, 1 - 2.0**-4) if signed else (1 / 16, 1 - 2.0**-5)
+    span = (last - 2.0**-16) * (1 - 2.0**-20)
+    return share * (np.abs(x) + largest * 2.0**-16 / span) * (1 + 2.0**-18)
+
+
+def spread_scales(scales, shape):
+    """The scale of each element, of blocks of 256 that end with rows if ``scales`` is 2-D."""
+    scales = np.asarray(scales, np.float64)
+    if scales.ndim == 2:
+        return np.repeat(scales, 256, axis=1)[:, : shape[1]].reshape(shape)
+    return np.repeat(scales, 256)[: int(np.prod(shape))].reshape(shape)
+
+
+def decoded(codes, scales, signed):
+    """The float64 numbers that 8-bit codes stand for."""
+    scale = spread_scales(scales, codes.shape)
+    if signed:
+        return np.where(codes & 128, -1, 1) * code_levels(True)[codes & 127] * scale
+    return code_levels(False)[codes] ** 2 * scale

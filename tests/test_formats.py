@@ -4,6 +4,7 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
+import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -310,12 +311,7 @@ def test_keys_of_steps_and_seeds_differ_in_half_of_their_bits():
 
 
 def levels(kind):
-    """What codes without a sign stand for, for the scale 1, from the description of formats.py in float64."""
-    fractions = 8 if kind is SIGNED else 16
-    codes = np.arange(128 if kind is SIGNED else 256)
-    logarithm = 2.0 ** (codes // fractions - 16) * (1 + codes % fractions / fractions)
-    linear = (logarithm - 2.0**-16) / ((logarithm[-1] - 2.0**-16) * (1 - 2.0**-20))
-    return linear
+    return reference.code_levels(kind is SIGNED)
 
 
 def test_signed_codes_are_monotone_and_symmetric_and_zero_is_exact():
@@ -341,14 +337,6 @@ def test_codes_of_roots_are_monotone_and_zero_is_exact():
         np.testing.assert_allclose(x, levels(ROOT) ** 2 * np.float64(np.float32(scale)), rtol=2.0**-20)
 
 
-def stated_error(kind, x, largest):
-    """The spacing of codes at ``x``, or at its root, see the docstring of formats.py: 1/8 or 1/16 of a
-    logarithm which stands for 0 at 2^-16 and for the largest at the last code; with rounding in float32."""
-    share, last = (1 / 8, 1 - 2.0**-4) if kind is SIGNED else (1 / 16, 1 - 2.0**-5)
-    span = (last - 2.0**-16) * (1 - 2.0**-20)
-    return share * (np.abs(x) + largest * 2.0**-16 / span) * (1 + 2.0**-18)
-
-
 def check_block(kind, values, key=1, position=0):
     """That a block comes back within the stated error, as one of the two neighbours."""
     encode, decode = ROWS[kind]
@@ -368,7 +356,7 @@ def check_block(kind, values, key=1, position=0):
             low, high = np.maximum(low, 0) ** power, high**power
             return (y >= low * (1 - 2.0**-20) - 2.0**-149) & (y <= high * (1 + 2.0**-20) + 2.0**-149)  # noqa: B023
 
-        error = stated_error(kind, root, largest)
+        error = reference.code_error(root, largest, kind is SIGNED)
         assert between(root - error, root + error).all()
         own = levels(kind) * largest
         slack = 2.0**-21 * (root + largest * 2.0**-16)  # float32's rounding of the logarithm
