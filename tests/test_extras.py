@@ -17,7 +17,6 @@ BFLOAT16 = ml_dtypes.bfloat16
 SEEDS = st.integers(0, 2**32 - 1)
 UNIT = 16 * np.finfo(np.float32).eps  # as in test_rules.py: 16 ulp of the peak of |p| and all updates
 ADAM, MOMENTUM = cases.BY_NAME["adam"], cases.BY_NAME["momentum"]
-PLAIN_ADAM = {"lr": 0.01, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.0, "maximize": False}
 
 
 def bits(opt, params):
@@ -148,8 +147,8 @@ def test_of_sparse_gradients_the_sums_of_rows_are_clipped(kind, settings):
     for _ in range(5):
         p = cases.parameter(rng, (9, 5), np.float32)
         other = cases.parameter(rng, 7, np.float32)
-        opt = fastopt.Adam([p, other], **PLAIN_ADAM)
-        want = tracked(ADAM, [p, other], PLAIN_ADAM)
+        opt = fastopt.SGD([p, other], lr=0.1)
+        want = tracked(cases.BY_NAME["sgd"], [p, other], {"lr": 0.1})
         clip_value = 0.3 * settings.get("grad_scale", 1.0)
         for _ in range(2):
             gradient, dense, indices = list(sparse_problems(rng))[kind]
