@@ -155,7 +155,10 @@ def by_rows(kind: Format, codes: np.ndarray, scales: np.ndarray) -> tuple[np.nda
         z = np.abs(part) / scale[:, None].astype(np.float32)
         z = (z if signed else np.sqrt(z)) * span + formats.LOWEST
         code = (z.view(np.uint32) + (np.uint32(1) << (shift - 1)) - formats.LOWEST_BITS) >> shift
-        code = code.astype(np.uint8) | (np.signbit(part) * np.uint8(128) if signed else np.uint8(0))
+        if signed:
+            code = code.astype(np.uint8) | np.signbit(part) * np.uint8(128)
+        else:  # what is above 0 does not become 0
+            code = np.maximum(code, part > 0).astype(np.uint8)
         new[:, block * BLOCK : (block + 1) * BLOCK] = code
     return new, own
 

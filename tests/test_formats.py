@@ -479,6 +479,18 @@ def test_codes_are_unbiased(kind):
         assert (np.abs(up - len(KEYS) * fraction) <= 5.5 * deviation + 1).all()
 
 
+def test_roots_above_zero_never_become_zero():
+    encode, decode = ROWS[ROOT]
+    for scale in (1.0, 1e-20, 1e30):
+        values = (scale * 10.0 ** -np.linspace(0, 80, BLOCK)).astype(np.float32)
+        for key in KEYS[:50]:
+            code = encode(values, key)[0]
+            np.testing.assert_array_equal(code > 0, values > 0)
+            # the first code where the root is below what it stands for
+            assert (code[values < 0.99 * reference.code_levels(False)[1] ** 2 * scale] <= 1).all()
+            assert (decode(code, np.float32([scale]))[values > 0] > 0).all()
+
+
 @coded
 def test_codes_do_not_depend_on_how_a_row_is_cut_at_blocks(kind):
     rng = np.random.default_rng(9)

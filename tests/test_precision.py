@@ -307,6 +307,22 @@ def test_state_of_bfloat16_does_not_stand_still_where_steps_are_below_its_precis
     assert abs(v.mean() - (1 - (1 - 2.0**-10) ** 3_000)) < 6 * 7e-4
 
 
+def test_small_gradients_beside_large_ones_make_no_large_steps():
+    # A first moment below its first code is that or 0, 2^-19 of the block's largest M, and the root of the second at
+    # least 2^-20 of the block's largest R. With betas (0.9, 0.999) and corrections M / R is at most
+    # (1 - 0.9) / sqrt(1 - 0.999) = 3.2 if the large gradient comes as a surprise, here about 1.
+    for small in (1e-4, 1e-6, 1e-8):
+        rng = np.random.default_rng(11)
+        p = np.zeros(256, np.float32)
+        opt = fastopt.Adam(p, lr=1.0, state_dtype="8bit")
+        for _ in range(300):
+            g = (small * rng.standard_normal(256)).astype(np.float32)
+            g[0] = rng.choice([-1, 1])
+            before = p.copy()
+            opt.step(g)
+            assert reference.peak(p - before) < 2 * 3.2
+
+
 # Saved and resumed
 
 

@@ -8,7 +8,9 @@ of a key and of the element's position alone, so they do not depend on who compu
 8-bit codes are piecewise linear logarithms, as those of ITU-T G.711: x, scaled by the largest of its block
 of BLOCK, plus 2^-16 is a float32 whose exponent and first bits of fraction are the code. So 0 is exact,
 numbers near the largest have a relative spacing of 1/8 at most (signed, seven bits and a sign) or of 1/16
-(the root of one that is not negative), small ones an absolute spacing of 2^-19 or 2^-20 of the largest.
+(the root of one that is not negative), small ones an absolute spacing of 2^-19 or 2^-20 of the largest. Numbers above 0 whose
+roots are between 0 and the first code get that one, never 0: divided by the root of a second moment that had
+become 0, a first moment rounded up would be a step of hundreds of learning rates.
 """
 
 import functools
@@ -260,9 +262,11 @@ def from_root(code, factor):
 
 @register_jitable
 def to_root(x, random, inverse):
-    z = math.sqrt(np.float32(x) * inverse) + LOWEST
+    number = np.float32(x)
+    z = math.sqrt(number * inverse) + LOWEST
     code = np.uint32(np.uint32(bits_of(z) + np.uint32(random >> np.uint32(13)) - LOWEST_BITS) >> ROOT_SHIFT)
-    return np.uint8(code)
+    least = np.uint32(number > 0)
+    return np.uint8(code if code > least else least)
 
 
 @register_jitable
