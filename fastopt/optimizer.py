@@ -559,14 +559,15 @@ class Optimizer:
         if not self._expecting:
             self._headers.expect(self._expected_gradients(checked))
             self._expecting = True
+        self._headers.expect_writeable(zero_grads)
+        batch, self._batch = self._batch, None  # until all is checked: the headers' next read compares with this
         (changed, odd), (moved, unknown) = self._headers.read(self._values, entries)
         if changed or odd:
             changed = self._locate_parameters()
-        batch = self._batch
         if batch is not None and not (changed or moved or unknown) and (batch.may_clear or not zero_grads):
+            self._batch = batch
             return batch, []
 
-        self._batch = None  # until all is checked
         where, kinds = self._headers.addresses[1].copy(), np.zeros(len(entries), np.int8)
         rows: list[_Update] = []
         for i in np.flatnonzero(where == UNKNOWN).tolist():

@@ -190,9 +190,12 @@ def to_stochastic_bfloat16(x, random):
 QUIET = np.uint32(0x400000)  # the bit of a NaN that no rounding may take away
 LOWEST = np.float32(2.0**-16)  # what stands for 0 in the logarithm
 LOWEST_BITS = np.uint32((127 - 16) << 23)
+# Signed codes are decoded to twice the logarithm, so that half of the scale over the span is at most a float32
+TWICE_LOWEST, TWICE_LOWEST_BITS = np.float32(2.0**-15), np.uint32((127 - 15) << 23)
 SIGNED_SHIFT, ROOT_SHIFT = np.uint32(20), np.uint32(19)  # bits of the fraction that are cut off
 # What the largest is scaled to: below the last code, so that no rounding leads beyond it
 SIGNED_SPAN = np.float32((1 - 2.0**-4 - 2.0**-16) * (1 - 2.0**-20))
+TWICE_SIGNED_SPAN = np.float32(2 * SIGNED_SPAN)
 ROOT_SPAN = np.float32((1 - 2.0**-5 - 2.0**-16) * (1 - 2.0**-20))
 SMALLEST_SCALE = np.float32(2.0**-120)
 INFINITY_BITS = np.uint32(0x7F800000)
@@ -218,15 +221,15 @@ def scale_from(largest):
 
 @register_jitable
 def signed_factor(scale):
-    return scale / SIGNED_SPAN
+    return scale / TWICE_SIGNED_SPAN
 
 
 @register_jitable
 def from_signed(code, factor):
     bits = np.uint32(code)
-    magnitude = np.uint32(np.uint32(np.uint32(bits & np.uint32(127)) << SIGNED_SHIFT) + LOWEST_BITS)
+    magnitude = np.uint32(np.uint32(np.uint32(bits & np.uint32(127)) << SIGNED_SHIFT) + TWICE_LOWEST_BITS)
     sign = np.uint32(np.uint32(bits & np.uint32(128)) << np.uint32(24))
-    return float_of(np.uint32(bits_of((float_of(magnitude) - LOWEST) * factor) | sign))
+    return float_of(np.uint32(bits_of((float_of(magnitude) - TWICE_LOWEST) * factor) | sign))
 
 
 @register_jitable

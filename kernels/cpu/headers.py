@@ -113,12 +113,19 @@ class Headers:
         self._expected[0, :, 3] |= WRITEABLE
         self._extents = np.array([extent for shape in shapes for extent in shape], np.int64)
         self._dtypes: tuple[Sequence[np.dtype | None], ...] = dtypes, dtypes
+        self._writeable = False
         self._fixed = id(np.ndarray), self._expected, self._extents, self.addresses
 
     def expect(self, dtypes: Sequence[np.dtype | None]) -> None:
         """Take gradients of these dtypes, and none for None."""
         self._dtypes = self._dtypes[0], dtypes
         self._expected[1, :, 0] = [id(dtype) for dtype in dtypes]
+
+    def expect_writeable(self, writeable: bool) -> None:
+        """Whether gradients, too, must be writeable."""
+        if writeable != self._writeable:
+            self._writeable = writeable
+            self._expected[1, :, 3] ^= WRITEABLE
 
     def read(self, parameters: list | tuple, gradients: list | tuple) -> Found:
         """Set ``addresses``; returns, of parameters and of gradients, whether any has changed, and whether
@@ -142,7 +149,7 @@ class Headers:
                 and value.shape == shape
                 and value.flags.c_contiguous
                 and value.flags.aligned
-                and (value.flags.writeable or which == 1)
+                and (value.flags.writeable or not (which == 0 or self._writeable))
             )
             addresses[i] = value.__array_interface__["data"][0] if fits else UNKNOWN
         return bool((addresses != before).any()), bool((addresses == UNKNOWN).any())
