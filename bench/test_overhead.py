@@ -38,6 +38,4 @@ def test_overhead_fastopt(compare, rng, count):
     ).items():
         functions[version] = opt.step
     name = "an array" if count is None else f"a list of {count}"
-    compare(
-        f"overhead, {name}", {label: (function, 0) for label, function in functions.items()}, rounds=300
-    )
+    compare(f"overhead, {name}", {label: (function, 0) for label, function in functions.items()}, rounds=300)
