@@ -77,10 +77,10 @@ class Squares:
 class Batch:
     """The gradients of a step, and what is kept for the next one that is alike.
 
-    kinds: int8, one of SAME, FLOAT32, NONE, ROWS for each parameter; dense: the parameters with dense gradients;
-    where: their gradients' addresses; bytes: their gradients' sizes; increments: what is added to each
-    parameter's steps; placed: whether the bundles know these addresses and those of the parameters; may_clear:
-    whether gradients may be written.
+    kinds: int8, one of SAME, FLOAT32, NONE, ROWS for each parameter; dense: the parameters with dense
+    gradients; where: their gradients' addresses; bytes: their gradients' sizes; increments: what is added to
+    each parameter's steps; placed: whether the bundles know these addresses and those of the parameters;
+    may_clear: whether gradients may be written.
     """
 
     def __init__(self, kinds: np.ndarray, dtypes: Sequence[np.dtype], sizes: np.ndarray) -> None:

@@ -4,7 +4,6 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,19 +12,18 @@ import numpy as np
 from fastopt import arrays, dense, precision, stored
 from fastopt.clipping import check_limit, clip_factor, norm_of
 from fastopt.gradients import BagGradient, IndexedSlices, RowGradient, row_gradient, values_of
-from fastopt.groups import Group, Parameter, as_container, describe, entries_of, is_array, is_groups, paired
+from fastopt.groups import Group, Parameter, as_container, describe, entries_of, is_groups, paired
 from fastopt.hyperparameters import FIXED, SHARED, checked_options
 from fastopt.kernels import rules
 from fastopt.kernels.cpu import formats
-from fastopt.kernels.cpu.headers import UNKNOWN, Headers, Identities
+from fastopt.kernels.cpu.headers import UNKNOWN, Headers
 from fastopt.kernels.cpu.rows import Lazy, PerRow
 from fastopt.kernels.scratch import ALIGNMENT, aligned
 from fastopt.launch import Launch, RowUpdate, Stored, catch_up_launch, row_launches
 from fastopt.plan import Indices, group_all
 from fastopt.precision import Slot
 from fastopt.state import state_arrays
-from fastopt.storage import Table
-from fastopt.tables import ROW_STEPS, Counts, Tracking
+from fastopt.tables import ROW_STEPS, Tracking
 
 
 class StepInfo(NamedTuple):
@@ -257,8 +255,8 @@ class Optimizer:
             ValueError, TypeError: an argument or an option does not fit; nothing has changed then.
 
         All parameters with dense gradients that share a rule and dtypes are updated in one launch, and so are
-        all tables with sparse ones, of which each row named gets the sum of its gradients and one update; what
-        other rows see is chosen by the option ``rows``.
+        all tables with sparse ones, of which each row named gets the sum of its gradients and one update;
+        what other rows see is chosen by the option ``rows``.
         """
         if clip_norm is not None:
             clip_norm = check_limit(clip_norm, "clip_norm")
@@ -489,8 +487,9 @@ class Optimizer:
             label, view = self._label(grads, i), parameter.view()
             if by_rows and group.rule.layer is not None:
                 raise ValueError(
-                    f"{label} is dense but is used row by row (clip_row_norm, step_per_row, or 8-bit state made "
-                    f"for sparse gradients): {type(self).__name__} needs the whole array, expected IndexedSlices"
+                    f"{label} is dense but is used row by row (clip_row_norm, step_per_row, or 8-bit state "
+                    f"made for sparse gradients): {type(self).__name__} needs the whole array, expected "
+                    "IndexedSlices"
                 )
             array = arrays.gradient_view(value, label, view, parameter.label)
             if not by_rows:
@@ -499,8 +498,8 @@ class Optimizer:
             if checked[group.number]["clip_row_norm"] is not None and array.ndim != 2:
                 raise ValueError(
                     f"{label} has shape {array.shape} and clip_row_norm is "
-                    f"{checked[group.number]['clip_row_norm']!r}: expected a 2-D parameter, put others into a "
-                    "group without it"
+                    f"{checked[group.number]['clip_row_norm']!r}: expected a 2-D parameter, put others into "
+                    "a group without it"
                 )
             values = parameter.rows_of(array)
             gradient = RowGradient(values, parameter.every_row(), dense=True)
@@ -508,8 +507,8 @@ class Optimizer:
         label, view = self._label(grads, i), parameter.view()
         if group.rule.matrix_slots:
             raise TypeError(
-                f"{label} is {type(value).__name__}: {type(self).__name__} has means over columns, expected a "
-                "dense gradient"
+                f"{label} is {type(value).__name__}: {type(self).__name__} has means over columns, expected "
+                "a dense gradient"
             )
         gradient = row_gradient(value, label, view, parameter.label)
         return 0, dense.ROWS, _Update(parameter, group, view, gradient)
@@ -571,8 +570,8 @@ class Optimizer:
                 value, label = values_of(value, label)
             if not arrays.host_array(value, label).flags.writeable:
                 raise ValueError(
-                    f"{label} is read-only: expected a gradient that can be set to zero, pass a copy of it or "
-                    "zero_grads=False"
+                    f"{label} is read-only: expected a gradient that can be set to zero, pass a copy of it "
+                    "or zero_grads=False"
                 )
 
     def _first_nonfinite(self, grads: Any) -> str | int | None:

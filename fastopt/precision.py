@@ -134,8 +134,8 @@ def scale_shape(shape: tuple[int, ...], by_row: bool) -> tuple[int, ...]:
 
 
 def by_rows(kind: Format, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of a table whose blocks go on over its rows, with their scales, as those of blocks that end with its
-    rows, rounded to the nearest."""
+    """Codes of a table whose blocks go on over its rows, with their scales, as those of blocks that end with
+    its rows, rounded to the nearest."""
     signed = kind is formats.SIGNED8
     shift = formats.SIGNED_SHIFT if signed else formats.ROOT_SHIFT
     span = formats.SIGNED_SPAN if signed else formats.ROOT_SPAN

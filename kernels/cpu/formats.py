@@ -114,8 +114,8 @@ def _random_bits(context: Any, key: Any, position: Any, k: Any) -> Any:
 
 
 def _python_random_bits(key, position, k):
-    """32 random bits of the position ``position + k``: two rounds of shift and multiplication, with the halves
-    of a 64-bit key."""
+    """32 random bits of the position ``position + k``: two rounds of shift and multiplication, with the
+    halves of a 64-bit key."""
     most = 0xFFFFFFFF
     key, x = int(key), int(position) + int(k) + int(key) & most
     x = (x ^ x >> 16) * MULTIPLIERS[0] + (key >> 32) & most
@@ -190,7 +190,8 @@ def to_stochastic_bfloat16(x, random):
 QUIET = np.uint32(0x400000)  # the bit of a NaN that no rounding may take away
 LOWEST = np.float32(2.0**-16)  # what stands for 0 in the logarithm
 LOWEST_BITS = np.uint32((127 - 16) << 23)
-# Signed codes are decoded to twice the logarithm, so that half of the scale over the span is at most a float32
+# Signed codes are decoded to twice the logarithm, so that half of the scale over the span is at most a
+# float32
 TWICE_LOWEST, TWICE_LOWEST_BITS = np.float32(2.0**-15), np.uint32((127 - 15) << 23)
 SIGNED_SHIFT, ROOT_SHIFT = np.uint32(20), np.uint32(19)  # bits of the fraction that are cut off
 # What the largest is scaled to: below the last code, so that no rounding leads beyond it

@@ -71,10 +71,10 @@ def _read_all(items, is_list, array_type, expected, extents, addresses):
 @Direct
 def _same_objects(values, identities):
     objects = view(view(values + ITEMS * WORD, 1, np.int64(0))[0], identities.size, np.int64(0))
+    same = True
     for i in range(identities.size):
-        if objects[i] != identities[i]:
-            return False
-    return True
+        same = same and objects[i] == identities[i]
+    return same
 
 
 class Identities:
@@ -96,11 +96,11 @@ Found = tuple[tuple[bool, bool], tuple[bool, bool]]
 
 
 class Headers:
-    """What parameters and gradients must be to be taken as they are: C-contiguous, aligned, of these dtypes and
-    shapes, parameters writeable.
+    """What parameters and gradients must be to be taken as they are: C-contiguous, aligned, of these dtypes
+    and shapes, parameters writeable.
 
-    ``addresses``, [parameters or gradients, array], holds, after :meth:`read`, where each one's elements are, or
-    UNKNOWN for what is something else, or of another dtype or shape, and has to be looked at.
+    ``addresses``, [parameters or gradients, array], holds, after :meth:`read`, where each one's elements
+    are, or UNKNOWN for what is something else, or of another dtype or shape, and has to be looked at.
     """
 
     def __init__(self, dtypes: Sequence[np.dtype], shapes: Sequence[tuple[int, ...]]) -> None:

@@ -137,8 +137,9 @@ def _of_types(h: Any, kinds: Any, like: Any) -> dict[str, Any]:
 
 
 def open_row(h, kinds, table, like, row, buffers):
-    """Row ``row`` of the parameter and of the state as 1-D arrays, and of the state of one element a row: what is
-    stored otherwise than it is computed with is decoded into the memory at ``buffers``, after its first row."""
+    """Row ``row`` of the parameter and of the state as 1-D arrays, and of the state of one element a row:
+    what is stored otherwise than it is computed with is decoded into the memory at ``buffers``, after its
+    first row."""
     return _of_values(h, kinds, like)["open"](h, kinds, table, like, row, buffers)
 
 
