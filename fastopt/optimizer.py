@@ -327,8 +327,8 @@ class Optimizer:
             (p, p.state, p.tracking) for p in (*self._without_state(batch), *(u.parameter for u in rows))
         ]
         try:
-            if batch.bundles is None:
-                batch.bundles = self._bundles(batch)
+            if not batch.complete:
+                batch.bundles, batch.complete = self._bundles(batch), True
             if not batch.placed:
                 for bundle in batch.bundles:
                     bundle.place(self._parameters_at, batch.where)
@@ -435,7 +435,7 @@ class Optimizer:
     ) -> tuple[dense.Batch, list[_Update]]:
         """Pair parameters and gradients, checked: what is dense, and the others."""
         for parameter in self._in_files:
-            if parameter.stored.owner not in (self, None):
+            if parameter.value.owner not in (self, None):
                 raise ValueError(
                     f"{parameter.label} now belongs to another optimizer: expected the last one made"
                 )
@@ -589,7 +589,7 @@ class Optimizer:
 
     def _without_state(self, batch: dense.Batch) -> list[Parameter]:
         """Parameters of the batch that are to get a state."""
-        return [] if batch.bundles is not None else [self._all[i] for i in batch.dense.tolist()]
+        return [] if batch.complete else [self._all[i] for i in batch.dense.tolist()]
 
     def _bundles(self, batch: dense.Batch) -> list[dense.Bundle | dense.Matrix]:
         """The launches for the dense gradients."""
@@ -842,7 +842,7 @@ class Optimizer:
     def _folded(
         self,
         group: Group,
-        options: dict[str, Any],
+        options: Mapping[str, Any],
         decay: type,
         dtype: np.dtype,
         lr: float,

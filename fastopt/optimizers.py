@@ -569,7 +569,7 @@ class Adafactor(Optimizer):
     def rule(self, options: Options) -> rules.Rule:
         return rules.ADAFACTOR
 
-    def _folded(self, group: Any, options: dict[str, Any], decay: type, dtype: Any, *given: Any) -> Any:
+    def _folded(self, group: Any, options: Options, decay: type, dtype: Any, *given: Any) -> Any:
         smallest, relative = options["eps"]
         smallest = float(np.finfo(dtype).eps) if smallest is None else smallest
         return super()._folded(group, {**options, "eps": (smallest, relative)}, decay, dtype, *given)

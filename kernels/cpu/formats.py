@@ -54,9 +54,9 @@ PLAIN, HALF, BFLOAT16, SINGLE, HALF_OF, BFLOAT16_OF, STOCHASTIC, SIGNED8, ROOT8 
 def formats(*members: Format) -> Any:
     """An argument without contents whose type tells a kernel the formats of its arrays."""
     name = "Formats__" + "__".join(member.name for member in members)
-    cls = namedtuple(name, (), module=__name__)
-    cls.members = members  # type: ignore[attr-defined]
-    return cls()
+    marker: Any = namedtuple(name, (), module=__name__)  # type: ignore[misc]
+    marker.members = members
+    return marker()
 
 
 def __getattr__(name: str) -> Any:
@@ -432,7 +432,7 @@ def reader(kind: Format) -> Callable:
     codec = CODECS[kind]
     names: dict[str, Any] = {"decode": codec.decode, "factor": codec.factor}
     if kind in CODED:
-        lines = (
+        lines: tuple[str, ...] = (
             f"for first in range(0, out.size, {BLOCK}):",
             f"    own = factor(scales[first // {BLOCK}])",
             f"    for i in range(first, min(first + {BLOCK}, out.size)):",

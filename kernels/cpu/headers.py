@@ -168,11 +168,29 @@ def readable() -> bool:
     single, double = np.dtype(np.float32), np.dtype(np.float64)
     read_only = np.zeros(3, single)
     read_only.flags.writeable = False
-    values = [np.zeros((2, 3), single), np.ones(5), np.zeros(()), np.zeros((0, 4), single), np.zeros(8)[::2]]
+    values: list[object] = [
+        np.zeros((2, 3), single),
+        np.ones(5),
+        np.zeros(()),
+        np.zeros((0, 4), single),
+        np.zeros(8)[::2],
+    ]
     values += [None, np.zeros((3, 2), single), np.zeros((4, 2), single, order="F"), read_only]
     values += [np.zeros(12, single)[3:9], 7]
     shapes = [(2, 3), (5,), (), (0, 4), (4,), (1,), (2, 3), (4, 2), (3,), (6,), ()]
-    dtypes = [single, double, double, single, double, single, single, single, single, single, double]
+    dtypes: list[np.dtype] = [
+        single,
+        double,
+        double,
+        single,
+        double,
+        single,
+        single,
+        single,
+        single,
+        single,
+        double,
+    ]
     headers = Headers(dtypes, shapes)
     looked = headers._look(0, values), headers._look(1, values)
     expected = headers.addresses.copy()

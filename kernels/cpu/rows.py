@@ -67,7 +67,10 @@ def _row_source(rule: Rule, members: tuple[Format, ...], like: np.dtype) -> dict
     """Functions that open, close and prefetch a row of the parameter and of its state (see formats.py)."""
     size, slots = like.itemsize, len(rule.state_slots)
     names: dict[str, Any] = {"view": view, "prefetch": prefetch, "np": np, "blocks_of": blocks_of}
-    opening, closing, fetching, opened = [], [], [], []
+    opening: list[str] = []
+    closing: list[str] = []
+    fetching: list[str] = []
+    opened: list[str] = []
     for k, kind in enumerate(members):
         if k == 1:  # the gradient is summed up elsewhere
             continue
