@@ -77,6 +77,7 @@ class Settings:
     vocabulary: int
     batch_size: int
     seed: int
+    state_dtype: str | None = None
 
 
 class Batch(NamedTuple):
@@ -226,7 +227,10 @@ class Training:
         # the schedule follows the optimizer's own count of steps, which its checkpoint restores
         schedule = fastopt.schedules.cosine(settings.epochs * self.batches, FINAL_RATE)
         self.optimizer = OPTIMIZERS[settings.optimizer](
-            [self.table_in, self.table_out], lr=settings.lr * schedule
+            [self.table_in, self.table_out],
+            lr=settings.lr * schedule,
+            state_dtype=settings.state_dtype,
+            seed=settings.seed,
         )
 
         self.stream, held_out = split(corpus.stream, settings.seed)

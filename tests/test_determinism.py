@@ -14,6 +14,7 @@ import fastopt
 from fastopt.gradients import checked_rows
 from fastopt.kernels import jit
 from fastopt.kernels.cpu import norms, rows
+from fastopt.kernels.cpu.formats import PLAIN, formats
 from fastopt.kernels.cpu.index import group
 
 
@@ -71,7 +72,11 @@ def test_norms_have_the_same_bits_for_any_number_of_threads_and_variant(dtype, r
     table = np.stack([gradient.describe(gradient.values)])
     blocks = np.array([[0, block] for block in range(-(-500 // norms.GROUPS_PER_BLOCK))])
     for kernel, args, count in (
-        (norms.sum_squares, (flat,), -(-flat.size // norms.BLOCK)),
+        (
+            norms.sum_squares_arrays,
+            (dtype(0), formats(PLAIN), np.array([flat.ctypes.data]), np.array([0, flat.size])),
+            -(-flat.size // norms.BLOCK),
+        ),
         (norms.sum_squares_tables, (dtype(0), table, blocks), len(blocks)),
     ):
         partials = np.empty((2, count))

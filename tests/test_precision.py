@@ -604,3 +604,82 @@ def test_rows_are_caught_up_with_rounded_state():
     buffer = stored_state(opt)["momentum_buffer"].astype(np.float64)
     assert (np.abs(buffer - want.state["momentum_buffer"]) <= error).all()
     assert (np.abs(p - want.p) <= lr * steps * error).all()
+
+
+# 8-bit codes of tables: blocks go on over rows until the first gradient by rows, and end with rows from then on
+
+
+@pytest.mark.parametrize("shape", [(7, 300), (9, 5), (3, 256), (1, 700)])
+def test_codes_are_rounded_to_the_nearest_when_blocks_come_to_end_with_rows(shape):
+    rng = np.random.default_rng(8)
+    p = cases.parameter(rng, shape, np.float32)
+    opt = fastopt.Adam(p, lr=0.01, state_dtype="8bit")
+    for _ in range(2):
+        opt.step(cases.gradient(rng, shape, np.float32) * np.float32(10.0) ** rng.integers(-3, 1, (shape[0], 1)))
+    flat, kept = as_numbers(stored_state(opt)), p.copy()
+    opt.step(IndexedSlices(np.zeros(0, np.int64), np.zeros((0, shape[1]), np.float32)))
+    assert p.tobytes() == kept.tobytes()
+    state = stored_state(opt)
+    for slot, want in flat.items():
+        scales = state[slot + "_scale"]
+        assert scales.shape == (shape[0], -(-shape[1] // 256))
+        got, scale = as_numbers(state)[slot], reference.spread_scales(scales, shape)
+        signed, power = (True, 1) if slot == "exp_avg" else (False, 0.5)
+        x, y, largest = np.abs(want) ** power, np.abs(got) ** power, scale**power
+        # to the nearest: half the distance of codes, but for roots above 0 that do not become 0
+        error = reference.code_error(x, largest, signed) * (1 + 2.0**-18)
+        first = reference.code_levels(signed)[1] * largest
+        assert (np.abs(x - y) <= np.where((x < first) & (not signed), error, error / 2)).all()
+        assert ((got > 0) == (want > 0)).all() or signed
+    follower_bits = bytes_of(opt, p)
+    fresh_p = p.copy()
+    fresh = fastopt.Adam(fresh_p, lr=0.01, state_dtype="8bit")
+    fresh.step(np.ones(shape, np.float32))  # which has blocks over rows when it loads
+    fresh_p[...] = p
+    fresh.load_state_dict(opt.state_dict())
+    assert bytes_of(fresh, fresh_p) == follower_bits
+    for step in range(3):
+        g = cases.gradient(rng, shape, np.float32)
+        given_g = IndexedSlices(np.arange(shape[0])[::-1].copy(), g) if step == 1 else g
+        opt.step(given_g)
+        fresh.step(given_g)
+        assert bytes_of(opt, p) == bytes_of(fresh, fresh_p)
+        assert stored_state(opt)["exp_avg_scale"].ndim == 2
+
+
+def test_a_state_with_blocks_over_rows_can_be_gone_back_to():
+    rng = np.random.default_rng(9)
+    shape = (7, 300)
+    p, other_p = (np.ones(shape, np.float32) for _ in range(2))
+    opt, other = (fastopt.Adam(x, lr=0.01, state_dtype="8bit") for x in (p, other_p))
+    g = [cases.gradient(rng, shape, np.float32) for _ in range(4)]
+    for one in (opt, other):
+        one.step(g[0])
+    saved, kept = opt.state_dict(), p.copy()
+    opt.step(IndexedSlices(np.arange(3), g[1][:3].copy()))
+    opt.step(g[2])
+    opt.load_state_dict(saved)
+    p[...] = kept
+    for step in (1, 2):
+        for one in (opt, other):
+            one.step(g[step])
+        assert bytes_of(opt, p) == bytes_of(other, other_p)
+    assert stored_state(opt)["exp_avg_scale"].ndim == 1
+
+
+def test_a_refused_sparse_gradient_leaves_codes_as_they_were():
+    rng = np.random.default_rng(10)
+    p = np.ones((7, 300), np.float32)
+    opt = fastopt.Adam(p, lr=0.01, state_dtype="8bit")
+    opt.step(cases.gradient(rng, p.shape, np.float32))
+    before = bytes_of(opt, p)
+    for bad in (
+        IndexedSlices(np.array([7]), np.ones((1, 300), np.float32)),
+        IndexedSlices(np.array([1]), np.ones((1, 299), np.float32)),
+        IndexedSlices(np.array([1]), p[:1]),
+    ):
+        with pytest.raises((ValueError, IndexError)):
+            opt.step(bad)
+        assert bytes_of(opt, p) == before
+    opt.step(cases.gradient(rng, p.shape, np.float32))
+    assert stored_state(opt)["exp_avg_scale"].ndim == 1

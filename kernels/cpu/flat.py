@@ -10,7 +10,7 @@ from numba import prange
 
 from fastopt.kernels.cpu.formats import BLOCK, gradient_itemsize, new_buffers, run_length, update_run
 from fastopt.kernels.cpu.memory import view
-from fastopt.kernels.elements import element_of, load, store, unpack, update_element, update_row
+from fastopt.kernels.elements import unpack
 from fastopt.kernels.jit import Kernel, helper
 
 (
@@ -79,29 +79,3 @@ def update_chunk(h, c, like, kinds, table, bases, numbers, zero_grads, first, la
             if zero_grads:
                 width = gradient_itemsize(kinds, like)
                 view(row[GRADIENT] + at * width, size * width, np.uint8(0))[:] = 0
-
-
-ROWS_PER_CHUNK = 64
-
-
-@Kernel
-def flat(h, c, p, g, state):
-    """Update ``p`` with ``g``, both 1-D and of one dtype, and each array of the tuple ``state``.
-
-    Bytes moved: each of p and the state read and written, g read; for float32 Adam 28 an element.
-    """
-    for k in prange(p.size):
-        i = np.uint64(k)
-        new = update_element(h, c, p[i], g[i], *load(state, i))
-        p[i] = new[0]
-        store(state, i, new[1:])  # apart from p: one store over (p, *state) would not vectorise
-
-
-@Kernel
-def flat_rows(h, c, p, g, state, row_state):
-    """Update every row of the 2-D ``p``, for rules with state of one element a row."""
-    chunks = (p.shape[0] + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK
-    for chunk in prange(chunks):
-        first = chunk * ROWS_PER_CHUNK
-        for row in range(first, min(first + ROWS_PER_CHUNK, p.shape[0])):
-            update_row(h, c, p[row], g[row], load(state, row), element_of(row_state, row))

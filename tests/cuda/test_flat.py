@@ -3,13 +3,15 @@
 
 import inspect
 
+import numba
 import numpy as np
 import pytest
 import reference
 from numba.core import config
 
 from fastopt.kernels import rules
-from fastopt.kernels.cpu import flat as cpu
+from fastopt.kernels.elements import element_of, load, store, update_element, update_row
+from fastopt.kernels.jit import OPTIONS as JIT_OPTIONS
 
 if not config.ENABLE_CUDASIM:
     pytest.skip("needs NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
@@ -55,9 +57,22 @@ REFERENCES = {
 ULPS = 100  # v - mean^2 of a centered RMSProp loses a digit
 
 
+@numba.njit(**JIT_OPTIONS)
+def cpu_flat(h, c, p, g, state):
+    for i in range(p.size):
+        new = update_element(h, c, p[i], g[i], *load(state, i))
+        p[i] = new[0]
+        store(state, i, new[1:])
+
+
+@numba.njit(**JIT_OPTIONS)
+def cpu_flat_rows(h, c, p, g, state, row_state):
+    for row in range(p.shape[0]):
+        update_row(h, c, p[row], g[row], load(state, row), element_of(row_state, row))
+
+
 def kernels(rule):
-    name = "flat_rows" if rule.row_slots else "flat"
-    return getattr(gpu, name), getattr(cpu, name)
+    return (gpu.flat_rows, cpu_flat_rows) if rule.row_slots else (gpu.flat, cpu_flat)
 
 
 def flattened(arguments):
@@ -93,7 +108,7 @@ def test_simulated_kernels_agree_with_the_cpu_and_the_formula(rule, decay, dtype
             cuda.jit(gpu_kernel)[BLOCKS, THREADS](h, c, *on_gpu)
             p = follow(p, np.clip(SCALE * g, -LIMIT, LIMIT), state, step, **taken, **common)
             if with_cpu:
-                cpu_kernel.serial(h, c, *on_cpu)
+                cpu_kernel(h, c, *on_cpu)
         for got, want in zip(flattened(on_gpu), [p, g, *state.values()], strict=True):
             atol = ULPS * np.finfo(dtype).eps * reference.peak(want)
             np.testing.assert_allclose(got, want, rtol=0, atol=atol)
