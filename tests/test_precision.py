@@ -1,5 +1,5 @@
-"""Parameters of 16 bits, state of 16 or 8, and master weights: every step follows the formula from what is stored,
-up to one rounding of what is stored then."""
+"""Parameters of 16 bits, state of 16 or 8, and master weights: every step follows the formula from what is
+stored, up to one rounding of what is stored then."""
 
 import copy
 import pickle
@@ -90,8 +90,8 @@ def rounding(x, dtype):
 
 
 class Follower:
-    """One parameter and its optimizer, each step of which is compared with the float64 reference that starts from
-    what was stored before it."""
+    """One parameter and its optimizer, each step of which is compared with the float64 reference that starts
+    from what was stored before it."""
 
     def __init__(self, of, rng, shape, **more):
         self.of, self.rng, self.shape = of, rng, shape
@@ -212,7 +212,9 @@ def sparse(follower, count):
 
 @with_sparse
 @settings(max_examples=8)
-@given(seed=SEEDS, shape=st.sampled_from([(1, 1), (9, 5), (6, 256), (7, 300), (3, 0)]), count=st.integers(0, 24))
+@given(
+    seed=SEEDS, shape=st.sampled_from([(1, 1), (9, 5), (6, 256), (7, 300), (3, 0)]), count=st.integers(0, 24)
+)
 def test_each_sparse_step_follows_the_formula_and_leaves_other_rows(of, seed, shape, count):
     follower = Follower(of, np.random.default_rng(seed), shape)
     for _ in range(4):
@@ -296,8 +298,8 @@ def test_sparse_steps_have_the_same_bits_for_any_number_of_threads_and_variant(
 def test_state_of_bfloat16_does_not_stand_still_where_steps_are_below_its_precision():
     # (1 - beta2) * g^2 is 2^-10 of the second moment's limit g^2: rounded to the nearest, it would stop at a
     # quarter of it, where the increment is half a spacing. At random, the mean goes on: after 3,000 steps it is
-    # g^2 * (1 - exp(-3)). Each step's rounding has a deviation of at most half a spacing, 2^-9 of g^2, and they decay by
-    # beta2 a step: 2^-9 / sqrt(2 * 2^-10) = 2^-4.5 an element, and over 4,096 elements 7e-4 of the mean.
+    # g^2 * (1 - exp(-3)). Each step's rounding has a deviation of at most half a spacing, 2^-9 of g^2, and they
+    # decay by beta2 a step: 2^-9 / sqrt(2 * 2^-10) = 2^-4.5 an element, over 4,096 elements 7e-4 of the mean.
     p = np.zeros(4096, np.float32)
     opt = fastopt.Adam(p, lr=0.0, betas=(0.5, 1 - 2.0**-10), state_dtype="bfloat16")
     g = np.ones(4096, np.float32)
@@ -308,8 +310,8 @@ def test_state_of_bfloat16_does_not_stand_still_where_steps_are_below_its_precis
 
 
 def test_small_gradients_beside_large_ones_make_no_large_steps():
-    # A first moment below its first code is that or 0, 2^-19 of the block's largest M, and the root of the second at
-    # least 2^-20 of the block's largest R. With betas (0.9, 0.999) and corrections M / R is at most
+    # A first moment below its first code is that or 0, 2^-19 of the block's largest M, and the root of the second
+    # at least 2^-20 of the block's largest R. With betas (0.9, 0.999) and corrections M / R is at most
     # (1 - 0.9) / sqrt(1 - 0.999) = 3.2 if the large gradient comes as a surprise, here about 1.
     for small in (1e-4, 1e-6, 1e-8):
         rng = np.random.default_rng(11)
@@ -375,12 +377,16 @@ def test_states_of_other_dtypes_are_refused_and_nothing_changes():
             if own == other:
                 opt.load_state_dict(saved)
             else:
-                with pytest.raises((ValueError, TypeError), match="state_dtype|master_weights"):
+                with pytest.raises((ValueError, TypeError), match=r"state_dtype|master_weights"):
                     opt.load_state_dict(saved)
             assert bytes_of(opt, p) == before
     opt, p = make(state_dtype="8bit", master_weights=True)
-    for slot, bad in (("exp_avg", np.zeros(300, np.int8)), ("exp_avg_scale", np.zeros(3, np.float32)),
-                      ("exp_avg_sq", np.zeros(300, np.float32)), ("master", np.zeros(300, BFLOAT16))):  # fmt: skip
+    for slot, bad in (
+        ("exp_avg", np.zeros(300, np.int8)),
+        ("exp_avg_scale", np.zeros(3, np.float32)),
+        ("exp_avg_sq", np.zeros(300, np.float32)),
+        ("master", np.zeros(300, BFLOAT16)),
+    ):
         saved, before = opt.state_dict(), bytes_of(opt, p)
         saved["state"][0][slot] = bad
         with pytest.raises((ValueError, TypeError), match=slot):
@@ -410,7 +416,7 @@ def test_state_dtypes_may_be_those_of_torch():
                         (torch.uint8, "8bit")):  # fmt: skip
         assert fastopt.Adam(np.ones(3), state_dtype=dtype)._groups[0].checked["state_dtype"] == want
     for dtype in (torch.float16, torch.float64, torch.int32):
-        with pytest.raises(ValueError, match="^state_dtype of params is torch"):
+        with pytest.raises(ValueError, match=r"^state_dtype of params is torch"):
             fastopt.Adam(np.ones(3), state_dtype=dtype)
 
 
@@ -419,7 +425,9 @@ def test_state_dtypes_may_be_those_of_torch():
     ids=str,
 )  # fmt: skip
 def test_other_state_dtypes_are_refused(bad):
-    with pytest.raises((ValueError, TypeError), match="^state_dtype of params is .*: expected None, 'float32'"):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"^state_dtype of params is .*: expected None, 'float32'"
+    ):
         fastopt.Adam(np.ones(3), state_dtype=bad)
 
 
@@ -488,7 +496,9 @@ def test_gradients_of_other_dtypes_are_refused(dtype):
     p = np.ones(3, dtype)
     opt = fastopt.SGD(p)
     for bad in (np.float64, other, np.int16, np.uint16):
-        with pytest.raises(TypeError, match=f"^grads has dtype {np.dtype(bad)} but params has {np.dtype(dtype)}"):
+        with pytest.raises(
+            TypeError, match=f"^grads has dtype {np.dtype(bad)} but params has {np.dtype(dtype)}"
+        ):
             opt.step(np.ones(3, bad))
     single = fastopt.SGD(np.ones(3, np.float32))
     for bad in (dtype, np.float64):
@@ -523,7 +533,9 @@ def test_a_model_of_several_dtypes_trains_as_its_parts_alone():
             one.step(grads[name])
     for name, p in params.items():
         assert p.tobytes() == copies[name].tobytes(), name
-        assert bytes_of(alone[name])[1] == [(k, np.asarray(a).tobytes()) for k, a in stored_state(opt, name).items()]
+        assert bytes_of(alone[name])[1] == [
+            (k, np.asarray(a).tobytes()) for k, a in stored_state(opt, name).items()
+        ]
 
 
 # Where gradients are not finite or the parameter's range is left
@@ -583,8 +595,8 @@ def test_rows_are_caught_up_in_their_master():
 
 
 def test_rows_are_caught_up_with_rounded_state():
-    # The buffer is rounded when it is written, by 2^-7 of it at most, and what has come of that decays by the momentum:
-    # an error of peak * 2^-7 / (1 - momentum) at any time, and of lr times that a step in the parameter.
+    # The buffer is rounded when it is written, by 2^-7 of it at most, and what has come of that decays by the
+    # momentum: an error of peak * 2^-7 / (1 - momentum) at any time, of lr times that a step in the parameter.
     rng = np.random.default_rng(7)
     momentum, lr, steps = 0.5, 0.05, 12
     case = cases.BY_NAME["momentum"]
@@ -606,7 +618,7 @@ def test_rows_are_caught_up_with_rounded_state():
     assert (np.abs(p - want.p) <= lr * steps * error).all()
 
 
-# 8-bit codes of tables: blocks go on over rows until the first gradient by rows, and end with rows from then on
+# 8-bit codes of tables: blocks go on over rows, from the first gradient by rows on they end with rows
 
 
 @pytest.mark.parametrize("shape", [(7, 300), (9, 5), (3, 256), (1, 700)])

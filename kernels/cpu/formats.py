@@ -8,9 +8,9 @@ of a key and of the element's position alone, so they do not depend on who compu
 8-bit codes are piecewise linear logarithms, as those of ITU-T G.711: x, scaled by the largest of its block
 of BLOCK, plus 2^-16 is a float32 whose exponent and first bits of fraction are the code. So 0 is exact,
 numbers near the largest have a relative spacing of 1/8 at most (signed, seven bits and a sign) or of 1/16
-(the root of one that is not negative), small ones an absolute spacing of 2^-19 or 2^-20 of the largest. Numbers above 0 whose
-roots are between 0 and the first code get that one, never 0: divided by the root of a second moment that had
-become 0, a first moment rounded up would be a step of hundreds of learning rates.
+(the root of one that is not negative), small ones an absolute spacing of 2^-19 or 2^-20 of the largest.
+Numbers above 0 whose roots are below the first code get that one, never 0: divided by the root of a second
+moment that had become 0, a first moment rounded up would be a step of hundreds of learning rates.
 """
 
 import functools
