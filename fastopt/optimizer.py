@@ -42,6 +42,9 @@ class StepInfo(NamedTuple):
     nonfinite: str | int | None = None
 
 
+_DONE = StepInfo()
+
+
 class _Update(NamedTuple):
     """A parameter and its gradient by rows in one step, checked."""
 
@@ -325,7 +328,7 @@ class Optimizer:
             if update.parameter.tracking is not None:
                 update.parameter.tracking.history.advance(rates[update.group.number])
         self._steps += 1
-        return StepInfo(norm, factor != 1.0)
+        return _DONE if norm is None else StepInfo(norm, factor != 1.0)
 
     def _prepared(
         self, batch: dense.Batch, rows: list[_Update], rates: list[float], fold: Callable, zero_grads: bool
