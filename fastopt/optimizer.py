@@ -42,6 +42,9 @@ class StepInfo(NamedTuple):
     nonfinite: str | int | None = None
 
 
+_DONE = StepInfo()
+
+
 class _Update(NamedTuple):
     """A parameter and its gradient by rows in one step, checked."""
 
@@ -59,9 +62,10 @@ class Optimizer:
     Args:
         params: the arrays to update: one array, a sequence of arrays, a dict name -> array, or a
             sequence of groups, dicts with the key ``params`` (any of the former) and options of
-            their own. Arrays are NumPy or torch CPU (same memory, no copy), float32 or float64,
-            C-contiguous, writable, and none shares memory with another; or a table in files, of
-            :func:`fastopt.open_table`, which has the state in files too.
+            their own. Arrays are NumPy or torch CPU (same memory, no copy), float32, float64, float16 or
+            bfloat16, C-contiguous, writable, and none shares memory with another; or a table in files, of
+            :func:`fastopt.open_table`, which has the state in files too. Those of 16 bits are computed with
+            in float32, and rounded to the nearest.
         lr: learning rate, at least 0, or a function of the step, such as
             ``1e-3 * fastopt.schedules.cosine(1000)``.
         weight_decay: at least 0; an L2 penalty unless the optimizer says decoupled.
@@ -82,6 +86,14 @@ class Optimizer:
             Not with rows="dense".
         clip_row_norm: scale the gradient of each row of a 2-D parameter, after ``grad_scale`` and
             ``clip_norm``, by ``min(1, clip_row_norm / (norm + 1e-6))``; None, the default, does not.
+        state_dtype: what the state that is shaped as the parameter is stored in, None, the default, standing
+            for float64 for float64 parameters and for float32 for all others: "float32"; "bfloat16", with
+            stochastic rounding; or "8bit", codes in blocks of 256 elements with their own scales (see
+            ``fastopt.kernels.cpu.formats``), rounded stochastically. A dtype of NumPy or torch will do.
+        master_weights: keep a float32 copy, made at the first step, of each float16 or bfloat16 parameter,
+            update that, and round the parameter from it.
+        seed: of the random bits of stochastic rounding, which depend on nothing but this, the step and the
+            position of an element among those of all parameters; default 0.
 
     Attributes:
         param_groups: list of dicts with each group's ``params`` and options; options may be
@@ -316,7 +328,7 @@ class Optimizer:
             if update.parameter.tracking is not None:
                 update.parameter.tracking.history.advance(rates[update.group.number])
         self._steps += 1
-        return StepInfo(norm, factor != 1.0)
+        return _DONE if norm is None else StepInfo(norm, factor != 1.0)
 
     def _prepared(
         self, batch: dense.Batch, rows: list[_Update], rates: list[float], fold: Callable, zero_grads: bool

@@ -8,7 +8,9 @@ import numpy as np
 
 from fastopt.kernels.cpu import formats
 from fastopt.kernels.cpu.formats import BLOCK, Format
+from fastopt.kernels.cpu.widen import widen_bfloat16, widen_half
 from fastopt.kernels.rules import Rule
+from fastopt.kernels.scratch import empty
 
 SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 HALF, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -122,8 +124,13 @@ def _element_slots(
 
 
 def widened(array: np.ndarray) -> np.ndarray:
-    """``array``, in float32 if it is of 16 bits."""
-    return array.astype(np.float32) if array.dtype in LOW else array
+    """``array``, C-contiguous, in float32 if it is of 16 bits."""
+    if array.dtype not in LOW:
+        return array
+    out = empty(array.shape, SINGLE)
+    kernel = widen_half if array.dtype == HALF else widen_bfloat16
+    kernel(array.size, array.reshape(-1).view(np.uint16), out.reshape(-1))
+    return out
 
 
 def scale_shape(shape: tuple[int, ...], by_row: bool) -> tuple[int, ...]:

@@ -52,11 +52,14 @@ class Format(Enum):
 PLAIN, HALF, BFLOAT16, SINGLE, HALF_OF, BFLOAT16_OF, STOCHASTIC, SIGNED8, ROOT8 = Format
 
 
+_namedtuple: Any = namedtuple  # of a name that is not written here, which its type does not allow
+
+
 @functools.cache
 def formats(*members: Format) -> Any:
     """An argument without contents whose type tells a kernel the formats of its arrays."""
     name = "Formats__" + "__".join(member.name for member in members)
-    marker: Any = namedtuple(name, (), module=__name__)  # type: ignore[misc]
+    marker = _namedtuple(name, (), module=__name__)
     marker.members = members
     return marker()
 
