@@ -126,8 +126,8 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
             raise ValueError(f"{label} belongs to a BagGradient, whose rows can't be clipped by value")
         if gradient is not None and array.dtype in arrays.LOW_DTYPES:
             raise TypeError(
-                f"{label} has dtype {array.dtype}, in which sums of rows can't be stored: expected float32 or "
-                "float64, or use step(clip_value=...)"
+                f"{label} has dtype {array.dtype}, in which sums of rows can't be stored: expected "
+                "float32 or float64, or use step(clip_value=...)"
             )
     for gradient, array, _ in prepared:
         if gradient is not None:

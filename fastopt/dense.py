@@ -38,11 +38,11 @@ SAME, FLOAT32, NONE, ROWS = range(4)
 class Member(NamedTuple):
     """A parameter of a launch.
 
-    index: among all of the optimizer; group: the number of its group; position: of its first element among
+    number: among all of the optimizer; group: the number of its group; position: of its first element among
     those of all parameters; second: the address of a master; state: two addresses for each slot.
     """
 
-    index: int
+    number: int
     group: int
     step: int
     size: int
@@ -58,7 +58,8 @@ class Squares:
     def __init__(self, dtype: np.dtype, sizes: Sequence[int]) -> None:
         self._like, self._kinds = computed_with(dtype).type(0), formats.formats(gradient_format(dtype))
         self._bases = np.cumsum([0, *sizes])
-        self._serial, self._entry = True, None
+        self._serial = True
+        self._entry: Callable | None = None
 
     def sum(self, addresses: np.ndarray, scale: float) -> float:
         """Of all arrays, which are at ``addresses``, times ``scale**2``."""
@@ -68,19 +69,21 @@ class Squares:
         partials = empty(-(-size // norms.BLOCK), np.float64)
         args = self._like, self._kinds, addresses, self._bases, scale, partials
         serial = norms.sum_squares_arrays.runs_serial(size)
-        if self._entry is None or serial != self._serial:
-            self._serial, self._entry = serial, norms.sum_squares_arrays.entry(serial, args)
-        norms.sum_squares_arrays.run(self._entry, serial, args)
+        entry = self._entry
+        if entry is None or serial != self._serial:
+            entry = norms.sum_squares_arrays.entry(serial, args)
+            self._serial, self._entry = serial, entry
+        norms.sum_squares_arrays.run(entry, serial, args)
         return float(partials.sum())
 
 
 class Batch:
     """The gradients of a step, and what is kept for the next one that is alike.
 
-    kinds: int8, one of SAME, FLOAT32, NONE, ROWS for each parameter; dense: the parameters with dense gradients;
-    where: their gradients' addresses; bytes: their gradients' sizes; increments: what is added to each
-    parameter's steps; placed: whether the bundles know these addresses and those of the parameters; may_clear:
-    whether gradients may be written.
+    kinds: int8, one of SAME, FLOAT32, NONE, ROWS for each parameter; dense: the parameters with dense
+    gradients; where: their gradients' addresses; bytes: their gradients' sizes; increments: what is added to
+    each parameter's steps; complete: whether there are bundles; placed: whether they know these addresses
+    and those of the parameters; may_clear: whether gradients may be written.
     """
 
     def __init__(self, kinds: np.ndarray, dtypes: Sequence[np.dtype], sizes: np.ndarray) -> None:
@@ -88,8 +91,8 @@ class Batch:
         self.dense = np.flatnonzero(kinds <= FLOAT32)
         self.increments = (kinds != NONE).astype(np.int64)
         self.where = np.zeros(0, np.int64)
-        self.bundles: list[Bundle | Matrix] | None = None
-        self.placed = self.may_clear = False
+        self.bundles: list[Bundle | Matrix] = []
+        self.complete = self.placed = self.may_clear = False
         own = {i: SINGLE if kinds[i] == FLOAT32 else dtypes[i] for i in self.dense.tolist()}
         self.formats = {i: gradient_format(dtype) for i, dtype in own.items()}
         self.bytes = np.array([sizes[i] * dtype.itemsize for i, dtype in own.items()], np.int64)
@@ -118,7 +121,7 @@ class Bundle:
 
     def __init__(self, kind: Kind, members: Sequence[Member]) -> None:
         self.kind = kind
-        self.indices = np.array([member.index for member in members])
+        self.indices = np.array([member.number for member in members])
         self.table = np.zeros((len(members), STATE + 2 * (len(kind.members) - 2)), np.int64)
         self.table[:, POSITION] = [member.position for member in members]
         self.table[:, PARAMETER + 1] = [member.second for member in members]
@@ -135,7 +138,7 @@ class Bundle:
         self._kinds = formats.formats(*kind.members)
         self._like = kind.like.type(0)
         self._numbers = np.empty((0, 0))
-        self._launched: tuple | None = None
+        self._launched: tuple = ()
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
         """Take over where parameters and gradients are."""
@@ -190,7 +193,7 @@ class Matrix:
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
         """Take over where the parameter and the gradient are."""
-        self._places[:, 0] = parameters[self._member.index], gradients[self._member.index]
+        self._places[:, 0] = parameters[self._member.number], gradients[self._member.number]
 
     def prepare(self, fold: Fold, zero_grads: bool) -> None:
         """Set the hyperparameters of the next step."""

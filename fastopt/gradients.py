@@ -89,8 +89,8 @@ class BagGradient:
 class RowGradient:
     """A checked sparse gradient: rows of values, and which of them make up the gradient of a row.
 
-    values: [number of indices, dim], or the gradients of bags, [bags, dim], in the type that is computed with.
-    bags: None for :class:`IndexedSlices`. dense: whether it is a dense gradient, used by rows.
+    values: [number of indices, dim], or the gradients of bags, [bags, dim], in the type that is computed
+    with. bags: None for :class:`IndexedSlices`. dense: whether it is a dense gradient, used by rows.
     """
 
     def __init__(

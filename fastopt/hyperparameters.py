@@ -84,7 +84,11 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
         elif name == "state_dtype":
             checked[name] = _state_dtype(value, where)
         elif name == "seed":
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < 2**63:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, numbers.Integral)
+                or not 0 <= int(value) < 2**63
+            ):
                 raise ValueError(f"{where}: expected a whole number from 0 to 2**63 - 1")
             checked[name] = int(value)
         elif name == "betas":

@@ -62,8 +62,9 @@ def _emptied(value: Any) -> Any:
 class Stored(NamedTuple):
     """How a table and its state are stored.
 
-    like: the dtype that is computed with. members: formats of parameter, gradient and slots. state: the rule's
-    slots, each with its scales or None, then those of one element a row. position, key: of random bits.
+    like: the dtype that is computed with. members: formats of parameter, gradient and slots. state: the
+    rule's slots, each with its scales or None, then those of one element a row. position, key: of random
+    bits.
     """
 
     like: np.dtype

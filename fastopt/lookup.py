@@ -24,8 +24,8 @@ def embedding(
     """The rows of ``table`` that ``indices`` name, as ``torch.nn.functional.embedding``.
 
     Args:
-        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous; NumPy or torch, CPU; or
-            a :class:`fastopt.Table`.
+        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous; NumPy or
+            torch, CPU; or a :class:`fastopt.Table`.
         indices: int32 or int64 array of any shape, each in [0, rows), or an
             :class:`fastopt.IndexPlan` of them.
         max_norm: first scale those of the rows named whose L2 norm is larger down to it, in place,
@@ -61,8 +61,8 @@ def embedding_bag(
     """Rows of ``table`` pooled by bags, as ``torch.nn.functional.embedding_bag``.
 
     Args:
-        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous; NumPy or torch, CPU; or
-            a :class:`fastopt.Table`.
+        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous; NumPy or
+            torch, CPU; or a :class:`fastopt.Table`.
         indices: int32 or int64 array, each in [0, rows), or an :class:`fastopt.IndexPlan` of them;
             2-D, a bag in each row, or 1-D with ``offsets``.
         offsets: int32 or int64 array, where each bag begins in ``indices``: the first 0, none
@@ -131,7 +131,8 @@ def _table(table: Any, written: bool) -> np.ndarray:
     arrays.check_contiguous(source, "table")
     if written and source.dtype in LOW:
         raise TypeError(
-            f"table has dtype {source.dtype}, whose rows can't be scaled to max_norm: expected float32 or float64"
+            f"table has dtype {source.dtype}, whose rows can't be scaled to max_norm: expected float32 or "
+            "float64"
         )
     if written and not source.flags.writeable:
         raise ValueError("table is read-only: expected one whose rows can be scaled to max_norm")

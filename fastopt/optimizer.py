@@ -4,7 +4,6 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,18 +12,18 @@ import numpy as np
 from fastopt import arrays, dense, precision, stored
 from fastopt.clipping import check_limit, clip_factor, norm_of
 from fastopt.gradients import BagGradient, IndexedSlices, RowGradient, row_gradient, values_of
+from fastopt.groups import Group, Parameter, as_container, describe, entries_of, is_groups, paired
 from fastopt.hyperparameters import FIXED, SHARED, checked_options
 from fastopt.kernels import rules
 from fastopt.kernels.cpu import formats
-from fastopt.kernels.cpu.headers import UNKNOWN, Headers, Identities
+from fastopt.kernels.cpu.headers import UNKNOWN, Headers
 from fastopt.kernels.cpu.rows import Lazy, PerRow
 from fastopt.kernels.scratch import ALIGNMENT, aligned
 from fastopt.launch import Launch, RowUpdate, Stored, catch_up_launch, row_launches
 from fastopt.plan import Indices, group_all
 from fastopt.precision import Slot
 from fastopt.state import state_arrays
-from fastopt.storage import Table
-from fastopt.tables import ROW_STEPS, Counts, Tracking
+from fastopt.tables import ROW_STEPS, Tracking
 
 
 class StepInfo(NamedTuple):
@@ -43,128 +42,13 @@ class StepInfo(NamedTuple):
     nonfinite: str | int | None = None
 
 
-_IMMUTABLE = int, float, str, tuple, np.generic, np.dtype
-
-
-@dataclass(eq=False)
-class _Parameter:
-    """One of the caller's arrays, and what the optimizer keeps for it.
-
-    steps: the numbers of steps of all parameters, this one's being that at ``index``; position: the number
-    of its first element among those of all parameters.
-    """
-
-    value: Any
-    key: str | int
-    label: str
-    suffix: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    index: int = 0
-    position: int = 0
-    steps: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-    state: dict[str, np.ndarray] = field(default_factory=dict)
-    tracking: Tracking | None = None
-    counts: Counts = field(default_factory=Counts)
-
-    @property
-    def step(self) -> int:
-        """How many steps it has made."""
-        return int(self.steps[self.index])
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def by_row(self) -> bool:
-        """Whether blocks of its state end with the rows of a table."""
-        return any(name.endswith(precision.SCALES) and a.ndim == 2 for name, a in self.state.items())
-
-    @property
-    def stored(self) -> Table | None:
-        """The table in files that the parameter is, if it is one."""
-        return self.value if isinstance(self.value, Table) else None
-
-    def before_writing(self, rows: np.ndarray | None) -> None:
-        """Have a table in files keep what is about to change: rows, or all."""
-        if self.stored is not None:
-            self.stored.keep(rows)
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    def view(self) -> np.ndarray:
-        """The array as it is now; a torch parameter may have moved."""
-        array = arrays.parameter_view(self.value, self.label)
-        if array.shape != self.shape or array.dtype != self.dtype:
-            raise ValueError(
-                f"{self.label} now has shape {array.shape} and dtype {array.dtype}, at first "
-                f"{self.shape} and {self.dtype}: make a new optimizer for changed parameters"
-            )
-        return array
-
-    def rows_of(self, array: np.ndarray) -> np.ndarray:
-        """``array``, of the parameter's shape, with one row for each index of its first axis."""
-        return array.reshape(self.rows, array.size // max(self.rows, 1))
-
-    def every_row(self) -> Indices:
-        """Each row once, which needs no sorting."""
-        return Indices.of_all(self.rows)
-
-
 class _Update(NamedTuple):
     """A parameter and its gradient by rows in one step, checked."""
 
-    parameter: _Parameter
-    group: "_Group"
+    parameter: Parameter
+    group: "Group"
     view: np.ndarray
     gradient: RowGradient
-
-
-@dataclass(eq=False)
-class _Group:
-    """Parameters that share options; ``options`` is the dict the caller sees."""
-
-    options: dict[str, Any]
-    params: Any
-    parameters: list[_Parameter]
-    label: str
-    rule: rules.Rule
-    checked: dict[str, Any]
-    number: int
-    seen: dict[str, Any] | None = None  # the options that were checked, if they can only change by assignment
-
-    def identify(self) -> None:
-        """Remember which objects its container holds, and its options."""
-        self.identities = Identities([parameter.value for parameter in self.parameters])
-        self.take_over(self.checked)
-
-    def take_over(self, checked: dict[str, Any]) -> None:
-        """Go on with these options."""
-        self.checked = checked
-        fixed = all(
-            name == "params" or value is None or callable(value) or isinstance(value, _IMMUTABLE)
-            for name, value in self.options.items()
-        )
-        self.seen = dict(self.options) if fixed else None
-
-    def changed(self) -> bool:
-        """Whether its options may have changed."""
-        try:
-            return self.seen != self.options and {**self.options, "params": None} != {
-                **self.checked,
-                "params": None,
-            }
-        except ValueError:  # an array among them, which compares element by element
-            return True
-
-    def holds_the_same(self) -> bool:
-        """Whether its container still holds the arrays it held at first."""
-        if isinstance(self.params, list):
-            return self.identities.are_those_of(self.params)
-        return not isinstance(self.params, dict) or self.identities.are_those_of(list(self.params.values()))
 
 
 class Optimizer:
@@ -175,9 +59,10 @@ class Optimizer:
     Args:
         params: the arrays to update: one array, a sequence of arrays, a dict name -> array, or a
             sequence of groups, dicts with the key ``params`` (any of the former) and options of
-            their own. Arrays are NumPy or torch CPU (same memory, no copy), float32 or float64,
-            C-contiguous, writable, and none shares memory with another; or a table in files, of
-            :func:`fastopt.open_table`, which has the state in files too.
+            their own. Arrays are NumPy or torch CPU (same memory, no copy), float32, float64, float16 or
+            bfloat16, C-contiguous, writable, and none shares memory with another; or a table in files, of
+            :func:`fastopt.open_table`, which has the state in files too. Those of 16 bits are computed with
+            in float32, and rounded to the nearest.
         lr: learning rate, at least 0, or a function of the step, such as
             ``1e-3 * fastopt.schedules.cosine(1000)``.
         weight_decay: at least 0; an L2 penalty unless the optimizer says decoupled.
@@ -198,6 +83,14 @@ class Optimizer:
             Not with rows="dense".
         clip_row_norm: scale the gradient of each row of a 2-D parameter, after ``grad_scale`` and
             ``clip_norm``, by ``min(1, clip_row_norm / (norm + 1e-6))``; None, the default, does not.
+        state_dtype: what the state that is shaped as the parameter is stored in, None, the default, standing
+            for float64 for float64 parameters and for float32 for all others: "float32"; "bfloat16", with
+            stochastic rounding; or "8bit", codes in blocks of 256 elements with their own scales (see
+            ``fastopt.kernels.cpu.formats``), rounded stochastically. A dtype of NumPy or torch will do.
+        master_weights: keep a float32 copy, made at the first step, of each float16 or bfloat16 parameter,
+            update that, and round the parameter from it.
+        seed: of the random bits of stochastic rounding, which depend on nothing but this, the step and the
+            position of an element among those of all parameters; default 0.
 
     Attributes:
         param_groups: list of dicts with each group's ``params`` and options; options may be
@@ -218,9 +111,9 @@ class Optimizer:
         self.defaults = {**defaults, **SHARED, **shared}
         self._steps = 0
         self.param_groups: list[dict[str, Any]] = []
-        self._groups: list[_Group] = []
-        params = _as_container(params, "params")
-        self._grouped = _is_groups(params)
+        self._groups: list[Group] = []
+        params = as_container(params, "params")
+        self._grouped = is_groups(params)
         if not self._grouped:
             self._add_group({"params": params}, "params", "params")
         else:
@@ -283,10 +176,10 @@ class Optimizer:
 
     def _add_group(self, group: dict[str, Any], label: str, params_label: str) -> None:
         options = {**self.defaults, **group}
-        params = options["params"] = _as_container(group["params"], params_label)
+        params = options["params"] = as_container(group["params"], params_label)
         taken = {parameter.key for parameter in self._parameters()}
         parameters = []
-        for key, value, one_label in _entries(params, params_label):
+        for key, value, one_label in entries_of(params, params_label):
             view = arrays.parameter_view(value, one_label)
             if not isinstance(key, str):
                 key += len(taken)
@@ -296,13 +189,13 @@ class Optimizer:
                 )
             dtype = np.dtype(view.dtype.type)  # the one object that stands for it
             suffix = one_label.removeprefix(params_label)
-            parameters.append(_Parameter(value, key, one_label, suffix, view.shape, dtype))
+            parameters.append(Parameter(value, key, one_label, suffix, view.shape, dtype))
         checked = self._check(options, label)
         self._check_combinations(checked, label)
         self.param_groups.append(options)
         number = len(self._groups)
         rule = self.rule(checked)
-        self._groups.append(_Group(options, params, parameters, label, rule, checked, number))
+        self._groups.append(Group(options, params, parameters, label, rule, checked, number))
 
     def _check(self, options: dict[str, Any], label: str) -> dict[str, Any]:
         own = {name: value for name, value in options.items() if name != "params"}
@@ -330,7 +223,7 @@ class Optimizer:
                 "all have the parameter's step"
             )
 
-    def _parameters(self) -> Iterator[_Parameter]:
+    def _parameters(self) -> Iterator[Parameter]:
         for group in self._groups:
             yield from group.parameters
 
@@ -371,8 +264,8 @@ class Optimizer:
             ValueError, TypeError: an argument or an option does not fit; nothing has changed then.
 
         All parameters with dense gradients that share a rule and dtypes are updated in one launch, and so are
-        all tables with sparse ones, of which each row named gets the sum of its gradients and one update; what
-        other rows see is chosen by the option ``rows``.
+        all tables with sparse ones, of which each row named gets the sum of its gradients and one update;
+        what other rows see is chosen by the option ``rows``.
         """
         if clip_norm is not None:
             clip_norm = check_limit(clip_norm, "clip_norm")
@@ -443,8 +336,8 @@ class Optimizer:
             (p, p.state, p.tracking) for p in (*self._without_state(batch), *(u.parameter for u in rows))
         ]
         try:
-            if batch.bundles is None:
-                batch.bundles = self._bundles(batch)
+            if not batch.complete:
+                batch.bundles, batch.complete = self._bundles(batch), True
             if not batch.placed:
                 for bundle in batch.bundles:
                     bundle.place(self._parameters_at, batch.where)
@@ -495,7 +388,7 @@ class Optimizer:
                 self._catch_up(parameter)
         stored.flush(self)
 
-    def _changed_options(self, group: _Group) -> dict[str, Any]:
+    def _changed_options(self, group: Group) -> dict[str, Any]:
         """The group's options, checked anew if they were changed since the last step."""
         checked = group.checked
         if group.options.get("params") is not group.params or not group.holds_the_same():
@@ -520,7 +413,7 @@ class Optimizer:
                 )
         return group.checked if checked == group.checked else checked
 
-    def _adopt(self, group: _Group, checked: dict[str, Any]) -> None:
+    def _adopt(self, group: Group, checked: dict[str, Any]) -> None:
         """Go on with changed options; rows first take the steps they have missed under the old ones."""
         if {**checked, "lr": None} != {**group.checked, "lr": None}:
             for parameter in group.parameters:
@@ -533,7 +426,7 @@ class Optimizer:
             if any(parameter.tracking is not None for parameter in group.parameters):
                 self._adopt(group, self._changed_options(group))
 
-    def _learning_rate(self, group: _Group, checked: Mapping[str, Any]) -> float:
+    def _learning_rate(self, group: Group, checked: Mapping[str, Any]) -> float:
         """The learning rate of this step."""
         lr = checked["lr"]
         if callable(lr):
@@ -551,7 +444,7 @@ class Optimizer:
     ) -> tuple[dense.Batch, list[_Update]]:
         """Pair parameters and gradients, checked: what is dense, and the others."""
         for parameter in self._in_files:
-            if parameter.stored.owner not in (self, None):
+            if parameter.value.owner not in (self, None):
                 raise ValueError(
                     f"{parameter.label} now belongs to another optimizer: expected the last one made"
                 )
@@ -560,7 +453,10 @@ class Optimizer:
             self._headers.expect(self._expected_gradients(checked))
             self._expecting = True
         self._headers.expect_writeable(zero_grads)
-        batch, self._batch = self._batch, None  # until all is checked: the headers' next read compares with this
+        batch, self._batch = (
+            self._batch,
+            None,
+        )  # until all is checked: the headers' next read compares with this
         (changed, odd), (moved, unknown) = self._headers.read(self._values, entries)
         if changed or odd:
             changed = self._locate_parameters()
@@ -600,8 +496,9 @@ class Optimizer:
             label, view = self._label(grads, i), parameter.view()
             if by_rows and group.rule.layer is not None:
                 raise ValueError(
-                    f"{label} is dense but is used row by row (clip_row_norm, step_per_row, or 8-bit state made "
-                    f"for sparse gradients): {type(self).__name__} needs the whole array, expected IndexedSlices"
+                    f"{label} is dense but is used row by row (clip_row_norm, step_per_row, or 8-bit state "
+                    f"made for sparse gradients): {type(self).__name__} needs the whole array, expected "
+                    "IndexedSlices"
                 )
             array = arrays.gradient_view(value, label, view, parameter.label)
             if not by_rows:
@@ -610,8 +507,8 @@ class Optimizer:
             if checked[group.number]["clip_row_norm"] is not None and array.ndim != 2:
                 raise ValueError(
                     f"{label} has shape {array.shape} and clip_row_norm is "
-                    f"{checked[group.number]['clip_row_norm']!r}: expected a 2-D parameter, put others into a "
-                    "group without it"
+                    f"{checked[group.number]['clip_row_norm']!r}: expected a 2-D parameter, put others into "
+                    "a group without it"
                 )
             values = parameter.rows_of(array)
             gradient = RowGradient(values, parameter.every_row(), dense=True)
@@ -619,13 +516,13 @@ class Optimizer:
         label, view = self._label(grads, i), parameter.view()
         if group.rule.matrix_slots:
             raise TypeError(
-                f"{label} is {type(value).__name__}: {type(self).__name__} has means over columns, expected a "
-                "dense gradient"
+                f"{label} is {type(value).__name__}: {type(self).__name__} has means over columns, expected "
+                "a dense gradient"
             )
         gradient = row_gradient(value, label, view, parameter.label)
         return 0, dense.ROWS, _Update(parameter, group, view, gradient)
 
-    def _takes_rows(self, parameter: _Parameter, group: _Group, checked: Mapping[str, Any]) -> bool:
+    def _takes_rows(self, parameter: Parameter, group: Group, checked: Mapping[str, Any]) -> bool:
         """Whether a dense gradient is used row by row."""
         if group.rule.row_slots or checked["clip_row_norm"] is not None:
             return True
@@ -682,8 +579,8 @@ class Optimizer:
                 value, label = values_of(value, label)
             if not arrays.host_array(value, label).flags.writeable:
                 raise ValueError(
-                    f"{label} is read-only: expected a gradient that can be set to zero, pass a copy of it or "
-                    "zero_grads=False"
+                    f"{label} is read-only: expected a gradient that can be set to zero, pass a copy of it "
+                    "or zero_grads=False"
                 )
 
     def _first_nonfinite(self, grads: Any) -> str | int | None:
@@ -699,9 +596,9 @@ class Optimizer:
                 return parameter.key
         return None
 
-    def _without_state(self, batch: dense.Batch) -> list[_Parameter]:
+    def _without_state(self, batch: dense.Batch) -> list[Parameter]:
         """Parameters of the batch that are to get a state."""
-        return [] if batch.bundles is not None else [self._all[i] for i in batch.dense.tolist()]
+        return [] if batch.complete else [self._all[i] for i in batch.dense.tolist()]
 
     def _bundles(self, batch: dense.Batch) -> list[dense.Bundle | dense.Matrix]:
         """The launches for the dense gradients."""
@@ -763,7 +660,7 @@ class Optimizer:
                 return [grads]
         entries: list[Any] = []
         for group, group_grads, label in self._group_grads(grads):
-            entries += _paired(group, group_grads, label)
+            entries += paired(group, group_grads, label)
         return entries
 
     def _label(self, grads: Any, i: int) -> str:
@@ -774,13 +671,13 @@ class Optimizer:
                 return label + group.parameters[i - group.parameters[0].index].suffix
         raise AssertionError(i)
 
-    def _group_grads(self, grads: Any) -> Iterator[tuple[_Group, Any, str]]:
+    def _group_grads(self, grads: Any) -> Iterator[tuple[Group, Any, str]]:
         if not self._grouped:
             yield self._groups[0], grads, "grads"
             return
         if not isinstance(grads, list | tuple) or len(grads) != len(self._groups):
             raise ValueError(
-                f"grads is {_describe(grads)}: expected a list of {len(self._groups)}, one entry a group"
+                f"grads is {describe(grads)}: expected a list of {len(self._groups)}, one entry a group"
             )
         for number, (group, entry) in enumerate(zip(self._groups, grads, strict=True)):
             label = f"grads[{number}]"
@@ -796,7 +693,7 @@ class Optimizer:
                 self._catch_up(update.parameter, gradient.indices)
                 gradient.find_winners(update.view)
 
-    def _slots(self, group: _Group, parameter: _Parameter, by_row: bool = False) -> dict[str, Slot]:
+    def _slots(self, group: Group, parameter: Parameter, by_row: bool = False) -> dict[str, Slot]:
         """The state arrays that a parameter has; ``by_row``: blocks of 8-bit codes end with its rows."""
         first = self.initial_state(group.checked)
         slots = precision.state_slots(
@@ -806,7 +703,7 @@ class Optimizer:
             slots[ROW_STEPS] = Slot((parameter.rows,), np.dtype(np.int64))
         return slots
 
-    def _ready_state(self, parameter: _Parameter, group: _Group, by_row: bool) -> dict[str, np.ndarray]:
+    def _ready_state(self, parameter: Parameter, group: Group, by_row: bool) -> dict[str, np.ndarray]:
         """The parameter's state, made at its first gradient."""
         slots = {} if parameter.state else self._slots(group, parameter, by_row)
         if slots:
@@ -859,7 +756,7 @@ class Optimizer:
             self._stored(parameter, group, parameter.step + 1),
         )
 
-    def _stored(self, parameter: _Parameter, group: _Group, step: int) -> Stored:
+    def _stored(self, parameter: Parameter, group: Group, step: int) -> Stored:
         """How a table and its state are stored; step: of the random numbers."""
         rule, options, state = group.rule, group.checked, parameter.state
         members = (
@@ -878,7 +775,7 @@ class Optimizer:
             precision.random_key(options["seed"], step),
         )
 
-    def _track(self, parameter: _Parameter, group: _Group, gradient: RowGradient) -> None:
+    def _track(self, parameter: Parameter, group: Group, gradient: RowGradient) -> None:
         """For ``rows="dense"``, have it known which rows are behind."""
         if parameter.tracking is not None and parameter.tracking.full:
             self._catch_up(parameter)
@@ -889,7 +786,7 @@ class Optimizer:
             decay = self._decay(group.checked)
             parameter.tracking = Tracking(group.rule, decay, group.checked, parameter.step, last_step)
 
-    def _catch_up(self, parameter: _Parameter, indices: Indices | None = None) -> None:
+    def _catch_up(self, parameter: Parameter, indices: Indices | None = None) -> None:
         """Let rows, those that ``indices`` name or all, take the steps that they have missed."""
         tracking = parameter.tracking
         if tracking is None:
@@ -953,8 +850,8 @@ class Optimizer:
 
     def _folded(
         self,
-        group: _Group,
-        options: dict[str, Any],
+        group: Group,
+        options: Mapping[str, Any],
         decay: type,
         dtype: np.dtype,
         lr: float,
@@ -1112,74 +1009,3 @@ def _cast(values: Any, dtype: type[np.floating]) -> Any:
 
 def _names(rule: rules.Rule) -> str:
     return ", ".join((*rule.state_slots, *rule.row_slots)) or "none"
-
-
-def _is_groups(params: Any) -> bool:
-    return (
-        isinstance(params, list | tuple)
-        and len(params) > 0
-        and all(isinstance(entry, dict) and "params" in entry for entry in params)
-    )
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-def _as_container(params: Any, label: str) -> Any:
-    """``params`` with any other iterable than a dict made a list."""
-    if isinstance(params, dict) or _is_array(params):
-        return params
-    if isinstance(params, str | bytes) or not hasattr(params, "__iter__"):
-        arrays.host_array(params, label)  # raises
-    return list(params)
-
-
-def _entries(params: Any, label: str) -> Iterator[tuple[str | int, Any, str]]:
-    """Key, array and label of each parameter of a group."""
-    if isinstance(params, dict):
-        for key, value in params.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{label} has the key {key!r}: expected names, of type str")
-            yield key, value, f"{label}[{key!r}]"
-    elif isinstance(params, list):
-        for position, value in enumerate(params):
-            yield position, value, f"{label}[{position}]"
-    else:
-        yield 0, params, label
-
-
-def _paired(group: _Group, grads: Any, label: str) -> list[Any]:
-    """The gradients of a group, in the order of its parameters."""
-    params = group.params
-    if isinstance(params, dict):
-        names = [p.key for p in group.parameters]
-        if not isinstance(grads, Mapping) or set(grads) != set(names):
-            missing = [name for name in names if not isinstance(grads, Mapping) or name not in grads]
-            raise ValueError(
-                f"{label} is {_describe(grads)}: expected a dict with the keys of the parameters, "
-                + (
-                    f"{missing[0]!r} is missing, pass None to skip it"
-                    if missing
-                    else f"{', '.join(map(repr, names))}"
-                )
-            )
-        return [grads[name] for name in names]
-    if isinstance(params, list):
-        count = len(group.parameters)
-        if not isinstance(grads, list | tuple) or len(grads) != count:
-            raise ValueError(
-                f"{label} is {_describe(grads)}: expected a list of {count}, one entry a parameter"
-            )
-        return list(grads)
-    if isinstance(grads, list | tuple | dict):
-        raise ValueError(f"{label} is {_describe(grads)}: expected one array, as params is one")
-    return [grads]
-
-
-def _describe(grads: Any) -> str:
-    if isinstance(grads, Mapping):
-        return f"a dict with the keys {', '.join(map(repr, grads)) or '(none)'}"
-    if isinstance(grads, list | tuple):
-        return f"a {type(grads).__name__} of {len(grads)}"
-    return f"of type {type(grads).__name__}"

@@ -195,8 +195,8 @@ class RMSProp(Optimizer):
         if options["centered"]:
             if options["state_dtype"] in ("bfloat16", "8bit"):
                 raise ValueError(
-                    f"centered is True with state_dtype {options['state_dtype']!r}, whose rounding can make the "
-                    "variance v - mean^2 negative: expected state_dtype None or 'float32'"
+                    f"centered is True with state_dtype {options['state_dtype']!r}, whose rounding can make "
+                    "the variance v - mean^2 negative: expected state_dtype None or 'float32'"
                 )
             return rules.CENTERED_RMSPROP_MOMENTUM if options["momentum"] else rules.CENTERED_RMSPROP
         return rules.RMSPROP_MOMENTUM if options["momentum"] else rules.RMSPROP
@@ -569,7 +569,7 @@ class Adafactor(Optimizer):
     def rule(self, options: Options) -> rules.Rule:
         return rules.ADAFACTOR
 
-    def _folded(self, group: Any, options: dict[str, Any], decay: type, dtype: Any, *given: Any) -> Any:
+    def _folded(self, group: Any, options: Options, decay: type, dtype: Any, *given: Any) -> Any:
         smallest, relative = options["eps"]
         smallest = float(np.finfo(dtype).eps) if smallest is None else smallest
         return super()._folded(group, {**options, "eps": (smallest, relative)}, decay, dtype, *given)

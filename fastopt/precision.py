@@ -134,8 +134,8 @@ def scale_shape(shape: tuple[int, ...], by_row: bool) -> tuple[int, ...]:
 
 
 def by_rows(kind: Format, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of a table whose blocks go on over its rows, with their scales, as those of blocks that end with its
-    rows, rounded to the nearest."""
+    """Codes of a table whose blocks go on over its rows, with their scales, as those of blocks that end with
+    its rows, rounded to the nearest."""
     signed = kind is formats.SIGNED8
     shift = formats.SIGNED_SHIFT if signed else formats.ROOT_SHIFT
     span = formats.SIGNED_SPAN if signed else formats.ROOT_SPAN
@@ -148,14 +148,14 @@ def by_rows(kind: Format, codes: np.ndarray, scales: np.ndarray) -> tuple[np.nda
         out[part] = np.where(flat[part] & 128, -z, z) / span * scale if signed else (z / span) ** 2 * scale
     new, own = np.empty_like(codes), np.empty(scale_shape(codes.shape, True), np.float32)
     for block in range(own.shape[1]):
-        part = values[:, block * BLOCK : (block + 1) * BLOCK]
-        largest = np.abs(part).max(axis=1, initial=0.0)
+        columns = values[:, block * BLOCK : (block + 1) * BLOCK]
+        largest = np.abs(columns).max(axis=1, initial=0.0)
         scale = np.where(np.isfinite(largest), np.maximum(largest, formats.SMALLEST_SCALE), np.nan)
         own[:, block] = scale
-        z = np.abs(part) / scale[:, None].astype(np.float32)
+        z = np.abs(columns) / scale[:, None].astype(np.float32)
         z = (z if signed else np.sqrt(z)) * span + formats.LOWEST
         code = (z.view(np.uint32) + (np.uint32(1) << (shift - 1)) - formats.LOWEST_BITS) >> shift
-        code = code.astype(np.uint8) | (np.signbit(part) * np.uint8(128) if signed else np.uint8(0))
+        code = code.astype(np.uint8) | (np.signbit(columns) * np.uint8(128) if signed else np.uint8(0))
         new[:, block * BLOCK : (block + 1) * BLOCK] = code
     return new, own
 

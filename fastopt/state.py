@@ -11,12 +11,13 @@ from fastopt.precision import SCALES
 from fastopt.tables import LAST_STEP, LR_HISTORY, MOST_COUNTED, MOST_STEPS, ROW_STEPS, Tracking
 
 if TYPE_CHECKING:
-    from fastopt.optimizer import Optimizer, _Group, _Parameter
+    from fastopt.groups import Group, Parameter
+    from fastopt.optimizer import Optimizer
 
 _KEYS = ("optimizer", "steps", "state", "param_groups")
 
 
-def state_arrays(parameter: "_Parameter") -> dict[str, np.ndarray]:
+def state_arrays(parameter: "Parameter") -> dict[str, np.ndarray]:
     """A parameter's state as it is saved, C-contiguous."""
     state = {slot: np.asarray(array, order="C") for slot, array in parameter.state.items()}
     if parameter.tracking is not None:
@@ -76,7 +77,7 @@ def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
 
 
 def _take_over(
-    parameter: "_Parameter", state: dict[str, np.ndarray], slots: Mapping[str, tuple[Any, np.dtype, float]]
+    parameter: "Parameter", state: dict[str, np.ndarray], slots: Mapping[str, tuple[Any, np.dtype, float]]
 ) -> None:
     """Have ``state``, which is empty before the first step; tables in files then have first values."""
     if parameter.stored is None:
@@ -89,7 +90,7 @@ def _take_over(
             parameter.state[name][...] = state.get(name, first)
 
 
-def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) -> dict[str, Any]:
+def _options(optimizer: "Optimizer", group: "Group", saved: Any, label: str) -> dict[str, Any]:
     expected = {*optimizer.defaults, "params"}
     if isinstance(saved, Mapping) and saved:  # of a version that lacked some of the options that all have
         saved = {**{name: SHARED[name] for name in SHARED if name in expected}, **saved}
@@ -118,7 +119,7 @@ def _options(optimizer: "Optimizer", group: "_Group", saved: Any, label: str) ->
 
 
 def _state(
-    optimizer: "Optimizer", group: "_Group", options: Mapping[str, Any], parameter: "_Parameter", saved: Any
+    optimizer: "Optimizer", group: "Group", options: Mapping[str, Any], parameter: "Parameter", saved: Any
 ) -> tuple[int, dict[str, np.ndarray], Tracking | None]:
     label = f"state_dict['state'][{parameter.key!r}]"
     expected = optimizer._slots(group, parameter, _is_by_row(saved))
@@ -154,9 +155,9 @@ def _is_by_row(saved: Any) -> bool:
 
 def _tracking(
     optimizer: "Optimizer",
-    group: "_Group",
+    group: "Group",
     options: Mapping[str, Any],
-    parameter: "_Parameter",
+    parameter: "Parameter",
     saved: Mapping[str, Any],
     step: int,
 ) -> Tracking:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 from fastopt.storage import Table
 
 if TYPE_CHECKING:
-    from fastopt.optimizer import Optimizer, _Group, _Parameter
+    from fastopt.groups import Group, Parameter
+    from fastopt.optimizer import Optimizer
 
 Progress = Mapping[str, Any] | None
 
 
-def _tables(optimizer: "Optimizer") -> "list[tuple[_Group, _Parameter, Table]]":
+def _tables(optimizer: "Optimizer") -> "list[tuple[Group, Parameter, Table]]":
     return [
         (group, parameter, parameter.stored)
         for group in optimizer._groups
@@ -20,7 +21,7 @@ def _tables(optimizer: "Optimizer") -> "list[tuple[_Group, _Parameter, Table]]":
     ]
 
 
-def progress(optimizer: "Optimizer", group: "_Group", parameter: "_Parameter") -> dict[str, Any]:
+def progress(optimizer: "Optimizer", group: "Group", parameter: "Parameter") -> dict[str, Any]:
     """What a flush stores with a table; all that belongs to one state of the optimizer has its ``steps``."""
     return {
         "optimizer": type(optimizer).__name__,
@@ -65,7 +66,7 @@ def resume(optimizer: "Optimizer") -> None:
                 parameter.state = table.state(optimizer._slots(group, parameter))
 
 
-def _interrupted(stored: "list[tuple[_Group, _Parameter, Table]]") -> list[Table]:
+def _interrupted(stored: "list[tuple[Group, Parameter, Table]]") -> list[Table]:
     """The tables whose last flush others have not made: a crash came between them."""
     begun = [(parameter, table) for _, parameter, table in stored if table.progress is not None]
     together = {key for _, table in begun for key in table.progress["tables"]}  # type: ignore[index]
@@ -86,7 +87,7 @@ def _interrupted(stored: "list[tuple[_Group, _Parameter, Table]]") -> list[Table
     return back
 
 
-def _check(optimizer: "Optimizer", group: "_Group", parameter: "_Parameter", own: Progress) -> None:
+def _check(optimizer: "Optimizer", group: "Group", parameter: "Parameter", own: Progress) -> None:
     if own is None:
         return
     name = type(optimizer).__name__

@@ -181,9 +181,9 @@ class Direct:
     with others. It holds the global interpreter lock."""
 
     def __init__(self, function: Callable) -> None:
-        functools.update_wrapper(self, function)
+        self.__doc__ = function.__doc__
         self._function = function
-        self.call = self._first_call
+        self.call: Callable = self._first_call
 
     def _first_call(self, *args: Any) -> Any:
         self.call = _entry(_compile(self._function, parallel=False, nogil=False), args)

@@ -21,7 +21,7 @@ and the docstring says so.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -514,7 +514,7 @@ class Rule:
         """The state arrays shaped as the parameter."""
         return tuple(slot for slot in self.slots if slot is not None)
 
-    def fold(self, step: int, options: dict[str, Any]) -> Any:
+    def fold(self, step: int, options: Mapping[str, Any]) -> Any:
         """The hyperparameter tuple of the ``step``-th update, in float64."""
         if hasattr(self.hyper, "fold"):
             return self.hyper.fold(step, **options)

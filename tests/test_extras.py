@@ -1,4 +1,5 @@
-"""What a step does beside the update: clipping by value, zeroing gradients, naming what is not finite, the norm."""
+"""What a step does beside the update: clipping by value, zeroing gradients, naming what is not finite, the
+norm."""
 
 import math
 
@@ -21,7 +22,9 @@ PLAIN_ADAM = {"lr": 0.01, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.0
 
 
 def bits(opt, params):
-    states = [[(k, np.asarray(v).tobytes()) for k, v in s.items()] for s in opt.state_dict()["state"].values()]
+    states = [
+        [(k, np.asarray(v).tobytes()) for k, v in s.items()] for s in opt.state_dict()["state"].values()
+    ]
     return [p.tobytes() for p in params], states, opt.steps
 
 
@@ -93,7 +96,9 @@ def test_elements_are_clipped_after_scale_and_norm(case, settings, seed, share):
 
 
 def test_the_limit_is_met_exactly_and_below_it_nothing_changes():
-    g = np.float32([0.5, -0.5, np.nextafter(np.float32(0.5), np.float32(1)), -3, 0.25, 0, 1e30, -np.inf, np.inf])
+    g = np.float32(
+        [0.5, -0.5, np.nextafter(np.float32(0.5), np.float32(1)), -3, 0.25, 0, 1e30, -np.inf, np.inf]
+    )
     p = np.zeros(9, np.float32)
     fastopt.SGD(p, lr=1.0).step(g, clip_value=0.5)
     np.testing.assert_array_equal(p, [-0.5, 0.5, -0.5, 0.5, -0.25, 0, -0.5, 0.5, -0.5])
@@ -188,7 +193,7 @@ def test_gradients_are_zero_once_they_are_used():
     options = {"lr": 0.01, "weight_decay": 0.1}
     opt, other = fastopt.Adam(params, **options), fastopt.Adam(copies, **options)
     buffers = [np.zeros(p.shape, np.float32 if p.size == 9 else p.dtype) for p in params]
-    for step in range(4):
+    for _ in range(4):
         grads = [cases.gradient(rng, g.shape, g.dtype) for g in buffers]
         for buffer, g in zip(buffers, grads, strict=True):
             assert not np.asarray(buffer, np.float64).any()
@@ -253,7 +258,9 @@ def test_read_only_gradients_are_refused_with_zero_grads_alone():
         opt.step(grads)
         for _ in range(2):
             before, kept = bits(opt, params), good[1 - number].copy()
-            with pytest.raises(ValueError, match=f"^{label} is read-only: expected a gradient that can be set"):
+            with pytest.raises(
+                ValueError, match=f"^{label} is read-only: expected a gradient that can be set"
+            ):
                 opt.step(grads, zero_grads=True)
             assert bits(opt, params) == before
             assert good[1 - number].tobytes() == kept.tobytes()
@@ -408,7 +415,10 @@ def test_of_several_bad_elements_only_the_norm_of_all_may_be_beyond_float64():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, BFLOAT16])
-@given(seed=SEEDS, sizes=st.lists(st.sampled_from([0, 1, 5, 511, 512, 513, 8191, 8192, 8193, 20_000]), max_size=9))
+@given(
+    seed=SEEDS,
+    sizes=st.lists(st.sampled_from([0, 1, 5, 511, 512, 513, 8191, 8192, 8193, 20_000]), max_size=9),
+)
 def test_the_norm_has_the_same_bits_however_gradients_are_divided(dtype, seed, sizes):
     rng = np.random.default_rng(seed)
     sizes = [*sizes, 3]

@@ -1,4 +1,5 @@
-"""Many arrays in one launch: each gets the bits that it would get alone, whatever comes and goes between steps."""
+"""Many arrays in one launch: each gets the bits that it would get alone, whatever comes and goes between
+steps."""
 
 import copy
 import pickle
@@ -367,7 +368,10 @@ def not_an_array(params, grads):
 
 
 BAD = {
-    overlapping: (ValueError, r"grads\[0\] shares memory with params\[1\]|params\[1\] shares memory with grads"),
+    overlapping: (
+        ValueError,
+        r"grads\[0\] shares memory with params\[1\]|params\[1\] shares memory with grads",
+    ),
     with_another_shape: (ValueError, "must be the same"),
     of_another_dtype: (TypeError, "has dtype float64"),
     strided: (ValueError, "expected a C-contiguous"),

@@ -1,4 +1,5 @@
-"""How numbers are stored smaller: against NumPy and ml_dtypes, and against what rounding at random promises."""
+"""How numbers are stored smaller: against NumPy and ml_dtypes, and against what rounding at random
+promises."""
 
 import ml_dtypes
 import numba
@@ -253,7 +254,8 @@ def test_random_bits_are_those_of_the_twin_for_plain_python():
 
 
 CELLS = 16
-# The statistic has CELLS**2 - 1 degrees of freedom, so mean 255 and standard deviation sqrt(2 * 255) = 22.6 if
+# The statistic has CELLS**2 - 1 degrees of freedom, so mean 255 and standard deviation sqrt(2 * 255) = 22.6
+# if
 # pairs are uniform and independent; more than 6 of these above is a chance of about 1e-7.
 MOST_SQUARES = 255 + 6 * (2 * 255) ** 0.5
 
@@ -327,7 +329,9 @@ def test_signed_codes_are_monotone_and_symmetric_and_zero_is_exact():
         assert positive[0] == 0
         assert (np.diff(positive) > 0).all()
         assert negative.tobytes() == (-positive).tobytes()
-        np.testing.assert_allclose(positive, levels(SIGNED) * np.float64(np.float32(scale)), 2.0**-22, 2.0**-149)
+        np.testing.assert_allclose(
+            positive, levels(SIGNED) * np.float64(np.float32(scale)), 2.0**-22, 2.0**-149
+        )
 
 
 def test_codes_of_roots_are_monotone_and_zero_is_exact():
@@ -466,7 +470,8 @@ def test_no_random_bits_lead_beyond_the_last_code(kind):
 
 @coded
 def test_codes_are_unbiased(kind):
-    # As for bfloat16: of n keys K take the code further from zero. The fraction is known to float32's rounding
+    # As for bfloat16: of n keys K take the code further from zero. The fraction is known to float32's
+    # rounding
     # of the logarithm, 2^-24 of it, which is 2^-20 of the spacing (2^-19 for roots), and an odd slot's
     # random number has 16 bits: 2^-16.
     rng = np.random.default_rng(8)

@@ -39,7 +39,6 @@ def misaligned(count, dtype=SINGLE):
     return np.zeros(count * dtype.itemsize + 1, np.uint8)[1:].view(dtype)
 
 
-
 def odd_values(tmp_path):
     """(value, dtype, shape, taken as a parameter, taken as a gradient)."""
     base = np.arange(24, dtype=SINGLE)
@@ -116,7 +115,9 @@ def odd(tmp_path):
 
 
 def addresses_of(values, taken):
-    return [v.__array_interface__["data"][0] if yes else UNKNOWN for v, yes in zip(values, taken, strict=True)]
+    return [
+        v.__array_interface__["data"][0] if yes else UNKNOWN for v, yes in zip(values, taken, strict=True)
+    ]
 
 
 def test_headers_are_readable_here():

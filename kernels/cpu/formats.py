@@ -50,13 +50,16 @@ class Format(Enum):
 PLAIN, HALF, BFLOAT16, SINGLE, HALF_OF, BFLOAT16_OF, STOCHASTIC, SIGNED8, ROOT8 = Format
 
 
+_namedtuple: Any = namedtuple  # of a name that is not written here, which its type does not allow
+
+
 @functools.cache
 def formats(*members: Format) -> Any:
     """An argument without contents whose type tells a kernel the formats of its arrays."""
     name = "Formats__" + "__".join(member.name for member in members)
-    cls = namedtuple(name, (), module=__name__)
-    cls.members = members  # type: ignore[attr-defined]
-    return cls()
+    marker = _namedtuple(name, (), module=__name__)
+    marker.members = members
+    return marker()
 
 
 def __getattr__(name: str) -> Any:
@@ -114,8 +117,8 @@ def _random_bits(context: Any, key: Any, position: Any, k: Any) -> Any:
 
 
 def _python_random_bits(key, position, k):
-    """32 random bits of the position ``position + k``: two rounds of shift and multiplication, with the halves
-    of a 64-bit key."""
+    """32 random bits of the position ``position + k``: two rounds of shift and multiplication, with the
+    halves of a 64-bit key."""
     most = 0xFFFFFFFF
     key, x = int(key), int(position) + int(k) + int(key) & most
     x = (x ^ x >> 16) * MULTIPLIERS[0] + (key >> 32) & most
@@ -190,7 +193,8 @@ def to_stochastic_bfloat16(x, random):
 QUIET = np.uint32(0x400000)  # the bit of a NaN that no rounding may take away
 LOWEST = np.float32(2.0**-16)  # what stands for 0 in the logarithm
 LOWEST_BITS = np.uint32((127 - 16) << 23)
-# Signed codes are decoded to twice the logarithm, so that half of the scale over the span is at most a float32
+# Signed codes are decoded to twice the logarithm, so that half of the scale over the span is at most a
+# float32
 TWICE_LOWEST, TWICE_LOWEST_BITS = np.float32(2.0**-15), np.uint32((127 - 15) << 23)
 SIGNED_SHIFT, ROOT_SHIFT = np.uint32(20), np.uint32(19)  # bits of the fraction that are cut off
 # What the largest is scaled to: below the last code, so that no rounding leads beyond it
@@ -431,7 +435,7 @@ def reader(kind: Format) -> Callable:
     codec = CODECS[kind]
     names: dict[str, Any] = {"decode": codec.decode, "factor": codec.factor}
     if kind in CODED:
-        lines = (
+        lines: tuple[str, ...] = (
             f"for first in range(0, out.size, {BLOCK}):",
             f"    own = factor(scales[first // {BLOCK}])",
             f"    for i in range(first, min(first + {BLOCK}, out.size)):",

@@ -71,10 +71,10 @@ def _read_all(items, is_list, array_type, expected, extents, addresses):
 @Direct
 def _same_objects(values, identities):
     objects = view(view(values + ITEMS * WORD, 1, np.int64(0))[0], identities.size, np.int64(0))
+    same = True
     for i in range(identities.size):
-        if objects[i] != identities[i]:
-            return False
-    return True
+        same = same and objects[i] == identities[i]
+    return same
 
 
 class Identities:
@@ -96,11 +96,11 @@ Found = tuple[tuple[bool, bool], tuple[bool, bool]]
 
 
 class Headers:
-    """What parameters and gradients must be to be taken as they are: C-contiguous, aligned, of these dtypes and
-    shapes, parameters writeable.
+    """What parameters and gradients must be to be taken as they are: C-contiguous, aligned, of these dtypes
+    and shapes, parameters writeable.
 
-    ``addresses``, [parameters or gradients, array], holds, after :meth:`read`, where each one's elements are, or
-    UNKNOWN for what is something else, or of another dtype or shape, and has to be looked at.
+    ``addresses``, [parameters or gradients, array], holds, after :meth:`read`, where each one's elements
+    are, or UNKNOWN for what is something else, or of another dtype or shape, and has to be looked at.
     """
 
     def __init__(self, dtypes: Sequence[np.dtype], shapes: Sequence[tuple[int, ...]]) -> None:
@@ -168,11 +168,29 @@ def readable() -> bool:
     single, double = np.dtype(np.float32), np.dtype(np.float64)
     read_only = np.zeros(3, single)
     read_only.flags.writeable = False
-    values = [np.zeros((2, 3), single), np.ones(5), np.zeros(()), np.zeros((0, 4), single), np.zeros(8)[::2]]
+    values: list[object] = [
+        np.zeros((2, 3), single),
+        np.ones(5),
+        np.zeros(()),
+        np.zeros((0, 4), single),
+        np.zeros(8)[::2],
+    ]
     values += [None, np.zeros((3, 2), single), np.zeros((4, 2), single, order="F"), read_only]
     values += [np.zeros(12, single)[3:9], 7]
     shapes = [(2, 3), (5,), (), (0, 4), (4,), (1,), (2, 3), (4, 2), (3,), (6,), ()]
-    dtypes = [single, double, double, single, double, single, single, single, single, single, double]
+    dtypes: list[np.dtype] = [
+        single,
+        double,
+        double,
+        single,
+        double,
+        single,
+        single,
+        single,
+        single,
+        single,
+        double,
+    ]
     headers = Headers(dtypes, shapes)
     looked = headers._look(0, values), headers._look(1, values)
     expected = headers.addresses.copy()

@@ -67,7 +67,10 @@ def _row_source(rule: Rule, members: tuple[Format, ...], like: np.dtype) -> dict
     """Functions that open, close and prefetch a row of the parameter and of its state (see formats.py)."""
     size, slots = like.itemsize, len(rule.state_slots)
     names: dict[str, Any] = {"view": view, "prefetch": prefetch, "np": np, "blocks_of": blocks_of}
-    opening, closing, fetching, opened = [], [], [], []
+    opening: list[str] = []
+    closing: list[str] = []
+    fetching: list[str] = []
+    opened: list[str] = []
     for k, kind in enumerate(members):
         if k == 1:  # the gradient is summed up elsewhere
             continue
@@ -137,8 +140,9 @@ def _of_types(h: Any, kinds: Any, like: Any) -> dict[str, Any]:
 
 
 def open_row(h, kinds, table, like, row, buffers):
-    """Row ``row`` of the parameter and of the state as 1-D arrays, and of the state of one element a row: what is
-    stored otherwise than it is computed with is decoded into the memory at ``buffers``, after its first row."""
+    """Row ``row`` of the parameter and of the state as 1-D arrays, and of the state of one element a row:
+    what is stored otherwise than it is computed with is decoded into the memory at ``buffers``, after its
+    first row."""
     return _of_values(h, kinds, like)["open"](h, kinds, table, like, row, buffers)
 
 
