@@ -213,7 +213,7 @@ def main() -> None:
     found = rows(tasks, results)
     for row in found:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=140).print(table)
     for row in (heading, ["---"] * len(heading), *found):
         print("| " + " | ".join(row) + " |")
     print(f"{len(tasks)} runs in {time.monotonic() - began:.0f} s", file=sys.stderr)
