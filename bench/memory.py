@@ -32,7 +32,10 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("RAdam", {}),
     ("NAdam", {}),
     ("Lion", {}),
+    ("LAMB", {}),
+    ("Adafactor", {}),
 ]
+DENSE_ONLY = ("Adafactor",)
 # heading, dtype of the parameters, options
 COLUMNS: list[tuple[str, Any, dict[str, Any]]] = [
     ("float32", np.float32, {}),
@@ -57,7 +60,8 @@ def state_bytes(name: str, dtype: Any, options: dict[str, Any], sparse: bool) ->
 
 
 def cell(name: str, dtype: Any, options: dict[str, Any]) -> str:
-    ways = (False, True) if options.get("state_dtype") == "8bit" else (False,)
+    both = options.get("state_dtype") == "8bit" and name not in DENSE_ONLY
+    ways = (False, True) if both else (False,)
     found = [f"{state_bytes(name, dtype, options, sparse):.4g}" for sparse in ways]
     return " / ".join(dict.fromkeys(found))
 
@@ -75,7 +79,7 @@ def main() -> None:
     rows = list(lines())
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=120).print(table)
     for row in (heading, ["---"] * len(heading), *rows):
         print("| " + " | ".join(row) + " |")
 

@@ -47,6 +47,26 @@ def test_dense_fastopt(compare, rng, name, options, states, peer):
     )
 
 
+# optimizer, torch's name or None, bytes moved for an element: more than one pass over the array
+WHOLE = [("LAMB", None, 44), ("Adafactor", "Adafactor", 24)]
+
+
+@pytest.mark.parametrize(("name", "peer", "moved"), WHOLE, ids=[name for name, *_ in WHOLE])
+def test_whole_fastopt(compare, rng, name, peer, moved):
+    """Rules whose steps depend on all of an array, here a matrix; and Adam, as the measure of one pass."""
+    shape = SIZE // 4096, 4096
+    g = rng.standard_normal(shape, dtype=np.float32)
+    opt = getattr(fastopt, name)(np.ones(shape, np.float32))
+    adam = fastopt.Adam(np.ones(shape, np.float32))
+    functions = {
+        "fastopt": (lambda: opt.step(g), moved * SIZE),
+        "fastopt Adam": (lambda: adam.step(g), 28 * SIZE),
+    }
+    for version, torch_opt in torch_optimizers(peer, {}, lambda: torch_parameters([shape], [g])).items():
+        functions[version] = torch_opt.step, moved * SIZE
+    compare(f"dense {name}", functions, rounds=11)
+
+
 @pytest.mark.parametrize("size", [1, 1000, 262_144])
 def test_small_fastopt(compare, size):
     """Adam on one array that fits the cache."""

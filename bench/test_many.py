@@ -29,6 +29,16 @@ def fastopt_numpy(shapes, grads, **arguments):
     return lambda: opt.step(grads, **arguments)
 
 
+def fastopt_flat(grads):
+    """All in one buffer each."""
+    shapes = [grad.shape for grad in grads]
+    parameters, gradients = fastopt.FlatBuffer(shapes), fastopt.FlatBuffer(shapes)
+    for view, grad in zip(gradients.views, grads, strict=True):
+        view[...] = grad
+    opt = fastopt.Adam(parameters.flat)
+    return lambda: opt.step(gradients.flat)
+
+
 def fastopt_torch(shapes, grads, **arguments):
     """With the list of gradients made anew, as a trainer does."""
     parameters = torch_parameters(shapes, grads)
@@ -46,7 +56,7 @@ def test_model_shapes():
 def test_many_fastopt(compare, rng, name):
     shapes = LISTS[name]
     grads, moved = gradients(rng, shapes), 4 * 7 * sum(map(math.prod, shapes))
-    functions = {"fastopt": fastopt_numpy(shapes, grads)}
+    functions = {"fastopt": fastopt_numpy(shapes, grads), "fastopt, one buffer": fastopt_flat(grads)}
     if torch is not None:
         functions["fastopt, torch tensors"] = fastopt_torch(shapes, grads)
     for version, opt in torch_optimizers(

@@ -310,6 +310,28 @@ print(p[0], *compiled_and_loaded())
             assert process.output()[0].split() == ["-0.5", *counts]
 
 
+STATES = None, "bfloat16", "8bit"
+STEPS = """
+import numpy as np
+import fastopt
+
+for state_dtype in {}:
+    table = np.ones((4, 100), np.float32)
+    g = np.linspace(-1, 1, table.size, dtype=np.float32).reshape(table.shape)
+    for grad in (g, fastopt.IndexedSlices(np.arange(4), g)):
+        fastopt.Adam(table, lr=0.25, state_dtype=state_dtype).step(grad)
+    print(float(table @ np.arange(100) @ np.arange(4)))
+"""
+
+
+def test_kernels_compiled_in_several_processes_work_in_one(tmp_path):
+    """Numba names what it compiles by a number that it counts anew in each process."""
+    for state_dtype in STATES:
+        run(STEPS.format([state_dtype]), tmp_path, NUMBA_CACHE_DIR=tmp_path / "one by one")
+    together = run(STEPS.format(STATES), tmp_path, NUMBA_CACHE_DIR=tmp_path / "one by one")
+    assert together == run(STEPS.format(STATES), tmp_path, NUMBA_CACHE_DIR=tmp_path / "at once")
+
+
 def test_importing_compiles_nothing_and_starts_nothing(tmp_path):
     script = """
 import sys, os
