@@ -8,7 +8,8 @@ from fastopt.kernels.jit import Kernel
 
 @Kernel
 def widen_half(stored, out):
-    """``out[i] = stored[i]``, for the 1-D bits of float16 and a float32 ``out``. Bytes moved: 6 an element."""
+    """``out[i] = stored[i]``, for the 1-D bits of float16 and a float32 ``out``. Bytes moved: 6 an
+    element."""
     for i in prange(out.size):
         out[i] = float_of_half(stored[i])
 
