@@ -270,8 +270,8 @@ def code_levels(signed):
 
 
 def code_error(x, largest, signed):
-    """The distance of neighbouring codes at ``x``, or at its root, in a block with this largest, a little more
-    for the rounding of float32."""
+    """The distance of neighbouring codes at ``x``, or at its root, in a block with this largest, a little
+    more for the rounding of float32."""
     share, last = (1 / 8, 1 - 2.0**-4) if signed else (1 / 16, 1 - 2.0**-5)
     span = (last - 2.0**-16) * (1 - 2.0**-20)
     return share * (np.abs(x) + largest * 2.0**-16 / span) * (1 + 2.0**-18)

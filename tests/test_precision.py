@@ -297,9 +297,9 @@ def test_sparse_steps_have_the_same_bits_for_any_number_of_threads_and_variant(
 
 def test_state_of_bfloat16_does_not_stand_still_where_steps_are_below_its_precision():
     # (1 - beta2) * g^2 is 2^-10 of the second moment's limit g^2: rounded to the nearest, it would stop at a
-    # quarter of it, where the increment is half a spacing. At random, the mean goes on: after 3,000 steps it is
-    # g^2 * (1 - exp(-3)). Each step's rounding has a deviation of at most half a spacing, 2^-9 of g^2, and they
-    # decay by beta2 a step: 2^-9 / sqrt(2 * 2^-10) = 2^-4.5 an element, over 4,096 elements 7e-4 of the mean.
+    # quarter of it, where the increment is half a spacing. At random the mean goes on: 3,000 steps on it is
+    # g^2 * (1 - exp(-3)). A rounding has a deviation of at most half a spacing, 2^-9 of g^2, and
+    # they decay by beta2 a step: 2^-9 / sqrt(2 * 2^-10) = 2^-4.5 an element, over 4,096 of them 7e-4.
     p = np.zeros(4096, np.float32)
     opt = fastopt.Adam(p, lr=0.0, betas=(0.5, 1 - 2.0**-10), state_dtype="bfloat16")
     g = np.ones(4096, np.float32)
@@ -310,8 +310,8 @@ def test_state_of_bfloat16_does_not_stand_still_where_steps_are_below_its_precis
 
 
 def test_small_gradients_beside_large_ones_make_no_large_steps():
-    # A first moment below its first code is that or 0, 2^-19 of the block's largest M, and the root of the second
-    # at least 2^-20 of the block's largest R. With betas (0.9, 0.999) and corrections M / R is at most
+    # A first moment below its first code is that or 0, 2^-19 of the block's largest M, and the root of the
+    # second at least 2^-20 of the block's largest R. With betas (0.9, 0.999) and corrections M / R is at most
     # (1 - 0.9) / sqrt(1 - 0.999) = 3.2 if the large gradient comes as a surprise, here about 1.
     for small in (1e-4, 1e-6, 1e-8):
         rng = np.random.default_rng(11)
@@ -596,7 +596,7 @@ def test_rows_are_caught_up_in_their_master():
 
 def test_rows_are_caught_up_with_rounded_state():
     # The buffer is rounded when it is written, by 2^-7 of it at most, and what has come of that decays by the
-    # momentum: an error of peak * 2^-7 / (1 - momentum) at any time, of lr times that a step in the parameter.
+    # momentum: an error of peak * 2^-7 / (1 - momentum) at any time, lr times that a step in the parameter.
     rng = np.random.default_rng(7)
     momentum, lr, steps = 0.5, 0.05, 12
     case = cases.BY_NAME["momentum"]
