@@ -529,6 +529,8 @@ class Optimizer:
         """Whether a dense gradient is used row by row."""
         if group.rule.row_slots or checked["clip_row_norm"] is not None:
             return True
+        if parameter.stored is not None and checked["state_dtype"] == "8bit":
+            return True
         return len(parameter.shape) == 2 and (checked["step_per_row"] or parameter.by_row)
 
     def _expected_gradients(self, checked: list[dict[str, Any]]) -> list[np.dtype | None]:
@@ -697,8 +699,10 @@ class Optimizer:
                 gradient.find_winners(update.view)
 
     def _slots(self, group: Group, parameter: Parameter, by_row: bool = False) -> dict[str, Slot]:
-        """The state arrays that a parameter has; ``by_row``: blocks of 8-bit codes end with its rows."""
+        """The state arrays that a parameter has; ``by_row``: blocks of 8-bit codes end with its rows, as they
+        do with those of a table in files."""
         first = self.initial_state(group.checked)
+        by_row = by_row or parameter.stored is not None
         slots = precision.state_slots(
             group.rule, parameter.shape, parameter.dtype, group.checked, first, by_row
         )

@@ -50,6 +50,7 @@ _RECORD = struct.Struct("<8sqqII")  # magic, rows, bytes that follow, CRC of tho
 _RECORD_MAGIC = b"undorows"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
+_SLOT_DTYPES = np.dtype(np.int64), np.dtype(np.uint8), arrays.LOW_DTYPES[1]
 Slots = Mapping[str, tuple[tuple[int, ...], np.dtype, float]]
 
 
@@ -82,7 +83,7 @@ class _Meta(NamedTuple):
         return _Slot((self.rows, self.dim), self.dtype)
 
     def text(self) -> str:
-        slots = {name: {"shape": slot.shape, "dtype": slot.dtype.str} for name, slot in self.slots.items()}
+        slots = {name: {"shape": slot.shape, "dtype": _text(slot.dtype)} for name, slot in self.slots.items()}
         return json.dumps({"format": FORMAT, **self._asdict(), "dtype": self.dtype.str, "slots": slots})
 
 
@@ -243,7 +244,7 @@ class Table(arrays.InFiles):
 
         Args:
             slots: for each name, an identifier, the shape (its first size is ``rows``), the dtype (float32,
-                float64 or int64), and the first value of all elements. Those of value 0 take no space until
+                float64, bfloat16, int64 or uint8), and the first value of all elements. Those of value 0 take no space until
                 written.
 
         Returns:
@@ -803,9 +804,14 @@ def _checked_dtype(value: Any, label: str) -> np.dtype:
 
 
 def _slot_dtype(value: Any, label: str) -> np.dtype:
-    """float32, float64 or, for counters, int64."""
-    counters = np.dtype(np.int64)
-    return counters if value == counters else _checked_dtype(value, label)
+    """float32, float64 or bfloat16, int64 for counters, or uint8 for codes."""
+    found = [dtype for dtype in _SLOT_DTYPES if value == dtype]
+    return found[0] if found else _checked_dtype(value, label)
+
+
+def _text(dtype: np.dtype) -> str:
+    """A dtype in words that NumPy knows; the letters of bfloat16 it does not."""
+    return dtype.name if dtype in arrays.LOW_DTYPES else dtype.str
 
 
 def _listed(slots: Mapping[str, _Slot]) -> str:
