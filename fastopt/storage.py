@@ -244,8 +244,8 @@ class Table(arrays.InFiles):
 
         Args:
             slots: for each name, an identifier, the shape (its first size is ``rows``), the dtype (float32,
-                float64, bfloat16, int64 or uint8), and the first value of all elements. Those of value 0 take no space until
-                written.
+                float64, bfloat16, int64 or uint8), and the first value of all elements. Those of value 0
+                take no space until written.
 
         Returns:
             The arrays by name, in the order of ``slots``.
