@@ -155,7 +155,7 @@ class Bundle:
             if not self._numbers.size:
                 self._numbers = np.empty((len(self._classes), len(h) + len(c)))
                 self._prototypes = _prototype(h, kind.like), _prototype(c, kind.like)
-            self._numbers[row] = h + c
+            self._numbers[row] = (*h, *c)
             if self._random:
                 keys.append(random_key(seed, step))
         if keys:

@@ -3,6 +3,7 @@
 import functools
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -143,13 +144,14 @@ class Optimizer:
         self._headers = Headers([p.dtype for p in self._all], [p.shape for p in self._all])
         self._parameters_at = np.empty(0, np.int64)
         self._batch: dense.Batch | None = None
+        self._tensors: list[arrays.Tensors | None] = [None, None]
         self._expecting = False  # whether the headers know which dense gradients are used by rows
         self._own_dicts = [group.options for group in self._groups]
         for group in self._groups:
             group.identify()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = "_headers", "_parameters_at", "_batch", "_expecting", "_own_dicts"
+        own = "_headers", "_parameters_at", "_batch", "_expecting", "_own_dicts", "_tensors"
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -277,9 +279,9 @@ class Optimizer:
             grad_scale = check_limit(grad_scale, "grad_scale")
             if grad_scale == 0 or math.isinf(grad_scale):
                 raise ValueError(f"grad_scale is {grad_scale!r}: expected a finite number above 0")
-        if not isinstance(skip_nonfinite, bool):
+        if skip_nonfinite is not False and skip_nonfinite is not True:
             raise TypeError(f"skip_nonfinite is {skip_nonfinite!r}: expected True or False")
-        if not isinstance(zero_grads, bool):
+        if zero_grads is not False and zero_grads is not True:
             raise TypeError(f"zero_grads is {zero_grads!r}: expected True or False")
         self._check_groups()
         checked, rates, same = [], [], True
@@ -297,8 +299,7 @@ class Optimizer:
         if not same:
             for group, own in zip(self._groups, checked, strict=True):
                 self._adopt(group, own)
-        if rows:
-            self._take_maxima(rows)
+        self._take_maxima(rows)
 
         norm, factor = None, 1.0
         if clip_norm is not None or skip_nonfinite:
@@ -323,7 +324,7 @@ class Optimizer:
         if zero_grads:
             for update in rows:
                 update.gradient.clear()
-        self._clock += batch.increments
+        np.add(self._clock, batch.increments, out=self._clock)
         for update in rows:
             if update.parameter.tracking is not None:
                 update.parameter.tracking.history.advance(rates[update.group.number])
@@ -454,6 +455,7 @@ class Optimizer:
         entries = self._entries(grads)
         if not self._expecting:
             self._headers.expect(self._expected_gradients(checked))
+            self._tensors[1] = None
             self._expecting = True
         self._headers.expect_writeable(zero_grads)
         batch, self._batch = (
@@ -469,7 +471,7 @@ class Optimizer:
 
         where, kinds = self._headers.addresses[1].copy(), np.zeros(len(entries), np.int8)
         rows: list[_Update] = []
-        for i in np.flatnonzero(where == UNKNOWN).tolist():
+        for i in self._odd(1, entries, where):
             where[i], kinds[i], update = self._look_at(grads, entries[i], i, checked)
             if update is not None:
                 rows.append(update)
@@ -493,9 +495,6 @@ class Optimizer:
             return 0, dense.NONE, None
         if not isinstance(value, IndexedSlices | BagGradient):
             by_rows = self._takes_rows(parameter, group, checked[group.number])
-            address = None if by_rows else arrays.tensor_address(value, parameter.dtype, parameter.shape)
-            if address is not None:
-                return address, dense.SAME, None
             label, view = self._label(grads, i), parameter.view()
             if by_rows and group.rule.layer is not None:
                 raise ValueError(
@@ -541,13 +540,22 @@ class Optimizer:
                 dtypes[i] = None
         return dtypes
 
+    def _odd(self, which: int, values: Any, where: np.ndarray) -> list[int]:
+        """The UNKNOWN ones among parameters (0) or gradients (1) that are no tensors as expected either."""
+        numbers = np.flatnonzero(where == UNKNOWN).tolist()
+        if not numbers or "torch" not in sys.modules:
+            return numbers
+        tensors = self._tensors[which]
+        if tensors is None:
+            dtypes = self._headers.dtypes[which]
+            tensors = self._tensors[which] = arrays.Tensors(dtypes, [p.shape for p in self._all])
+        return tensors.find(values, numbers, where)
+
     def _locate_parameters(self) -> bool:
         """Set where parameters are; returns whether one has moved."""
         where = self._headers.addresses[0].copy()
-        for i in np.flatnonzero(where == UNKNOWN).tolist():
-            parameter = self._all[i]
-            address = arrays.tensor_address(parameter.value, parameter.dtype, parameter.shape)
-            where[i] = arrays.address(parameter.view()) if address is None else address
+        for i in self._odd(0, self._values, where):
+            where[i] = arrays.address(self._all[i].view())
         moved = not np.array_equal(where, self._parameters_at)
         self._parameters_at = where
         return moved

@@ -20,6 +20,8 @@ operations are element-wise. Where torch.optim 2.13 differs from the paper, torc
 and the docstring says so.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -516,9 +518,18 @@ class Rule:
 
     def fold(self, step: int, options: Mapping[str, Any]) -> Any:
         """The hyperparameter tuple of the ``step``-th update, in float64."""
-        if hasattr(self.hyper, "fold"):
-            return self.hyper.fold(step, **options)
-        return self.hyper(**{name: options[name] for name in self.hyper._fields})  # type: ignore[attr-defined]
+        names = self._folded
+        if names is None:
+            return self.hyper(**{name: options[name] for name in self.hyper._fields})  # type: ignore[attr-defined]
+        return self.hyper.fold(step, **{name: options[name] for name in names})  # type: ignore[attr-defined]
+
+    @functools.cached_property
+    def _folded(self) -> tuple[str, ...] | None:
+        """The options that ``fold`` takes by name, None if there is no ``fold``."""
+        if not hasattr(self.hyper, "fold"):
+            return None
+        parameters = inspect.signature(self.hyper.fold).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
 RULES: dict[type, Rule] = {}

@@ -112,13 +112,13 @@ class Headers:
         self._expected = np.array([rows, rows], np.int64).reshape(2, -1, 4)
         self._expected[0, :, 3] |= WRITEABLE
         self._extents = np.array([extent for shape in shapes for extent in shape], np.int64)
-        self._dtypes: tuple[Sequence[np.dtype | None], ...] = dtypes, dtypes
+        self.dtypes: tuple[Sequence[np.dtype | None], ...] = dtypes, dtypes
         self._writeable = False
         self._fixed = id(np.ndarray), self._expected, self._extents, self.addresses
 
     def expect(self, dtypes: Sequence[np.dtype | None]) -> None:
         """Take gradients of these dtypes, and none for None."""
-        self._dtypes = self._dtypes[0], dtypes
+        self.dtypes = self.dtypes[0], dtypes
         self._expected[1, :, 0] = [id(dtype) for dtype in dtypes]
 
     def expect_writeable(self, writeable: bool) -> None:
@@ -140,9 +140,7 @@ class Headers:
     def _look(self, which: int, values: list | tuple) -> tuple[bool, bool]:
         """The same, from Python."""
         addresses, before = self.addresses[which], self.addresses[which].copy()
-        for i, (value, dtype, shape) in enumerate(
-            zip(values, self._dtypes[which], self._shapes, strict=True)
-        ):
+        for i, (value, dtype, shape) in enumerate(zip(values, self.dtypes[which], self._shapes, strict=True)):
             fits = (
                 type(value) is np.ndarray
                 and value.dtype is dtype
