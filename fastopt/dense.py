@@ -111,6 +111,12 @@ class Batch:
         self.where = where
         return True
 
+    @property
+    def may_repeat(self) -> bool:
+        """Whether all is dense, and updated in one pass."""
+        whole = all(isinstance(bundle, Bundle) and bundle.kind.rule.layer is None for bundle in self.bundles)
+        return whole and self.placed and bool((self.kinds != ROWS).all())
+
     def sum_of_squares(self, scale: float) -> float:
         """Of all dense gradients, times ``scale**2``."""
         return sum(squares.sum(self.where[indices], scale) for squares, indices in self._squares)
@@ -139,6 +145,7 @@ class Bundle:
         self._like = kind.like.type(0)
         self._numbers = np.empty((0, 0))
         self._launched: tuple = ()
+        self._most = float(np.finfo(kind.like).max)
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
         """Take over where parameters and gradients are."""
@@ -170,6 +177,24 @@ class Bundle:
             if kind.rule.layer is None:
                 self._entry = update_arrays.entry(serial, self._arguments)
             self._launched = launched
+
+    def prepare_again(self, options: list[dict[str, Any]]) -> bool:
+        """Set what a step has that differs from the last one in nothing but its number, for the groups'
+        options; returns whether the numbers fit."""
+        if update_arrays.runs_serial(self.size) is not self._launched[0]:
+            return False
+        fold, most, keys = self.kind.rule.fold, self._most, []
+        for row, (group, step, seed) in enumerate(self._classes):
+            step += self._steps + 1
+            h = fold(step, options[group])
+            if max(h) > most:
+                return False
+            self._numbers[row, : len(h)] = h
+            if self._random:
+                keys.append(random_key(seed, step))
+        if keys:
+            self.table[:, KEY] = np.array(keys)[self.table[:, NUMBERS]]
+        return True
 
     def run(self) -> None:
         """Make the step that was prepared."""

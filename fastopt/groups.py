@@ -122,6 +122,11 @@ class Group:
         except ValueError:  # an array among them, which compares element by element
             return True
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether its options are the same in the next step unless they are assigned to."""
+        return self.seen is not None and not callable(self.checked["lr"]) and self.checked["rows"] != "dense"
+
     def holds_the_same(self) -> bool:
         """Whether its container still holds the arrays it held at first."""
         if isinstance(self.params, list):

@@ -44,6 +44,7 @@ class StepInfo(NamedTuple):
 
 
 _DONE = StepInfo()
+_AS_BEFORE = (False, False), (False, False)  # neither parameters nor gradients have changed or are unknown
 
 
 class _Update(NamedTuple):
@@ -145,13 +146,24 @@ class Optimizer:
         self._parameters_at = np.empty(0, np.int64)
         self._batch: dense.Batch | None = None
         self._tensors: list[arrays.Tensors | None] = [None, None]
+        self._may_repeat = False
+        self._looked = False  # whether the headers were read without a step being made
         self._expecting = False  # whether the headers know which dense gradients are used by rows
         self._own_dicts = [group.options for group in self._groups]
         for group in self._groups:
             group.identify()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = "_headers", "_parameters_at", "_batch", "_expecting", "_own_dicts", "_tensors"
+        own = (
+            "_headers",
+            "_parameters_at",
+            "_batch",
+            "_expecting",
+            "_own_dicts",
+            "_tensors",
+            "_may_repeat",
+            "_looked",
+        )
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -272,6 +284,11 @@ class Optimizer:
         all tables with sparse ones, of which each row named gets the sum of its gradients and one update;
         what other rows see is chosen by the option ``rows``.
         """
+        plain = clip_norm is clip_value is None and skip_nonfinite is zero_grads is False
+        plain = plain and type(grad_scale) is float and grad_scale == 1.0
+        if plain and self._may_repeat and self._repeat(grads):
+            return _DONE
+        self._may_repeat = False
         if clip_norm is not None:
             clip_norm = check_limit(clip_norm, "clip_norm")
         limit = math.inf if clip_value is None else check_limit(clip_value, "clip_value")
@@ -329,7 +346,32 @@ class Optimizer:
             if update.parameter.tracking is not None:
                 update.parameter.tracking.history.advance(rates[update.group.number])
         self._steps += 1
+        self._may_repeat = plain and batch.may_repeat and all(group.is_steady for group in self._groups)
         return _DONE if norm is None else StepInfo(norm, factor != 1.0)
+
+    def _repeat(self, grads: Any) -> bool:
+        """Make a step that differs from the one before in the numbers of the gradients alone; returns
+        whether it is one. For small arrays, whose update takes less time than looking at everything anew."""
+        if self.param_groups != self._own_dicts:
+            return False
+        for group in self._groups:
+            if group.seen != group.options or not group.holds_the_same():
+                return False
+        entries, batch = self._entries(grads), self._batch
+        assert batch is not None
+        self._looked = True
+        if self._headers.read(self._values, entries) != _AS_BEFORE:
+            return False
+        options = [group.checked for group in self._groups]
+        for bundle in batch.bundles:
+            if not bundle.prepare_again(options):
+                return False
+        self._looked = False
+        for bundle in batch.bundles:
+            bundle.run()
+        np.add(self._clock, batch.increments, self._clock)
+        self._steps += 1
+        return True
 
     def _prepared(
         self, batch: dense.Batch, rows: list[_Update], rates: list[float], fold: Callable, zero_grads: bool
@@ -463,8 +505,10 @@ class Optimizer:
             None,
         )  # until all is checked: the headers' next read compares with this
         (changed, odd), (moved, unknown) = self._headers.read(self._values, entries)
-        if changed or odd:
+        if changed or odd or self._looked:
             changed = self._locate_parameters()
+        moved = moved or self._looked
+        self._looked = False
         if batch is not None and not (changed or moved or unknown) and (batch.may_clear or not zero_grads):
             self._batch = batch
             return batch, []
@@ -661,7 +705,7 @@ class Optimizer:
 
     def _forget(self) -> None:
         """Have all that is kept from step to step found anew."""
-        self._batch, self._expecting = None, False
+        self._batch, self._expecting, self._may_repeat = None, False, False
 
     def _entries(self, grads: Any) -> list | tuple:
         """The gradient of each parameter."""
