@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 WARM = 1e-3  # seconds of calls that are not measured, before each that is
-PAUSE = 3e-3  # seconds, in which threads of the one before stop waiting busily
+PAUSE = 30e-3  # seconds, in which threads of the one before stop waiting busily
 
 
 @pytest.fixture

@@ -49,11 +49,10 @@ def _four(p, g, a, b, c):
 KERNELS = {1: _one, 2: _two, 3: _three, 4: _four}
 
 
-def floor(p: np.ndarray, g: np.ndarray, states: int) -> Callable[[], Any]:
-    """A call that reads ``g``, and reads and writes ``p`` and ``states`` arrays as large."""
-    kernel = KERNELS[1 + states]
-    extra = [np.zeros_like(p) for _ in range(states)]
-    return lambda: kernel(p, g, *extra)
+def floor(p: np.ndarray, g: np.ndarray, states: list[np.ndarray]) -> Callable[[], Any]:
+    """A call that reads ``g``, and reads and writes ``p`` and ``states``, arrays as large."""
+    kernel = KERNELS[1 + len(states)]
+    return lambda: kernel(p, g, *states)
 
 
 @numba.njit(parallel=True)
