@@ -78,6 +78,8 @@ class Parameter:
 
     def rows_of(self, array: np.ndarray) -> np.ndarray:
         """``array``, of the parameter's shape, with one row for each index of its first axis."""
+        if len(self.shape) == 2:
+            return array
         return array.reshape(self.rows, array.size // max(self.rows, 1))
 
     def every_row(self) -> Indices:

@@ -444,7 +444,6 @@ class Optimizer:
         if not group.changed():
             return checked
         checked = self._check(group.options, group.label)
-        self._check_combinations(checked, group.label)
         rule = self.rule(checked)
         if rule != group.rule:
             raise ValueError(
@@ -457,6 +456,7 @@ class Optimizer:
                     f"{name} of {group.label} is now {checked[name]!r}, at first {group.checked[name]!r}: "
                     "make a new optimizer to change it"
                 )
+        self._check_combinations(checked, group.label)
         return group.checked if checked == group.checked else checked
 
     def _adopt(self, group: Group, checked: dict[str, Any]) -> None:
@@ -769,7 +769,8 @@ class Optimizer:
             if parameter.stored is not None:
                 parameter.state = parameter.stored.state(slots)
             else:
-                parameter.state = _new_state(slots, group.rule.state_slots if by_row else ())
+                together = group.rule.state_slots if by_row and len(parameter.shape) == 2 else ()
+                parameter.state = _new_state(slots, together)
                 if precision.MASTER in slots:
                     parameter.state[precision.MASTER][...] = parameter.view()
         elif by_row and not parameter.by_row:
@@ -786,7 +787,7 @@ class Optimizer:
     def _row_update(self, update: _Update, rates: list[float], fold: Callable) -> RowUpdate:
         parameter, group = update.parameter, update.group
         checked, rule = group.checked, group.rule
-        self._ready_state(parameter, group, len(parameter.shape) == 2)
+        self._ready_state(parameter, group, True)
         if checked["rows"] == "dense":
             self._track(parameter, group, update.gradient)
         dtype = precision.computed_with(parameter.dtype)
@@ -823,7 +824,9 @@ class Optimizer:
             formats.PLAIN,
             *precision.state_formats(rule, parameter.dtype, options),
         )
-        slots = [(state[slot], state.get(slot + precision.SCALES)) for slot in rule.state_slots]
+        slots: list[tuple[np.ndarray, np.ndarray | None]] = [
+            (parameter.rows_of(state[slot]), state.get(slot + precision.SCALES)) for slot in rule.state_slots
+        ]
         slots += [(state[slot], None) for slot in rule.row_slots]
         return Stored(
             precision.computed_with(parameter.dtype),

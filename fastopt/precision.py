@@ -1,5 +1,6 @@
 """In which formats a parameter, its gradient and its state are stored, and what they are computed with."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -134,10 +135,11 @@ def widened(array: np.ndarray) -> np.ndarray:
 
 
 def scale_shape(shape: tuple[int, ...], by_row: bool) -> tuple[int, ...]:
+    size = math.prod(shape)
     if by_row:
-        rows, dim = shape
-        return rows, -(-dim // BLOCK)
-    return (-(-int(np.prod(shape)) // BLOCK),)
+        rows = shape[0] if shape else 1
+        return rows, -(-size // max(rows, 1) // BLOCK)
+    return (-(-size // BLOCK),)
 
 
 def by_rows(kind: Format, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -608,3 +608,27 @@ def test_a_table_keeps_its_optimizer_until_it_is_closed(tmp_path):
         with pytest.raises(ValueError, match="now belongs to another optimizer"):
             opt.step(gradient(3))
         later.step(gradient(3))
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+def test_state_in_fewer_bits_lies_in_files_and_goes_on_with_the_same_bits(tmp_path, state_dtype):
+    def steps(opt, table, seeds):
+        for seed in seeds:
+            rng = np.random.default_rng(seed)
+            indices = rng.integers(0, 40, 30)
+            opt.step(fastopt.IndexedSlices(indices, rng.standard_normal((30, 300), dtype=np.float32)))
+            opt.step(rng.standard_normal((40, 300), dtype=np.float32))
+
+    options = {"lr": 0.01, "state_dtype": state_dtype, "seed": 3}
+    for seeds in (range(2), range(2, 4)):
+        with fastopt.open_table(tmp_path / "table", rows=40, dim=300) as table:
+            opt = fastopt.Adam(table, **options)
+            steps(opt, table, seeds)
+            opt.flush()
+            weights, state = table.weights.copy(), opt.state_dict()["state"][0]
+    alone = np.zeros((40, 300), np.float32)
+    other = fastopt.Adam(alone, **options)
+    steps(other, alone, range(4))
+    np.testing.assert_array_equal(weights, alone)
+    for slot, array in other.state_dict()["state"][0].items():
+        np.testing.assert_array_equal(state[slot], array, strict=True)

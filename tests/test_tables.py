@@ -402,7 +402,7 @@ class Counted:
 
     def __call__(self, work, *arguments):
         if arguments[-1].size:  # empty in calls that only compile
-            self.calls.append(len(arguments[4]))
+            self.calls.append(len(arguments[5]))
         update_tables(work, *arguments)
 
     def runs_serial(self, work):

@@ -263,7 +263,7 @@ def test_clipping_by_norm_follows_torch(dtype, factor):
     rtol = 4 * float(np.finfo(dtype).eps)
     assert norm == pytest.approx(float(their_norm), rel=rtol)
     assert norm == pytest.approx(own_norm, rel=1e-14)
-    assert info == (norm, factor <= 1.0, False)
+    assert info == (norm, factor <= 1.0, False, None)
     for g, p, theirs_p in zip(grads, params, theirs, strict=True):
         np.testing.assert_allclose(g, theirs_p.grad.numpy(), rtol=rtol)
         np.testing.assert_allclose(-p, theirs_p.grad.numpy(), rtol=rtol)
