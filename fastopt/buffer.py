@@ -60,8 +60,19 @@ class FlatBuffer:
             first += size
         self.views: Any = views if isinstance(shapes, Mapping) else list(views.values())
 
+    def __reduce__(self) -> Any:  # a copy's views are of its own buffer
+        named = self.views if isinstance(self.views, dict) else dict(enumerate(self.views))
+        shapes = {key: view.shape for key, view in named.items()}
+        return _rebuilt, (shapes if isinstance(self.views, dict) else list(shapes.values()), self.flat.copy())
+
     def __repr__(self) -> str:
         return f"FlatBuffer({len(self.views)} arrays, {self.flat.size:,} elements, {self.flat.dtype})"
+
+
+def _rebuilt(shapes: Any, flat: np.ndarray) -> FlatBuffer:
+    buffer = FlatBuffer(shapes, flat.dtype)
+    buffer.flat[...] = flat
+    return buffer
 
 
 def _shape(shape: Any, label: str) -> tuple[int, ...]:

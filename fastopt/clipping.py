@@ -70,7 +70,7 @@ def grad_norm(grads: Any) -> float:
 
     Args:
         grads: an array, ``IndexedSlices``, ``BagGradient``, or nested lists and dicts of them;
-            ``None`` is skipped. Rows named several times count as their sum. float32 or float64,
+            ``None`` is skipped. Rows named several times count as their sum. Of a parameter's dtype,
             C-contiguous.
 
     Returns:

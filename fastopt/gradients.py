@@ -110,6 +110,14 @@ class RowGradient:
         return self.indices.array.size * self.values.shape[1]
 
     @property
+    def values_used(self) -> np.ndarray:
+        """Those that belong to a row."""
+        if self.bags is None:
+            return self.values
+        bags, _ = self.bags.of_positions(self.values.dtype)
+        return self.values[np.unique(bags[self.indices.flat != self.skipped])]
+
+    @property
     def skipped(self) -> int:
         return -1 if self.bags is None else self.bags.padding
 

@@ -101,9 +101,8 @@ class Group:
     seen: dict[str, Any] | None = None  # the options that were checked, if they can only change by assignment
 
     def identify(self) -> None:
-        """Remember which objects its container holds, and its options."""
+        """Remember which objects its container holds."""
         self.identities = Identities([parameter.value for parameter in self.parameters])
-        self.take_over(self.checked)
 
     def take_over(self, checked: dict[str, Any]) -> None:
         """Go on with these options."""
@@ -114,14 +113,18 @@ class Group:
         )
         self.seen = dict(self.options) if fixed else None
 
+    def as_seen(self) -> bool:
+        """Whether its options are known to be those that were checked."""
+        try:
+            return self.seen == self.options
+        except ValueError:  # an array among them, which compares element by element
+            return False
+
     def changed(self) -> bool:
         """Whether its options may have changed."""
         try:
-            return self.seen != self.options and {**self.options, "params": None} != {
-                **self.checked,
-                "params": None,
-            }
-        except ValueError:  # an array among them, which compares element by element
+            return not self.as_seen() and {**self.options, "params": None} != {**self.checked, "params": None}
+        except ValueError:
             return True
 
     @property

@@ -212,7 +212,9 @@ class Optimizer:
         self.param_groups.append(options)
         number = len(self._groups)
         rule = self.rule(checked)
-        self._groups.append(Group(options, params, parameters, label, rule, checked, number))
+        group = Group(options, params, parameters, label, rule, checked, number)
+        group.take_over(checked)
+        self._groups.append(group)
 
     def _check(self, options: dict[str, Any], label: str) -> dict[str, Any]:
         own = {name: value for name, value in options.items() if name != "params"}
@@ -229,10 +231,17 @@ class Optimizer:
 
     def _check_combinations(self, checked: Mapping[str, Any], label: str) -> None:
         """Refuse combinations that can't be honoured."""
-        if checked["rows"] == "dense" and self.rule(checked).layer is not None:
+        rule = self.rule(checked)
+        if checked["rows"] == "dense" and rule.layer is not None:
             raise ValueError(
                 f"{label} has rows='dense': expected 'lazy', as the steps of {type(self).__name__} depend on "
                 "whole layers"
+            )
+        if rule.matrix_slots and (checked["step_per_row"] or checked["clip_row_norm"] is not None):
+            name = "step_per_row" if checked["step_per_row"] else "clip_row_norm"
+            raise ValueError(
+                f"{label} has {name} {checked[name]!r}: {type(self).__name__} does not go by rows, leave it "
+                "out"
             )
         if checked["rows"] == "dense" and checked["step_per_row"]:
             raise ValueError(
@@ -323,7 +332,7 @@ class Optimizer:
             unscaled = norm_of(batch, [update.gradient for update in rows])
             norm = grad_scale * unscaled
             if skip_nonfinite and not math.isfinite(unscaled):
-                return StepInfo(norm, skipped=True, nonfinite=self._first_nonfinite(grads))
+                return StepInfo(norm, skipped=True, nonfinite=self._first_nonfinite(grads, rows))
             if clip_norm is not None:
                 factor = clip_factor(norm, clip_norm)
 
@@ -352,10 +361,9 @@ class Optimizer:
     def _repeat(self, grads: Any) -> bool:
         """Make a step that differs from the one before in the numbers of the gradients alone; returns
         whether it is one. For small arrays, whose update takes less time than looking at everything anew."""
-        if self.param_groups != self._own_dicts:
-            return False
+        self._check_groups()
         for group in self._groups:
-            if group.seen != group.options or not group.holds_the_same():
+            if not (group.as_seen() and group.holds_the_same()):
                 return False
         entries, batch = self._entries(grads), self._batch
         assert batch is not None
@@ -464,13 +472,17 @@ class Optimizer:
         if {**checked, "lr": None} != {**group.checked, "lr": None}:
             for parameter in group.parameters:
                 self._catch_up(parameter)
-        group.take_over(checked)
+        if checked is not group.checked:
+            group.take_over(checked)
 
     def _adopt_options(self) -> None:
         """Where rows are behind, adopt options changed since the last step."""
         for group in self._groups:
             if any(parameter.tracking is not None for parameter in group.parameters):
-                self._adopt(group, self._changed_options(group))
+                checked = self._changed_options(group)
+                if checked is not group.checked:
+                    self._adopt(group, checked)
+                    self._forget()
 
     def _learning_rate(self, group: Group, checked: Mapping[str, Any]) -> float:
         """The learning rate of this step."""
@@ -640,14 +652,14 @@ class Optimizer:
                     "or zero_grads=False"
                 )
 
-    def _first_nonfinite(self, grads: Any) -> str | int | None:
+    def _first_nonfinite(self, grads: Any, rows: list[_Update]) -> str | int | None:
         """The key of the first parameter whose gradient holds NaN or infinity."""
+        by_row = {update.parameter.index: update.gradient for update in rows}
         for parameter, value in zip(self._all, self._entries(grads), strict=True):
             if value is None:
                 continue
-            if isinstance(value, IndexedSlices | BagGradient):
-                value = values_of(value, "")[0]
-            flat = arrays.host_array(value, "").reshape(-1)
+            gradient = by_row.get(parameter.index)
+            flat = (gradient.values_used if gradient else arrays.host_array(value, "")).reshape(-1)
             slices = (flat[k : k + _SLICE] for k in range(0, flat.size, _SLICE))
             if not all(np.isfinite(part).all() for part in slices):
                 return parameter.key
@@ -933,11 +945,16 @@ class Optimizer:
             c = rules.L2(scale, limit, options["weight_decay"])
         if (
             max(map(abs, h)) > _MOST[dtype]
-            or abs(scale) > _MOST[dtype]
+            or not _LEAST[dtype] <= abs(scale) <= _MOST[dtype]
             or (decay is not rules.Scaled and abs(c[-1]) > _MOST[dtype])
         ):
             _check_range(h, dtype, group.label)
             _check_range(c, dtype, group.label)
+            if 0 < abs(scale) < _LEAST[dtype]:
+                raise ValueError(
+                    f"grad_scale, with clipping, makes {scale!r} for {group.label}: expected a factor that "
+                    f"is not 0 in {dtype}"
+                )
         return h, c
 
     # State
@@ -1031,7 +1048,9 @@ class Optimizer:
 
 
 _SLICE = 1 << 20  # elements that are looked at at a time
-_MOST = {dtype: float(np.finfo(dtype).max) for dtype in (precision.SINGLE, precision.DOUBLE)}
+_COMPUTED = precision.SINGLE, precision.DOUBLE
+_LEAST = {dtype: float(np.finfo(dtype).smallest_subnormal) for dtype in _COMPUTED}
+_MOST = {dtype: float(np.finfo(dtype).max) for dtype in _COMPUTED}
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

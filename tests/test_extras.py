@@ -448,3 +448,23 @@ def test_the_norm_is_that_of_the_sums_of_rows_and_all_dtypes_together():
     np.testing.assert_allclose(info.norm, norm, rtol=1e-14)
     assert info.clipped
     assert reference.peak(params[0]) > 0
+
+
+def test_bags_that_no_row_uses_are_not_named_as_not_finite():
+    params = [np.ones((4, 2), np.float32), np.ones(3, np.float32)]
+    output = np.float32([[1, 1], [np.nan, 1]])
+    grads = [fastopt.BagGradient(np.array([0, 1]), np.array([0, 2]), output), np.full(3, np.nan, np.float32)]
+    assert fastopt.SGD(params).step(grads, skip_nonfinite=True).nonfinite == 1
+
+
+def test_a_grad_scale_that_would_become_0_is_refused():
+    with pytest.raises(ValueError, match="grad_scale, with clipping, makes 1e-60"):
+        fastopt.SGD(np.ones(3, np.float32)).step(np.ones(3, np.float32), grad_scale=1e-60)
+
+
+@pytest.mark.parametrize(
+    "option", [{"clip_row_norm": 1.0}, {"step_per_row": True}, {"rows": "dense"}], ids=str
+)
+def test_adafactor_refuses_what_goes_by_rows(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        fastopt.Adafactor(np.ones((3, 3)), **option)

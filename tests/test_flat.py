@@ -574,3 +574,107 @@ def test_options_may_change_between_steps(case):
     for p, one, reference, own in zip(params, state_of(opt), want, opts, strict=True):
         np.testing.assert_allclose(p, reference.p, rtol=0, atol=UNIT * reference.scale)
         assert [one] == state_of(own)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_adopts_options_that_were_changed_before_it_was_made(duplicate):
+    p, g = np.zeros(3, np.float32), np.ones(3, np.float32)
+    opt = fastopt.SGD(p, lr=1.0)
+    opt.step(g)
+    opt.step(g)
+    opt.param_groups[0]["lr"] = 0.25
+    twin = duplicate(opt)
+    for one in (opt, twin):
+        one.step(g)
+        one.step(g)
+        np.testing.assert_array_equal(one.param_groups[0]["params"], -2.5)
+
+
+@pytest.mark.parametrize(
+    "change", [{"weight_decay": 0.5}, {"clip_row_norm": 0.1}, {"maximize": True}], ids=str
+)
+def test_looking_at_the_state_does_not_hide_a_change_from_dense_parameters(change):
+    found = []
+    for look in (False, True):
+        table, p = np.ones((5, 4), np.float32), np.full((2, 4), 10, np.float32)
+        opt = fastopt.SGD([table, p], lr=0.1, momentum=0.9, rows="dense")
+        for step in range(3):
+            if step == 2:
+                opt.param_groups[0].update(change)
+                if look:
+                    opt.state_dict()
+            values = np.ones((1, 4), np.float32)
+            opt.step([fastopt.IndexedSlices(np.array([1]), values), np.full((2, 4), 3, np.float32)])
+        found.append(p)
+    np.testing.assert_array_equal(*found)
+
+
+def _array_as_learning_rate(opt):
+    opt.param_groups[0]["lr"] = np.array([0.1, 0.2])
+
+
+def _other_params(opt):
+    opt.param_groups[0]["params"] = [p.copy() for p in opt.param_groups[0]["params"]]
+
+
+def _other_groups(opt):
+    opt.param_groups = [dict(opt.param_groups[0])]
+
+
+def _other_group(opt):
+    opt.param_groups[0] = dict(opt.param_groups[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (_array_as_learning_rate, TypeError, "lr of params is"),
+        (_other_params, ValueError, "params of params were changed"),
+        (_other_groups, ValueError, "param_groups holds other dicts"),
+        (_other_group, ValueError, "param_groups holds other dicts"),
+    ],
+)
+def test_bad_options_are_refused_after_steps_that_were_alike(change, error, message):
+    p, g = np.ones(3, np.float32), np.ones(3, np.float32)
+    opt = fastopt.Adam([p])
+    for _ in range(3):
+        opt.step([g])
+    before = p.copy()
+    change(opt)
+    with pytest.raises(error, match=message):
+        opt.step([g])
+    np.testing.assert_array_equal(p, before)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))],
+    ids=["deepcopy", "pickle"],
+)
+def test_the_views_of_a_copied_buffer_are_its_own(duplicate):
+    for shapes in ({"a": (2, 3), "b": 4}, [(2, 3), 4]):
+        buffer = fastopt.FlatBuffer(shapes)
+        buffer.flat[:] = np.arange(10)
+        twin = duplicate(buffer)
+        np.testing.assert_array_equal(twin.flat, buffer.flat)
+        twin.flat[:] = 1
+        first = next(iter(twin.views.values())) if isinstance(shapes, dict) else twin.views[0]
+        np.testing.assert_array_equal(first, np.ones((2, 3)))
+        np.testing.assert_array_equal(buffer.flat, np.arange(10))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "error", "message"),
+    [
+        (3, np.float32, TypeError, "shapes is 3"),
+        ("ab", np.float32, TypeError, "shapes is 'ab'"),
+        ([(2, -1)], np.float32, ValueError, "shapes.0. is"),
+        ([(2, 0.5)], np.float32, TypeError, "shapes.0. is"),
+        ([2], np.int64, TypeError, "dtype is"),
+    ],
+)
+def test_shapes_and_dtypes_of_buffers_that_do_not_fit_are_refused(shapes, dtype, error, message):
+    with pytest.raises(error, match=message):
+        fastopt.FlatBuffer(shapes, dtype)

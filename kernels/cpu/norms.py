@@ -12,6 +12,7 @@ from fastopt.kernels.cpu.flat import array_at
 from fastopt.kernels.cpu.formats import CODECS, itemsize, same
 from fastopt.kernels.cpu.memory import view
 from fastopt.kernels.cpu.tables import DIM, GROUPS, PARAM, SKIPPED, gradient_of, row_of_group
+from fastopt.kernels.elements import define
 from fastopt.kernels.jit import Kernel, helper, restricted_helper
 
 BLOCK = 8_192  # elements
@@ -87,14 +88,23 @@ def _add_squares_at(kind, like):
     stored = CODECS[kind].stored(0) if kind in CODECS else like.type(0)
     decode = CODECS[kind].decode if kind in CODECS else same
     width = itemsize(kind, like.itemsize)
+    add = restricted_helper(
+        define(
+            "add_decoded",
+            "g, scale, sums",
+            "for k in range(g.size):",
+            "    i = np.uint64(k)",
+            "    x = np.float64(decode(g[i])) * scale",
+            "    sums[i] += x * x",
+            np=np,
+            decode=decode,
+        )
+    )
 
-    def add(kinds, like, address, at, scale, sums):
-        g = view(address + at * width, sums.size, stored)
-        for i in range(g.size):
-            x = np.float64(decode(g[i])) * scale
-            sums[i] += x * x
+    def add_at(kinds, like, address, at, scale, sums):
+        add(view(address + at * width, sums.size, stored), scale, sums)
 
-    return add
+    return add_at
 
 
 @Kernel
