@@ -212,9 +212,8 @@ class Optimizer:
         self.param_groups.append(options)
         number = len(self._groups)
         rule = self.rule(checked)
-        group = Group(options, params, parameters, label, rule, checked, number)
-        group.take_over(checked)
-        self._groups.append(group)
+        self._groups.append(Group(options, params, parameters, label, rule, checked, number))
+        self._groups[-1].take_over(checked)
 
     def _check(self, options: dict[str, Any], label: str) -> dict[str, Any]:
         own = {name: value for name, value in options.items() if name != "params"}
@@ -372,6 +371,7 @@ class Optimizer:
             return False
         options = [group.checked for group in self._groups]
         for bundle in batch.bundles:
+            assert isinstance(bundle, dense.Bundle)
             if not bundle.prepare_again(options):
                 return False
         self._looked = False
