@@ -18,7 +18,8 @@ class FlatBuffer:
 
     For a trainer that wants its parameters, or gradients, in one array: to clear, copy, send or save them at
     once. An optimizer takes ``flat`` or ``views``, with the same results to the bit where all have the same
-    options (with 8-bit state, where sizes are multiples of 256), and is as fast with either.
+    options (with 8-bit state, where sizes are multiples of 256); of thousands of small arrays ``flat`` is
+    faster.
 
     Args:
         shapes: a sequence of shapes, or a dict name -> shape; a number stands for one dimension.
