@@ -408,7 +408,7 @@ class Optimizer:
             if len(launches) + len(batch.bundles) > 1:
                 for launch in launches:
                     launch.compile()
-            for update in rows:
+            for update in rows if self._in_files else ():
                 update.parameter.before_writing(update.gradient.rows_written)
             for i in batch.dense if self._in_files else ():
                 self._all[i].before_writing(None)
