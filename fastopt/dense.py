@@ -14,9 +14,8 @@ from fastopt.kernels.cpu.formats import RUN, Format
 from fastopt.kernels.cpu.layers import update_layers
 from fastopt.kernels.jit import thread_count
 from fastopt.kernels.scratch import empty
+from fastopt.launch import PARTS_PER_THREAD
 from fastopt.precision import DOUBLE, SINGLE, computed_with, gradient_format, random_key
-
-PARTS_PER_THREAD = 8  # of a launch
 
 Fold = Callable[[int, type, np.dtype, int], tuple[Any, Any]]
 
@@ -155,23 +154,19 @@ class Bundle:
     def prepare(self, fold: Fold, zero_grads: bool) -> None:
         """Set the hyperparameters of the next step, ``fold(group, decay, dtype, step)`` for each class, and
         have everything compiled."""
-        kind, keys = self.kind, []
-        for row, (group, step, seed) in enumerate(self._classes):
-            step += self._steps + 1
-            h, c = fold(group, kind.decay, kind.like, step)
+        kind = self.kind
+        for row, (group, step, _) in enumerate(self._classes):
+            h, c = fold(group, kind.decay, kind.like, step + self._steps + 1)
             if not self._numbers.size:
                 self._numbers = np.empty((len(self._classes), len(h) + len(c)))
                 self._prototypes = _prototype(h, kind.like), _prototype(c, kind.like)
             self._numbers[row] = (*h, *c)
-            if self._random:
-                keys.append(random_key(seed, step))
-        if keys:
-            self.table[:, KEY] = np.array(keys)[self.table[:, NUMBERS]]
+        self._set_keys()
         serial = update_arrays.runs_serial(self.size)
-        launched = serial, zero_grads, serial or thread_count()
+        parts = 1 if serial else PARTS_PER_THREAD * thread_count()
+        launched = serial, zero_grads, parts
         if launched != self._launched:
-            chunk = -(-self.size // (RUN if serial else PARTS_PER_THREAD * thread_count() * RUN)) * RUN
-            chunk = max(chunk, RUN)
+            chunk = max(-(-self.size // (parts * RUN)), 1) * RUN
             given = self._like, self._kinds, self.table, self.bases, self._numbers, zero_grads, chunk
             self._arguments = *self._prototypes, *given
             if kind.rule.layer is None:
@@ -183,18 +178,20 @@ class Bundle:
         options; returns whether the numbers fit."""
         if update_arrays.runs_serial(self.size) is not self._launched[0]:
             return False
-        fold, most, keys = self.kind.rule.fold, self._most, []
-        for row, (group, step, seed) in enumerate(self._classes):
-            step += self._steps + 1
-            h = fold(step, options[group])
+        fold, most = self.kind.rule.fold, self._most
+        for row, (group, step, _) in enumerate(self._classes):
+            h = fold(step + self._steps + 1, options[group])
             if max(h) > most:
                 return False
             self._numbers[row, : len(h)] = h
-            if self._random:
-                keys.append(random_key(seed, step))
-        if keys:
-            self.table[:, KEY] = np.array(keys)[self.table[:, NUMBERS]]
+        self._set_keys()
         return True
+
+    def _set_keys(self) -> None:
+        """Set the keys of the next step's random bits."""
+        if self._random:
+            keys = [random_key(seed, step + self._steps + 1) for _, step, seed in self._classes]
+            self.table[:, KEY] = np.array(keys)[self.table[:, NUMBERS]]
 
     def run(self) -> None:
         """Make the step that was prepared."""

@@ -4,19 +4,18 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
+from fastopt.arrays import DTYPES
+from fastopt.arrays import LOW_DTYPES as LOW
 from fastopt.kernels.cpu import formats
 from fastopt.kernels.cpu.formats import BLOCK, Format
 from fastopt.kernels.cpu.widen import widen_bfloat16, widen_half
 from fastopt.kernels.rules import Rule
 from fastopt.kernels.scratch import empty
 
-SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
-HALF, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
-LOW = HALF, BFLOAT16
-DTYPES = SINGLE, DOUBLE, HALF, BFLOAT16
+SINGLE, DOUBLE = DTYPES
+HALF, BFLOAT16 = LOW
 
 MASTER = "master"  # the float32 copy of a parameter of 16 bits
 SCALES = "_scale"  # ends the names of the scales of 8-bit codes

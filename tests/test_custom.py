@@ -1,6 +1,5 @@
 """Rules from outside: Signum, a rule whose numbers depend on the step, and mistakes."""
 
-import math
 import pickle
 from typing import NamedTuple
 
@@ -10,24 +9,9 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from signum import Signum, SignumH, signum
 
 import fastopt
-
-
-class SignumH(NamedTuple):
-    lr: float = 1e-4
-    beta: float = 0.9
-
-
-def signum(h, p, g, exp_avg):
-    """Signum, Bernstein et al. 2018, Algorithm 2."""
-    exp_avg = g + h.beta * (exp_avg - g)
-    if exp_avg:
-        p = p - math.copysign(h.lr, exp_avg)
-    return p, exp_avg
-
-
-Signum = fastopt.register_rule("Signum", SignumH, signum, ["exp_avg"], decoupled_weight_decay=True)
 
 
 class DecayingH(NamedTuple):

@@ -1,7 +1,6 @@
 """``rows="dense"``: rows that were behind, brought up to date, against dense gradients."""
 
 import copy
-import math
 import pickle
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from signum import Signum
 
 import fastopt
 from fastopt import BagGradient, IndexedSlices, schedules, state, tables
@@ -43,21 +43,6 @@ COMBINATIONS = [
     ("radam", F32, False), ("radam_decoupled", F64, True), ("nadam", F32, False),
     ("nadam_decoupled", F64, True), ("lion", F32, False), ("lion", F64, True),
 ]  # fmt: skip
-
-
-class SignumH(NamedTuple):
-    lr: float = 1e-4
-    beta: float = 0.9
-
-
-def signum(h, p, g, exp_avg):
-    exp_avg = g + h.beta * (exp_avg - g)
-    if exp_avg:
-        p = p - math.copysign(h.lr, exp_avg)
-    return p, exp_avg
-
-
-Signum = fastopt.register_rule("Signum", SignumH, signum, ["exp_avg"], decoupled_weight_decay=True)
 
 
 class DriftH(NamedTuple):

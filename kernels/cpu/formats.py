@@ -206,7 +206,6 @@ ROOT_SPAN = np.float32((1 - 2.0**-5 - 2.0**-16) * (1 - 2.0**-20))
 SMALLEST_SCALE = np.float32(2.0**-120)
 INFINITY_BITS = np.uint32(0x7F800000)
 MAGNITUDE, SIGN = np.uint32(0x7FFFFFFF), np.uint32(0x80000000)
-ONE = np.float32(1)
 
 
 @register_jitable

@@ -63,7 +63,8 @@ LOOKUPS_PER_CHUNK = 256
 GROUPS_PER_CHUNK = 256
 
 
-def _row_source(rule: Rule, members: tuple[Format, ...], like: np.dtype) -> dict[str, Any]:
+@functools.cache
+def _row_functions(rule: Rule, members: tuple[Format, ...], like: np.dtype) -> dict[str, Any]:
     """Functions that open, close and prefetch a row of the parameter and of its state (see formats.py)."""
     size, slots = like.itemsize, len(rule.state_slots)
     names: dict[str, Any] = {"view": view, "prefetch": prefetch, "np": np, "blocks_of": blocks_of}
@@ -124,11 +125,6 @@ def _row_source(rule: Rule, members: tuple[Format, ...], like: np.dtype) -> dict
 _OPEN = "h, kinds, table, like, row, buffers"
 _CLOSE = "h, kinds, table, like, row, p, state"
 _FETCH = "h, kinds, table, like, row"
-
-
-@functools.cache
-def _row_functions(rule: Rule, members: tuple[Format, ...], like: np.dtype) -> dict[str, Any]:
-    return _row_source(rule, members, like)
 
 
 def _of_values(h: Any, kinds: Any, like: Any) -> dict[str, Any]:
