@@ -8,7 +8,7 @@ import cases
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from signum import Signum
 
@@ -105,7 +105,7 @@ def drawn_gradient(rng, dtype, kinds=("slices", "slices", "bags", "none", "dense
 
 def drawn_options(case, rng, decay, betas=None):
     options = case.options(rng, weight_decay=decay)
-    if "betas" in options:
+    if "betas" in options and "betas" not in case.fixed:  # fixed ones have a reason, see cases.py
         options["betas"] = betas or list(ERRORS)[rng.integers(len(ERRORS))]
     return options
 
@@ -178,8 +178,9 @@ class Twin:
 
 
 @pytest.mark.parametrize(("name", "dtype", "decay"), COMBINATIONS)
-@settings(max_examples=max(6, settings().max_examples // 2))
+@settings(max_examples=settings().max_examples // 2)
 @given(seed=SEEDS, steps=st.integers(1, 40), schedule=st.sampled_from(list(SCHEDULES)))
+@example(seed=853, steps=5, schedule="constant")
 def test_sparse_steps_and_a_flush_equal_dense_steps(name, dtype, decay, seed, steps, schedule):
     rng = np.random.default_rng(seed)
     case = cases.BY_NAME[name]
@@ -238,6 +239,8 @@ def options_of_loop(name, rng):
     if name in cases.BY_NAME:
         case = cases.BY_NAME[name]
         options = case.options(rng, weight_decay=True)
+        if name == "lion":  # betas with which directions are rounded, here by the same operations
+            options["betas"] = 0.9, 0.99
         return lambda p, **more: case.make([p], {**options, **more})
     if name == "far":  # betas that rest.py does not sum
         return lambda p, **more: fastopt.Adam([p], lr=0.03, betas=(0.9, 0.5), **more)
