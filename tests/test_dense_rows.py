@@ -8,7 +8,7 @@ import cases
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from signum import Signum
 
@@ -32,16 +32,15 @@ ERRORS = {
 ULPS = 32
 CENTERED_ULPS = 320  # v - mean^2 loses digits, see test_rules.py
 
-# Each case once, with few kernels: a dtype and whether there is weight decay
+# Each rule with each kind of closed form, with few kernels: a dtype and whether there is weight decay
 COMBINATIONS = [
-    ("sgd", F64, True), ("momentum", F32, False), ("dampening", F32, True), ("nesterov", F32, True),
+    ("sgd", F32, True), ("momentum", F32, False), ("dampening", F32, True), ("nesterov", F32, True),
     ("adagrad", F32, False), ("adagrad_decay", F32, True), ("rowwise_adagrad", F32, True),
     ("rowwise_adagrad_decoupled", F64, True), ("rmsprop", F32, False), ("rmsprop_momentum", F32, False),
-    ("rmsprop_centered", F64, True), ("rmsprop_centered_momentum", F64, False), ("adam", F32, False),
+    ("rmsprop_centered", F64, True), ("rmsprop_centered_momentum", F32, False), ("adam", F32, False),
     ("adam", F64, True), ("adam_amsgrad", F32, False), ("amsgrad", F32, False), ("adamw", F32, True),
-    ("adamw_amsgrad", F64, True), ("rowwise_adam", F32, False), ("rowwise_adam_decoupled", F64, True),
-    ("radam", F32, False), ("radam_decoupled", F64, True), ("nadam", F32, False),
-    ("nadam_decoupled", F64, True), ("lion", F32, False), ("lion", F64, True),
+    ("adamw_amsgrad", F64, True), ("rowwise_adam", F32, False), ("radam", F32, False),
+    ("nadam_decoupled", F64, True), ("nadam", F32, False), ("lion", F32, True),
 ]  # fmt: skip
 
 
@@ -105,7 +104,7 @@ def drawn_gradient(rng, dtype, kinds=("slices", "slices", "bags", "none", "dense
 
 def drawn_options(case, rng, decay, betas=None):
     options = case.options(rng, weight_decay=decay)
-    if "betas" in options:
+    if "betas" in options and "betas" not in case.fixed:  # fixed ones have a reason, see cases.py
         options["betas"] = betas or list(ERRORS)[rng.integers(len(ERRORS))]
     return options
 
@@ -178,8 +177,9 @@ class Twin:
 
 
 @pytest.mark.parametrize(("name", "dtype", "decay"), COMBINATIONS)
-@settings(max_examples=max(6, settings().max_examples // 2))
+@settings(max_examples=settings().max_examples // 2)
 @given(seed=SEEDS, steps=st.integers(1, 40), schedule=st.sampled_from(list(SCHEDULES)))
+@example(seed=853, steps=5, schedule="constant")
 def test_sparse_steps_and_a_flush_equal_dense_steps(name, dtype, decay, seed, steps, schedule):
     rng = np.random.default_rng(seed)
     case = cases.BY_NAME[name]
@@ -210,8 +210,8 @@ def assert_reads_up_to_date(twin, rng):
 
 LONG = [("momentum", F32, False), ("rmsprop_momentum", F32, False), ("adam", F32, False), ("adam", F64, True),
         ("amsgrad", F32, False), ("adamw", F32, True), ("adamw_amsgrad", F64, True),
-        ("rowwise_adam", F32, False), ("radam", F32, False), ("radam_decoupled", F64, True),
-        ("nadam", F32, False), ("nadam_decoupled", F64, True)]  # fmt: skip
+        ("rowwise_adam", F32, False), ("radam", F32, False), ("nadam", F32, False),
+        ("nadam_decoupled", F64, True)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dtype", "decay"), LONG)
@@ -238,6 +238,8 @@ def options_of_loop(name, rng):
     if name in cases.BY_NAME:
         case = cases.BY_NAME[name]
         options = case.options(rng, weight_decay=True)
+        if name == "lion":  # betas with which directions are rounded, here by the same operations
+            options["betas"] = 0.9, 0.99
         return lambda p, **more: case.make([p], {**options, **more})
     if name == "far":  # betas that rest.py does not sum
         return lambda p, **more: fastopt.Adam([p], lr=0.03, betas=(0.9, 0.5), **more)
@@ -249,7 +251,7 @@ def options_of_loop(name, rng):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("adam", F64), ("adagrad_decay", F32), ("rowwise_adagrad", F32), ("rmsprop_centered", F64),
-     ("far", F32), ("lion", F32), ("nadam", F32), ("signum", F32), ("drift", F64)],
+     ("far", F32), ("lion", F32), ("nadam", F64), ("signum", F64), ("drift", F64)],
 )  # fmt: skip
 @given(seed=SEEDS, steps=st.integers(1, 30))
 def test_steps_gone_through_one_by_one_have_the_bits_of_dense_steps(name, dtype, seed, steps):
@@ -550,7 +552,7 @@ def test_a_history_that_is_full_starts_anew(name, monkeypatch):
     twin.assert_flushed()
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "rmsprop", "adam", "rowwise_adagrad", "radam"])
+@pytest.mark.parametrize("name", ["momentum", "rmsprop", "adam", "radam"])
 @pytest.mark.parametrize("zero_lr", [False, True])
 def test_rows_never_touched_stay_as_they_are(name, zero_lr):
     rng = np.random.default_rng(9)
@@ -726,14 +728,15 @@ def test_large_tables_equal_dense_steps(name):
     twin.assert_flushed()
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-7])
 @pytest.mark.parametrize(
-    ("optimizer", "options"),
+    ("optimizer", "options", "size"),
     [
-        (fastopt.Adam, {}),
-        (fastopt.AdamW, {"weight_decay": 0.1}),
-        (fastopt.SGD, {"momentum": 0.9}),
-        (fastopt.RMSProp, {}),
+        (fastopt.Adam, {}, 1.0),
+        (fastopt.Adam, {}, 1e-4),
+        (fastopt.Adam, {}, 1e-7),
+        (fastopt.AdamW, {"weight_decay": 0.1}, 1e-7),
+        (fastopt.SGD, {"momentum": 0.9}, 1.0),
+        (fastopt.RMSProp, {}, 1e-4),
     ],
 )
 def test_two_thousand_steps_with_warmup_and_cosine(optimizer, options, size):

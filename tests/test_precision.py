@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fastopt
@@ -18,6 +18,7 @@ from fastopt import BagGradient, IndexedSlices
 from fastopt.kernels import jit
 
 BFLOAT16 = ml_dtypes.bfloat16
+SOME = settings(max_examples=settings().max_examples // 2)
 SEEDS = st.integers(0, 2**32 - 1)
 LOW = np.float16, BFLOAT16
 NOT_NEGATIVE = {"sum", "exp_avg_sq", "max_exp_avg_sq", "square_avg"}
@@ -111,15 +112,23 @@ class Follower:
         state = as_numbers(stored_state(self.opt)) or self.want.state
         own = reference.Tracked(self.want.rule, before, self.want.options)
         own.steps, own.state = self.want.steps, state
+        terms = self.terms(before, state, plain)
         self.opt.step(g)
         own.step(plain)
         self.want.steps = own.steps
-        self.check_parameter(own)
-        self.check_state(own)
+        self.check_parameter(own, terms)
+        self.check_state(own, terms)
 
-    def check_parameter(self, own):
+    def terms(self, before, state, plain):
+        """The same step of magnitudes: rounding errors scale with the terms of a sum, which may cancel."""
+        terms = reference.Tracked(self.want.rule, np.abs(before), {**self.want.options, "maximize": False})
+        terms.steps, terms.state = self.want.steps, {slot: np.abs(a) for slot, a in state.items()}
+        terms.step((plain[0], np.abs(plain[1])) if isinstance(plain, tuple) else np.abs(plain))
+        return terms
+
+    def check_parameter(self, own, terms):
         of, state = self.of, stored_state(self.opt)
-        slack = of.unit * own.scale
+        slack = of.unit * max(own.scale, terms.scale)
         now = self.p.astype(np.float64)
         if of.master and of.dtype in LOW:
             assert state["master"].dtype == np.float32
@@ -130,13 +139,13 @@ class Follower:
         assert (np.abs(now - own.p) <= slack).all()
         self.stored_p = now
 
-    def check_state(self, own):
+    def check_state(self, own, terms):
         of, state = self.of, stored_state(self.opt)
         numbers = as_numbers(state)
         assert set(numbers) == set(own.state)
         assert state["step"] == own.steps
         for slot, want in own.state.items():
-            got, slack = numbers[slot], of.unit * reference.peak(want)
+            got, slack = numbers[slot], of.unit * reference.peak(terms.state[slot])
             if state[slot].dtype == np.uint8:
                 self.check_codes(slot, state[slot + "_scale"], got, want, slack)
                 continue
@@ -174,8 +183,9 @@ class Follower:
 
 
 @with_each
-@settings(max_examples=8)
+@SOME
 @given(seed=SEEDS, shape=st.sampled_from([(), (1,), (0,), (300,), (5, 3), (2, 300), (2, 2, 140), (4, 0)]))
+@example(seed=90590, shape=())
 def test_each_dense_step_follows_the_formula_from_what_is_stored(of, seed, shape):
     follower = Follower(of, np.random.default_rng(seed), shape)
     for _ in range(5):
@@ -211,7 +221,7 @@ def sparse(follower, count):
 
 
 @with_sparse
-@settings(max_examples=8)
+@SOME
 @given(
     seed=SEEDS, shape=st.sampled_from([(1, 1), (9, 5), (6, 256), (7, 300), (3, 0)]), count=st.integers(0, 24)
 )
@@ -229,7 +239,7 @@ def test_each_sparse_step_follows_the_formula_and_leaves_other_rows(of, seed, sh
 
 
 @pytest.mark.parametrize("of", [DENSE_AND_SPARSE[0], *DENSE_AND_SPARSE[2:]], ids=lambda of: of.name)
-@settings(max_examples=6)
+@SOME
 @given(seed=SEEDS)
 def test_dense_and_sparse_steps_follow_the_formula_in_any_order(of, seed):
     rng = np.random.default_rng(seed)

@@ -705,7 +705,7 @@ CALLS = st.lists(
 SMALL = {"m": ((20, 3), F32, 0.0), "s": ((20,), F64, 0.5)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=4 * settings().max_examples)
 @given(CALLS)
 def test_any_order_of_calls(calls):
     with tempfile.TemporaryDirectory() as folder:
