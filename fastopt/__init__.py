@@ -31,7 +31,8 @@ from fastopt.optimizers import (
     RowwiseAdam,
 )
 from fastopt.plan import IndexPlan
-from fastopt.storage import Table, open_table
+from fastopt.tables.open import open_table
+from fastopt.tables.table import Table
 
 __all__ = [
     "LAMB",

@@ -15,7 +15,7 @@ NAMES = "float32, float64, float16 or bfloat16"
 
 
 class InFiles:
-    """A table in files, which keeps what is about to change (see storage.py)."""
+    """A table in files, which keeps what is about to change (see tables/)."""
 
     @property
     def weights(self) -> np.ndarray:

@@ -3,15 +3,14 @@
 import errno
 import json
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastopt._core.files import replacing
 from fastopt.state import restore, state_arrays
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 HEADER = "fastopt"
-TEMPORARY = ".tmp"  # ends the name of the folder in which a file is written
 
 
 def save(optimizer: "Optimizer", path: Any, *, params: bool, metadata: Mapping[str, Any] | None) -> None:
@@ -66,12 +64,7 @@ def write_tensors(path: Any, tensors: dict[str, np.ndarray], metadata: dict[str,
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMPORARY, dir=target.parent))
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(target)) from error
-    try:
-        temporary = folder / target.name
+    with replacing(target) as temporary:
         temporary.touch()
         permissions = temporary.stat().st_mode  # those of a new file here; save_file makes it private
         try:
@@ -79,19 +72,6 @@ def write_tensors(path: Any, tensors: dict[str, np.ndarray], metadata: dict[str,
         except SafetensorError as error:
             raise OSError(f"{target} can't be written: {error}") from error
         temporary.chmod(stat.S_IMODE(permissions))
-        _sync(temporary)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Saved(NamedTuple):

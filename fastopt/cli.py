@@ -17,7 +17,8 @@ import typer
 from safetensors import SafetensorError
 
 from fastopt import corpus
-from fastopt.checkpoint import TEMPORARY, write_tensors
+from fastopt._core.files import TEMPORARY
+from fastopt.checkpoint import write_tensors
 from fastopt.skipgram import (
     LEARNING_RATES,
     OPTIMIZERS,

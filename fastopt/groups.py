@@ -11,8 +11,8 @@ from fastopt import arrays, precision
 from fastopt.kernels import rules
 from fastopt.kernels.cpu.headers import Identities
 from fastopt.plan import Indices
-from fastopt.storage import Table
-from fastopt.tables import Counts, Tracking
+from fastopt.tables.table import Table
+from fastopt.tracking import Counts, Tracking
 
 _IMMUTABLE = int, float, str, tuple, np.generic, np.dtype
 

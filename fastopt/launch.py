@@ -13,7 +13,7 @@ from fastopt.kernels.cpu.norms import GROUPS_PER_BLOCK
 from fastopt.kernels.cpu.rows import buffer_rows, catch_up, update_tables
 from fastopt.kernels.jit import Kernel, thread_count
 from fastopt.kernels.scratch import empty
-from fastopt.tables import Tracking
+from fastopt.tracking import Tracking
 
 APART = 32  # elements: a multiple of a cache line, so that parts do not write to the same one
 PARTS_PER_THREAD = 8  # of a launch, so that threads that are held up do not hold up the others

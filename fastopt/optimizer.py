@@ -24,7 +24,7 @@ from fastopt.launch import Launch, RowUpdate, Stored, catch_up_launch, row_launc
 from fastopt.plan import Indices, group_all
 from fastopt.precision import Slot
 from fastopt.state import state_arrays
-from fastopt.tables import ROW_STEPS, Tracking
+from fastopt.tracking import ROW_STEPS, Tracking
 
 
 class StepInfo(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 from fastopt import arrays
 from fastopt.hyperparameters import FIXED, SHARED
 from fastopt.precision import SCALES
-from fastopt.tables import LAST_STEP, LR_HISTORY, MOST_COUNTED, MOST_STEPS, ROW_STEPS, Tracking
+from fastopt.tracking import LAST_STEP, LR_HISTORY, MOST_COUNTED, MOST_STEPS, ROW_STEPS, Tracking
 
 if TYPE_CHECKING:
     from fastopt.groups import Group, Parameter

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastopt.storage import Table
+from fastopt.tables.table import Table
 
 if TYPE_CHECKING:
     from fastopt.groups import Group, Parameter

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from signum import Signum
 
 import fastopt
-from fastopt import BagGradient, IndexedSlices, schedules, state, tables
+from fastopt import BagGradient, IndexedSlices, schedules, state, tracking
 from fastopt.kernels import jit
 
 ROWS, DIM = 12, 5
@@ -537,7 +537,7 @@ def test_the_state_of_other_rows_is_refused():
 
 @pytest.mark.parametrize("name", ["momentum", "adam", "adamw"])
 def test_a_history_that_is_full_starts_anew(name, monkeypatch):
-    monkeypatch.setattr(tables, "MOST_STEPS", 7)
+    monkeypatch.setattr(tracking, "MOST_STEPS", 7)
     monkeypatch.setattr(state, "MOST_STEPS", 7)
     rng = np.random.default_rng(8)
     case = cases.BY_NAME[name]

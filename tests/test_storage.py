@@ -13,6 +13,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastopt import storage
-from fastopt.storage import open_table
+from fastopt.tables import folder, undo_log
+from fastopt.tables.open import open_table
 
 ROWS, DIM = 500, 4
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -157,7 +158,7 @@ def test_leaving_a_block_flushes_unless_it_raises(tmp_path):
 
 
 def test_init_by_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "FILL_BYTES", 300)
+    monkeypatch.setattr(folder, "FILL_BYTES", 300)
     calls = []
 
     def init(first, last):
@@ -196,7 +197,7 @@ def test_wrong_init_leaves_nothing(tmp_path, init, error):
 
 @pytest.mark.parametrize("call", range(4))
 def test_failing_creation_leaves_nothing(tmp_path, monkeypatch, call):
-    failing(monkeypatch, *[("fsync", 0), ("fsync", 1), ("fsync", 2), ("rename", 0)][call])
+    failing(monkeypatch, *[("fsync", 0), ("fsync", 1), ("fsync", 2), ("replace", 0)][call])
     with pytest.raises(OSError):
         open_table(tmp_path / "t", 5, 2)
     assert not list(tmp_path.iterdir())
@@ -279,7 +280,7 @@ def test_other_state(table, slots, error, message):
 
 def test_state_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with open_table(tmp_path / "t", ROWS, DIM) as table:
-        real = storage._fill
+        real = folder.fill
 
         def fill(path, slot, value):
             real(path, slot, value)
@@ -287,7 +288,7 @@ def test_state_that_fails_leaves_nothing(tmp_path, monkeypatch):
                 raise OSError(errno.ENOSPC, "full")
 
         with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(storage, "_fill", fill)
+            patch.setattr(folder, "fill", fill)
             table.state(SLOTS)
         assert not list(table.path.glob("state-*"))
         assert table.state(SLOTS)["sum"][0] == 0.5
@@ -343,20 +344,20 @@ def test_a_row_is_logged_once_between_flushes(table, tmp_path):
 
     row_bytes = 8 + 4 * DIM + 4 * DIM + 8
     change(table, [3, 400, 8, 9, 10], 2)
-    assert size() == storage._HEAD.size + storage._RECORD.size + 5 * row_bytes
+    assert size() == undo_log._HEAD.size + undo_log._RECORD.size + 5 * row_bytes
     change(table, [10, 3, 8], 3)
-    assert size() == storage._HEAD.size + storage._RECORD.size + 5 * row_bytes
+    assert size() == undo_log._HEAD.size + undo_log._RECORD.size + 5 * row_bytes
     change(table, [11, 10, 4], 3)
-    assert size() == storage._HEAD.size + 2 * storage._RECORD.size + 7 * row_bytes
+    assert size() == undo_log._HEAD.size + 2 * undo_log._RECORD.size + 7 * row_bytes
     table.keep(None)
-    assert size() == storage._HEAD.size + 3 * storage._RECORD.size + ROWS * row_bytes
+    assert size() == undo_log._HEAD.size + 3 * undo_log._RECORD.size + ROWS * row_bytes
     assert_same(
         reopened(image(table, tmp_path / "image"))[1], {k: np.ones(s[0]) for k, s in WITH_WEIGHTS.items()}
     )
 
 
 def test_log_in_blocks(table, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "LOG_BYTES", 500)
+    monkeypatch.setattr(undo_log, "LOG_BYTES", 500)
     before = contents(table)
     change(table, np.random.default_rng(0).permutation(ROWS)[:450], 2)
     table.keep(None)
@@ -391,7 +392,7 @@ def test_state_made_between_prepare_and_commit_is_of_the_next_flush(tmp_path):
 
 def _cuts():
     """Where a log of two records is cut: bytes from the start of the second."""
-    record = storage._RECORD.size
+    record = undo_log._RECORD.size
     return [0, 1, record - 1, record, record + 1, record + 20, -1, None]
 
 
@@ -410,7 +411,7 @@ def test_torn_last_record(table, tmp_path, cut):
     assert_same(content, before)
 
 
-@pytest.mark.parametrize("size", [0, 1, storage._HEAD.size - 1, storage._HEAD.size])
+@pytest.mark.parametrize("size", [0, 1, undo_log._HEAD.size - 1, undo_log._HEAD.size])
 def test_torn_head(table, tmp_path, size):
     before = contents(table)
     table.keep(np.array([1]))
@@ -420,7 +421,7 @@ def test_torn_head(table, tmp_path, size):
 
 
 def _bytes():
-    head, record = storage._HEAD.size, storage._RECORD.size
+    head, record = undo_log._HEAD.size, undo_log._RECORD.size
     return [0, 10, head - 5, head - 1, head, head + 8, head + 16, head + 24, head + 28, head + record, -1]
 
 
@@ -441,10 +442,10 @@ def test_damaged_log_is_refused_and_changes_nothing(table, tmp_path, at):
 
 def with_boot(log, boot):
     content = log.read_bytes()
-    magic, _, sealed, _ = storage._HEAD.unpack(content[: storage._HEAD.size])
-    head = storage._HEAD.pack(magic, boot, sealed, 0)[:-4]
-    head += storage.zlib.crc32(head).to_bytes(4, "little")
-    log.write_bytes(head + content[storage._HEAD.size :])
+    magic, _, sealed, _ = undo_log._HEAD.unpack(content[: undo_log._HEAD.size])
+    head = undo_log._HEAD.pack(magic, boot, sealed, 0)[:-4]
+    head += zlib.crc32(head).to_bytes(4, "little")
+    log.write_bytes(head + content[undo_log._HEAD.size :])
 
 
 def test_machine_that_stopped(table, tmp_path):
@@ -477,7 +478,7 @@ def test_machine_that_stopped(table, tmp_path):
 
 
 def test_without_boot_ids(table, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_BOOT_ID", tmp_path / "absent")
+    monkeypatch.setattr(undo_log, "_BOOT_ID", tmp_path / "absent")
     before = contents(table)
     change(table, [1, 2], 2)
     assert_same(reopened(image(table, tmp_path / "image"))[1], before)
@@ -752,7 +753,7 @@ def _copy(content):
 LOOP = f"""
     import sys
     import numpy as np
-    from fastopt.storage import open_table
+    from fastopt import open_table
     path, side, seed = sys.argv[1:]
     rng = np.random.default_rng(int(seed))
     table = open_table(path)
@@ -818,7 +819,7 @@ def test_two_tables_killed_while_flushing(tmp_path, calls, numbers):
     script = f"""
         import os, signal, sys
         import numpy as np
-        from fastopt.storage import open_table
+        from fastopt import open_table
         tables = a, b = [open_table(path, 50, 2) for path in sys.argv[1:]]
         two = {{"number": 2}}
         for number in (1, 2):
@@ -850,7 +851,7 @@ def test_lock(tmp_path):
     table = open_table(tmp_path / "t", 5, 2)
     with pytest.raises(BlockingIOError, match=f"open already.*{tmp_path / 't'}"):
         open_table(tmp_path / "t")
-    script = "import sys; from fastopt.storage import open_table; open_table(sys.argv[1])"
+    script = "import sys; from fastopt import open_table; open_table(sys.argv[1])"
     with pytest.raises(subprocess.CalledProcessError) as error:
         subprocess.run(
             [sys.executable, "-c", script, tmp_path / "t"], check=True, capture_output=True, text=True
@@ -866,7 +867,7 @@ def test_lock(tmp_path):
 def test_forked_child(tmp_path):
     script = """
         import os, sys
-        from fastopt.storage import open_table
+        from fastopt import open_table
         table = open_table(sys.argv[1], 5, 2)
         child = os.fork()
         if not child:
@@ -894,7 +895,7 @@ def test_table_larger_than_memory(tmp_path):
     script = f"""
         import resource, sys
         import numpy as np
-        from fastopt.storage import open_table
+        from fastopt import open_table
         data = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
         limit = data * 1024 + 2**28
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
