@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 import fastopt
-from fastopt.corpus import Corpus
+from fastopt.train.corpus import Corpus
 
 OPTIMIZERS: dict[str, type[fastopt.Optimizer]] = {
     "sgd": fastopt.SGD,
