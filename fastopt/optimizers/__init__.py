@@ -17,17 +17,6 @@ from fastopt.optimizers.rmsprop import RMSProp
 from fastopt.optimizers.sgd import SGD
 
 __all__ = [
-    "LAMB",
-    "SGD",
-    "AMSGrad",
-    "AdaGrad",
-    "Adafactor",
-    "Adam",
-    "AdamW",
-    "Lion",
-    "NAdam",
-    "RAdam",
-    "RMSProp",
-    "RowwiseAdaGrad",
-    "RowwiseAdam",
-]
+    "LAMB", "SGD", "AMSGrad", "AdaGrad", "Adafactor", "Adam", "AdamW", "Lion", "NAdam", "RAdam", "RMSProp",
+    "RowwiseAdaGrad", "RowwiseAdam",
+]  # fmt: skip

@@ -51,15 +51,9 @@ class Adafactor(Optimizer):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
-            params,
-            shared,
-            lr=lr,
-            beta2_decay=beta2_decay,
-            eps=eps,
-            d=d,
-            weight_decay=weight_decay,
+            params, shared, lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, weight_decay=weight_decay,
             maximize=maximize,
-        )
+        )  # fmt: skip
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.ADAFACTOR

@@ -37,15 +37,9 @@ class AdaGrad(Optimizer):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
-            params,
-            shared,
-            lr=lr,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-            maximize=maximize,
-        )
+            params, shared, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize,
+        )  # fmt: skip
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.ADAGRAD
@@ -83,16 +77,10 @@ class RowwiseAdaGrad(Optimizer):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
-            params,
-            shared,
-            lr=lr,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-        )
+            params, shared, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value, eps=eps,
+            decoupled_weight_decay=decoupled_weight_decay, maximize=maximize,
+        )  # fmt: skip
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.ROWWISE_ADAGRAD

@@ -38,15 +38,9 @@ class Adam(Optimizer):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
-            params,
-            shared,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
+            params, shared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize,
-        )
+        )  # fmt: skip
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.AMSGRAD if options["amsgrad"] else rules.ADAM
@@ -144,15 +138,9 @@ class RowwiseAdam(Optimizer):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
-            params,
-            shared,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-        )
+            params, shared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay, maximize=maximize,
+        )  # fmt: skip
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.ROWWISE_ADAM

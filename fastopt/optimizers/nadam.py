@@ -42,16 +42,10 @@ class NAdam(Optimizer):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
-            params,
-            shared,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum_decay=momentum_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
+            params, shared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            momentum_decay=momentum_decay, decoupled_weight_decay=decoupled_weight_decay,
             maximize=maximize,
-        )
+        )  # fmt: skip
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.NADAM

@@ -42,15 +42,9 @@ class RAdam(Optimizer):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
-            params,
-            shared,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-        )
+            params, shared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay, maximize=maximize,
+        )  # fmt: skip
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.RADAM

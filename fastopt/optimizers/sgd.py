@@ -39,15 +39,9 @@ class SGD(Optimizer):
         **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
-            params,
-            shared,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-        )
+            params, shared, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, maximize=maximize,
+        )  # fmt: skip
 
     def rule(self, options: Options) -> rules.Rule:
         if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
