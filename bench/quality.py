@@ -4,7 +4,8 @@ Two trainings, each with several optimizers, each state_dtype and seeds 0 to 4, 
 
 digits: a network of 64, 128 and 10 units on scikit-learn's digits, dense gradients; the training loss of the
 last epoch and the accuracy on the fifth held out.
-words: ``fastopt.skipgram`` on the source files of the standard library, sparse gradients; the held-out loss.
+words: ``fastopt.train.skipgram`` on the source files of the standard library, sparse gradients; the held-out
+loss.
 
 For each: mean, least and largest over the seeds; and the mean over seeds of the difference to float32 state
 with the same seed, with its standard error. A mean is "within" if it lies between the least and the largest
@@ -26,8 +27,8 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 import fastopt
-from fastopt import corpus
-from fastopt.skipgram import LEARNING_RATES, Settings, Training
+from fastopt.train import corpus
+from fastopt.train.skipgram import LEARNING_RATES, Settings, Training
 
 SEEDS = range(5)
 STATES = None, "bfloat16", "8bit"

@@ -1,4 +1,4 @@
-"""Arrays that lie in one buffer."""
+"""A buffer that holds many arrays."""
 
 import math
 import operator
@@ -14,24 +14,24 @@ Shape = int | Sequence[int]
 
 
 class FlatBuffer:
-    """One contiguous buffer, and arrays of given shapes that lie in it one after another, without gaps.
+    """A contiguous buffer, and arrays of given shapes that lie in it one after another, without gaps.
 
-    For a trainer that wants its parameters, or gradients, in one array: to clear, copy, send or save them at
-    once. An optimizer takes ``flat`` or ``views``, with the same results to the bit where all have the same
-    options (with 8-bit state, where sizes are multiples of 256); of thousands of small arrays ``flat`` is
-    faster.
+    It serves trainers that want their parameters, or their gradients, in one array, which can be cleared,
+    copied, sent or saved at once. An optimizer takes either ``flat`` or ``views``. The results have the same
+    bits if all arrays have the same options and, with 8-bit state, if their sizes are multiples of 256. With
+    thousands of small arrays ``flat`` is faster.
 
     Args:
-        shapes: a sequence of shapes, or a dict name -> shape; a number stands for one dimension.
-        dtype: float32, the default, float64, float16 or bfloat16 (``ml_dtypes.bfloat16``).
+        shapes: a sequence of shapes, or a dict name -> shape. A number is the shape of a 1-D array.
+        dtype: float32, which is the default, float64, float16 or bfloat16 (``ml_dtypes.bfloat16``).
 
     Attributes:
-        flat: 1-D array of all elements, zeros at first; it begins with a cache line.
-        views: a list of arrays, or a dict name -> array, in the order of ``shapes``; they share the memory
+        flat: the 1-D array of all elements, which are zeros at first. It begins at a cache line's start.
+        views: a list of arrays, or a dict name -> array, in the order of ``shapes``. They share the memory
             of ``flat``.
 
     Raises:
-        TypeError, ValueError: a shape or the dtype does not fit.
+        TypeError, ValueError: a shape or the dtype is not as expected.
 
     Example:
         >>> params = FlatBuffer({"weight": (3, 4), "bias": 4})
@@ -61,7 +61,8 @@ class FlatBuffer:
             first += size
         self.views: Any = views if isinstance(shapes, Mapping) else list(views.values())
 
-    def __reduce__(self) -> Any:  # a copy's views are of its own buffer
+    def __reduce__(self) -> Any:
+        # A copy is built anew, since its views must lie in its own buffer.
         named = self.views if isinstance(self.views, dict) else dict(enumerate(self.views))
         shapes = {key: view.shape for key, view in named.items()}
         return _rebuilt, (shapes if isinstance(self.views, dict) else list(shapes.values()), self.flat.copy())

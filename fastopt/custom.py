@@ -1,4 +1,4 @@
-"""Optimizers from rules that are defined outside fastopt."""
+"""Optimizers made of update rules that are defined outside fastopt."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -22,33 +22,34 @@ def register_rule(
     """Make an optimizer, with dense and sparse kernels, of a scalar update rule.
 
     Args:
-        name: of the new optimizer class.
-        hyper: a NamedTuple class with the numbers the rule needs, ``lr`` among them. Its fields
-            are the optimizer's options, their defaults included. If some depend on the step, give
-            it a classmethod ``fold(cls, step, *, lr, ..., **_)`` that returns the tuple for the
-            ``step``-th update of a parameter, 1 being the first: then its keyword arguments are the
-            options. Fields are cast to the parameter's dtype; those of type bool stay bool.
-        update: a function ``(h, p, g, *slots) -> (p, *slots)`` of one element of the parameter, of
-            its gradient and of each state array; numbers in, a tuple of numbers out. It is compiled
-            by Numba in nopython mode. Use ``math`` for functions, and no literals in arithmetic: ``1``
-            or ``1.0`` would turn float32 arithmetic into the slower float64.
-        slots: names of the state arrays, shaped as the parameter, which start from 0.
-        decoupled_weight_decay: whether ``weight_decay`` is decoupled, as in AdamW, and not an L2
-            penalty. ``weight_decay`` (default 0) and ``maximize`` are options of every optimizer,
-            and come before the rule.
+        name: the name of the new optimizer class.
+        hyper: a NamedTuple class of the numbers that the rule needs, with ``lr`` among them. Its fields and
+            their defaults are the optimizer's options. If some numbers depend on the step, give it a
+            classmethod ``fold(cls, step, *, lr, ..., **_)`` that returns the tuple for the ``step``-th
+            update of a parameter, 1 being the first. Then the keyword arguments of ``fold`` are the options.
+            Fields are cast to the parameter's dtype, but those of type bool stay bool.
+        update: a function ``(h, p, g, *slots) -> (p, *slots)``, which gets one element of the parameter, of
+            its gradient and of each state array, and returns a tuple of numbers. It is compiled by Numba in
+            nopython mode. Use ``math`` for functions, and no literals in arithmetic, because ``1`` or
+            ``1.0`` would turn float32 arithmetic into the slower float64.
+        slots: the names of the state arrays, which have the parameter's shape and start from 0.
+        decoupled_weight_decay: whether ``weight_decay`` is decoupled, as in AdamW, and not an L2 penalty;
+            False by default. Every optimizer has the options ``weight_decay``, 0 by default, and
+            ``maximize``, which act on the gradient and the parameter before the rule does.
 
     Returns:
-        A subclass of :class:`fastopt.Optimizer` that takes ``params`` and the options by keyword.
-        ``hyper`` and ``update`` should be at the top level of a module: kernels are then cached
-        on disk, and compiled again when the rule's code changes.
+        A subclass of :class:`fastopt.Optimizer` that takes ``params``, and the options by keyword.
+        Define ``hyper`` and ``update`` at the top level of a module: then kernels are cached on disk, and
+        compiled again when the rule's code changes.
 
     Raises:
-        TypeError: ``hyper`` is not a NamedTuple class, or ``update`` no function.
-        ValueError: ``hyper`` belongs to another rule, or lacks ``lr``; ``name`` or ``slots`` are no names.
+        TypeError: ``hyper`` is not a NamedTuple class, or ``update`` is not a function.
+        ValueError: ``hyper`` belongs to another rule or lacks ``lr``, or ``name`` or one of ``slots`` is not
+            a valid name.
 
     Example:
-        Signum (Bernstein et al. 2018, "signSGD: Compressed Optimisation for Non-Convex Problems",
-        Algorithm 2):
+        This is Signum (Bernstein et al. 2018, "signSGD: Compressed Optimisation for Non-Convex Problems",
+        Algorithm 2).
 
         >>> import math
         >>> from typing import NamedTuple
@@ -130,7 +131,7 @@ def register_rule(
 
 
 def _options(hyper: type) -> dict[str, Any]:
-    """Options and defaults of a rule, those common to all not among them."""
+    """The options of a rule and their defaults, without the options that all optimizers share."""
     if hasattr(hyper, "fold"):
         parameters = inspect.signature(hyper.fold).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -142,14 +143,15 @@ def _options(hyper: type) -> dict[str, Any]:
 
 
 def _try(rule: rules.Rule, options: dict[str, Any]) -> None:
-    """Call the rule once on numbers: mistakes in it should not wait for the compiler."""
+    """Call the rule once on plain numbers, so that mistakes in it are reported at once and clearly."""
     lr = options["lr"]
     h = rule.fold(1, {**options, "lr": lr(0) if callable(lr) else lr})
     if not isinstance(h, rule.hyper):
         raise ValueError(
             f"fold of {rule.hyper.__qualname__} returned {h!r}: expected a {rule.hyper.__qualname__}"
         )
-    zero = np.float64(0)  # with NumPy's arithmetic, in which x / 0 is infinite, as it is in kernels
+    # NumPy's arithmetic divides by zero without raising, as kernels do.
+    zero = np.float64(0)
     with np.errstate(all="ignore"):
         result = rule.update(h, zero + 1, zero + 0.5, *(zero for _ in rule.slots))
     if not isinstance(result, tuple) or len(result) != 1 + len(rule.slots):

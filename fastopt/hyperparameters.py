@@ -1,4 +1,4 @@
-"""Options that all optimizers have, and the ranges of all, by name."""
+"""The options that all optimizers share, and the range of every option by its name."""
 
 import numbers
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class SharedOptions(TypedDict, total=False):
-    """Options that all optimizers have (see :class:`Optimizer`)."""
+    """The options that all optimizers share, which :class:`fastopt.Optimizer` explains."""
 
     rows: str
     step_per_row: bool
@@ -28,7 +28,8 @@ SHARED: dict[str, Any] = {
     "master_weights": False,
     "seed": 0,
 }
-FIXED = "rows", "step_per_row", "state_dtype", "master_weights"  # which can't be changed later
+# The options that can't be changed once the optimizer is built.
+FIXED = "rows", "step_per_row", "state_dtype", "master_weights"
 
 _AT_LEAST_0: tuple[Callable[[float], bool], str] = (lambda x: x >= 0, "a finite number, at least 0")
 _ANY: tuple[Callable[[float], bool], str] = (lambda x: True, "a finite number")
@@ -63,10 +64,10 @@ _FLAGS = {
 
 
 def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """A copy of ``options``, of plain Python numbers; ``label`` says whose they are.
+    """A copy of ``options`` with plain Python numbers. ``label`` names their parameter group in errors.
 
     Raises:
-        TypeError, ValueError: a hyperparameter has another type or is out of range.
+        TypeError, ValueError: an option has a wrong type or is out of range.
     """
     checked: dict[str, Any] = {}
     for name, value in options.items():
@@ -96,7 +97,7 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
                 raise TypeError(f"{where}: expected a pair of numbers, such as (0.9, 0.999)")
             pair = _FRACTION[0], "a pair of numbers in [0, 1)"
             checked[name] = tuple(_number(beta, where, pair) for beta in value)
-        elif name == "eps" and "beta2_decay" in options:  # Adafactor's two
+        elif name == "eps" and "beta2_decay" in options:  # Adafactor has a pair of them.
             if not isinstance(value, tuple | list) or len(value) != 2:
                 raise TypeError(f"{where}: expected a pair of numbers, such as (None, 1e-3)")
             first = value[0] if value[0] is None else _number(value[0], where, _AT_LEAST_0)
@@ -109,10 +110,10 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
 
 
 def _state_dtype(value: Any, where: str) -> str:
-    """One of "float32", "bfloat16" and "8bit"."""
+    """The name of the storage format that ``value`` stands for: "float32", "bfloat16" or "8bit"."""
     if isinstance(value, str) and value in ("float32", "bfloat16", "8bit"):
         return value
-    name = str(value).removeprefix("torch.")  # as a torch dtype shows itself
+    name = str(value).removeprefix("torch.")  # The text of a torch dtype is torch.bfloat16, for example.
     with suppress(TypeError):
         name = np.dtype(value).name
     if name in ("float32", "bfloat16"):

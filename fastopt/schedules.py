@@ -1,14 +1,14 @@
-"""Learning-rate schedules: functions of the step, counted from 0, that return a factor.
+"""Learning-rate schedules: functions that return a factor for each step, counted from 0.
 
-A schedule times a learning rate is a schedule again, and what an optimizer takes as ``lr``:
+Multiply a schedule by a learning rate and pass the product, which is a schedule too, as ``lr``:
 
     >>> import fastopt
     >>> lr = 1e-3 * fastopt.schedules.warmup_cosine(warmup=100, total=10_000)
     >>> lr(0), lr(100), lr(10_000)
     (1e-05, 0.001, 0.0)
 
-Any function of the step serves as well. The step is the optimizer's ``steps``: the number of
-finished calls of ``step``.
+Any other function of the step may be passed as well. The step is the optimizer's ``steps``, the number of
+steps that are finished.
 """
 
 import math
@@ -20,7 +20,7 @@ from typing import Self
 
 @dataclass(frozen=True)
 class Schedule:
-    """A function step -> factor that can be multiplied by a number."""
+    """A function of the step that returns a factor, and that can be multiplied by a number, its ``scale``."""
 
     scale: float = field(default=1.0, kw_only=True)
 
@@ -50,7 +50,7 @@ def _check(condition: bool, name: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True, repr=False)
 class constant(Schedule):
-    """1 at every step."""
+    """The factor is 1 at every step."""
 
     def factor(self, step: int) -> float:
         return 1.0
@@ -58,7 +58,7 @@ class constant(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class step(Schedule):
-    """``gamma ** (step // every)``, as torch's StepLR."""
+    """The factor is ``gamma ** (step // every)``, as that of torch's StepLR."""
 
     every: int
     gamma: float = 0.1
@@ -73,7 +73,7 @@ class step(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class multistep(Schedule):
-    """Times ``gamma`` from each of the ``milestones`` on, as torch's MultiStepLR."""
+    """The factor is multiplied by ``gamma`` at each of the ``milestones``, as that of torch's MultiStepLR."""
 
     milestones: Sequence[int]
     gamma: float = 0.1
@@ -88,7 +88,7 @@ class multistep(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class exponential(Schedule):
-    """``gamma ** step``, as torch's ExponentialLR."""
+    """The factor is ``gamma ** step``, as that of torch's ExponentialLR."""
 
     gamma: float
 
@@ -101,9 +101,9 @@ class exponential(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class cosine(Schedule):
-    """Half a cosine from 1 at step 0 to ``final`` at step ``total`` and after.
+    """The factor falls along half a cosine from 1 at step 0 to ``final`` at step ``total``, and stays there.
 
-    Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", equation 5,
+    This is equation 5 of Loshchilov & Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts",
     without restarts.
     """
 
@@ -120,7 +120,7 @@ class cosine(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class linear_warmup(Schedule):
-    """``(step + 1) / warmup`` until it reaches 1, then 1: the first step already moves."""
+    """The factor is ``(step + 1) / warmup`` until it reaches 1, and then stays 1; it is never 0."""
 
     warmup: int
 
@@ -133,7 +133,8 @@ class linear_warmup(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class warmup_cosine(Schedule):
-    """:class:`linear_warmup` over ``warmup`` steps, then :class:`cosine` until step ``total``."""
+    """The factor is that of :class:`linear_warmup` for ``warmup`` steps, then that of :class:`cosine` until
+    step ``total``."""
 
     warmup: int
     total: int

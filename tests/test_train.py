@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fastopt
-from fastopt import cli, corpus, skipgram
+from fastopt import cli
+from fastopt.train import corpus, skipgram
 
 FASTOPT = Path(sys.executable).with_name("fastopt")
 OUTPUTS = ["checkpoint.safetensors", "embeddings.safetensors", "loss.png", "vocabulary.txt"]

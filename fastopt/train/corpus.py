@@ -1,4 +1,4 @@
-"""Texts to train on: finding the files, cutting them into words, and numbering the words."""
+"""The text to train on: its files are found, cut into words, and the words numbered."""
 
 import functools
 import hashlib
@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 
 SPACE = re.compile(r"\s")
-BLOCK = 1 << 20  # characters cut into words at a time: each word in flight is a Python string
-MOST_UNDECODABLE = 0.1  # of the characters; above, a file is not UTF-8 text
-MINIMUM_COUNT = 2  # of a word, to be in the vocabulary
-MINIMUM_WORDS = 500  # of a text, to be worth training on
-MINIMUM_VOCABULARY = 20
+# So many characters are cut into words at a time, since each word is a Python string meanwhile.
+BLOCK = 1 << 20
+# A file with a larger share of undecodable characters is not text in UTF-8.
+MOST_UNDECODABLE = 0.1
+# A word enters the vocabulary if it occurs this often.
+MINIMUM_COUNT = 2
+# A text is worth training on if it has this many words and different words.
+MINIMUM_WORDS, MINIMUM_VOCABULARY = 500, 20
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
@@ -45,10 +48,10 @@ class Corpus:
 
 @functools.cache
 def word_pattern() -> re.Pattern[str]:
-    """Letters of any script, each with its marks; digits and underscores part words.
+    """A pattern of words: letters of any script with their marks, parted by all else, also digits and _.
 
-    Marks make vowels in many scripts, and ``re`` has no name for them: they are looked up among
-    the characters of the first two planes. Joiners stand within words too.
+    Marks are vowels in many scripts. ``re`` has no name for them, so they are looked up among the characters
+    of the first two planes of Unicode. Joiners may stand within words too.
     """
     marks = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c).startswith("M"))
     return re.compile(rf"(?:[^\W\d_]+[{marks}\u200c\u200d]*)+")
@@ -84,7 +87,7 @@ def _files_below(root: Path, skipped: set[str]) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - skipped)
         for path in (Path(folder, name) for name in sorted(files)):
-            if path.is_file():  # no sockets, pipes or links to nowhere
+            if path.is_file():  # Sockets, pipes and broken links are passed over.
                 yield path
 
 
@@ -105,18 +108,19 @@ def words_of(text: str) -> Iterator[list[str]]:
     while start < len(text):
         space = SPACE.search(text, start + BLOCK)
         end = space.start() if space else len(text)
-        # composed, so that a letter and its mark are the same word however they were written
+        # Characters are composed, so that a word is the same however its letters' marks were written.
         yield word_pattern().findall(unicodedata.normalize("NFC", text[start:end].lower()))
         start = end
 
 
 def build(parts: Iterable[str], vocabulary: int) -> Corpus:
-    """Number the words of texts, keeping the ``vocabulary`` most frequent; others are left out.
+    """Number the words of texts. Only the ``vocabulary`` most frequent words are kept.
 
     Raises:
         ValueError: there is too little text.
     """
-    numbers: defaultdict[str, int] = defaultdict(itertools.count().__next__)  # by first occurrence
+    # Words are first numbered in the order in which they occur.
+    numbers: defaultdict[str, int] = defaultdict(itertools.count().__next__)
     pieces = []
     for text in parts:
         for block in words_of(text):
@@ -138,6 +142,6 @@ def build(parts: Iterable[str], vocabulary: int) -> Corpus:
     dropped = -2
     renumbered = np.full(counts.size + 1, dropped, np.int32)
     renumbered[kept] = np.arange(len(kept))
-    renumbered[-1] = -1  # where -1, between files, points to
+    renumbered[-1] = -1  # The number between files, -1, is itself the index of the last element.
     stream = renumbered[stream]
     return Corpus([names[i] for i in kept], counts[kept], stream[stream != dropped])

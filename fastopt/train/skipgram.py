@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 import fastopt
-from fastopt.corpus import Corpus
+from fastopt.train.corpus import Corpus
 
 OPTIMIZERS: dict[str, type[fastopt.Optimizer]] = {
     "sgd": fastopt.SGD,
@@ -50,17 +50,16 @@ LEARNING_RATES = {
     "nadam": 0.02,
     "lion": 0.01,
 }
-FINAL_RATE = 0.05  # of the learning rate, at the end of the cosine
-FREQUENT = 1e-3  # share of the text from which a word is frequent: t in the paper's equation 5
-NOISE_WORDS = 128  # drawn for a batch
-HELD_OUT = 0.05  # of the text
-HELD_OUT_CENTRES = 10_000  # at most, to measure the loss on
-HELD_OUT_BATCH = 1_000
-BLOCKS = 100  # at least, that the text is cut into to hold some out
-LONGEST_BLOCK = 1_000  # words
-POINTS = 100  # of the loss curve, for each epoch
+FINAL_RATE = 0.05  # The cosine schedule ends at this share of the learning rate.
+FREQUENT = 1e-3  # A word is frequent from this share of the text on: t in the paper's equation 5.
+NOISE_WORDS = 128  # So many noise words are drawn for each batch.
+# This share of the text is held out, in blocks of at most so many words, and the text has at least so many
+# blocks. The loss is measured on at most so many held-out centres, in batches.
+HELD_OUT, LONGEST_BLOCK, BLOCKS = 0.05, 1_000, 100
+HELD_OUT_CENTRES, HELD_OUT_BATCH = 10_000, 1_000
+POINTS = 100  # The loss curve has at most so many points for each epoch.
 
-# what random numbers are for: the second word of their seed
+# Each purpose of random numbers has its own number, which is the second word of their seed.
 START, SPLIT, MEASURE, EPOCH, BATCH = range(5)
 
 
@@ -122,7 +121,7 @@ def loss_and_gradients(table_in: np.ndarray, table_out: np.ndarray, batch: Batch
 
     context_loss, context_miss = softplus(-np.einsum("pd,pd->p", u, v_of_pair))
     noise_loss, noise_miss = softplus(v @ n.T)
-    # the noise term is the same for all pairs of a centre
+    # The noise term is the same for all pairs of a centre.
     weight = (batch.counts * (negatives / batch.noise.size)).astype(v.dtype)
     noise_miss *= weight[:, None]
     total = float(context_loss.sum(dtype=np.float64) + weight @ noise_loss.sum(axis=1))
@@ -153,7 +152,7 @@ class Sampler:
         self.window = window
         noise = np.cumsum(counts**0.75)
         self.noise = noise / noise[-1]
-        # equation 5: a word is dropped with probability 1 - sqrt(t / frequency)
+        # Equation 5 drops a word with probability 1 - sqrt(t / frequency).
         self.keep = np.minimum(1, np.sqrt(FREQUENT * counts.sum() / counts)).astype(np.float32)
 
     def thin(self, stream: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -203,7 +202,7 @@ def expected_centres(corpus: Corpus) -> int:
 
 
 class Training:
-    """A training, at the place it has come to.
+    """A training and the place that it has come to.
 
     Attributes:
         table_in, table_out: float32 [vocabulary, dim]; the rows of the first are the embeddings.
@@ -224,7 +223,7 @@ class Training:
         rng = np.random.default_rng([settings.seed, START])
         self.table_in = (rng.random(shape, np.float32) - np.float32(0.5)) / np.float32(settings.dim)
         self.table_out = np.zeros(shape, np.float32)
-        # the schedule follows the optimizer's own count of steps, which its checkpoint restores
+        # The schedule follows the optimizer's own count of steps, which its checkpoint restores.
         schedule = fastopt.schedules.cosine(settings.epochs * self.batches, FINAL_RATE)
         self.optimizer = OPTIMIZERS[settings.optimizer](
             [self.table_in, self.table_out],
@@ -237,7 +236,7 @@ class Training:
         self.held_out = self._held_out_batches(held_out)
         self.epoch = self.batch = 0
         self.losses: list[float] = []
-        self.part = [0.0, 0]  # loss and pairs since the last of ``losses``
+        self.part = [0.0, 0]  # These are the loss and the pairs since the last of ``losses``.
         self.held_out_losses = [self.held_out_loss()]
 
     @property
@@ -301,8 +300,6 @@ class Training:
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, *purpose])
-
-    # Checkpoint
 
     def save(self, path: Path) -> None:
         """Write tables, optimizer and place to one file, whole or not at all."""
