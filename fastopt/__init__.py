@@ -9,12 +9,14 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 from fastopt import schedules
+from fastopt._core.indices import IndexPlan
+from fastopt._step.settings import StepInfo
 from fastopt.buffer import FlatBuffer
 from fastopt.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from fastopt.custom import register_rule
+from fastopt.embedding import embedding, embedding_bag
 from fastopt.gradients import BagGradient, IndexedSlices
-from fastopt.lookup import embedding, embedding_bag
-from fastopt.optimizer import Optimizer, StepInfo
+from fastopt.optimizer import Optimizer
 from fastopt.optimizers import (
     LAMB,
     SGD,
@@ -30,7 +32,6 @@ from fastopt.optimizers import (
     RowwiseAdaGrad,
     RowwiseAdam,
 )
-from fastopt.plan import IndexPlan
 from fastopt.tables.open import open_table
 from fastopt.tables.table import Table
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.arrays import ALL_DTYPES, NAMES
-from fastopt.kernels.scratch import ALIGNMENT, aligned
+from fastopt._core.arrays import ALL_DTYPES, NAMES
+from fastopt._core.backend import host
 
 Shape = int | Sequence[int]
 
@@ -53,8 +53,7 @@ class FlatBuffer:
         named = shapes if isinstance(shapes, Mapping) else dict(enumerate(shapes))
         checked = {key: _shape(shape, f"shapes[{key!r}]") for key, shape in named.items()}
         sizes = [math.prod(shape) for shape in checked.values()]
-        count = sum(sizes) * own.itemsize
-        self.flat = aligned(np.zeros(count + ALIGNMENT, np.uint8), count).view(own)
+        self.flat = host().zeros((sum(sizes),), own)
         views, first = {}, 0
         for (key, shape), size in zip(checked.items(), sizes, strict=True):
             views[key] = self.flat[first : first + size].reshape(shape)

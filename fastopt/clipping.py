@@ -1,68 +1,16 @@
 """Norms and clipping of gradients."""
 
-import math
-import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt import arrays
-from fastopt.dense import Batch
-from fastopt.gradients import (
-    BagGradient,
-    IndexedSlices,
-    RowGradient,
-    checked_rows,
-    leaves,
-    values_of,
-)
-from fastopt.kernels.cpu import norms
-from fastopt.kernels.cpu.rows import coalesce
-from fastopt.kernels.elements import NORM_EPS
-from fastopt.launch import sums_of_squares
-from fastopt.plan import group_all
-
-SMALL, LARGE = 1e-140, 1e150  # norms beyond which squares lose digits or overflow
-
-
-def norm_of(batch: Batch, rows: list[RowGradient]) -> float:
-    """L2 norm over all gradients, rows named several times counted as their sum."""
-    norm = _scaled_norm(batch, rows, 1.0)
-    # squares of float64 may have left its range; those of smaller types never do
-    if batch.has_double or any(gradient.values.dtype == np.float64 for gradient in rows):
-        if norm < SMALL:
-            norm = _scaled_norm(batch, rows, 2.0**540)
-        elif norm > LARGE:
-            norm = _scaled_norm(batch, rows, 2.0**-540)
-    return norm
-
-
-def _scaled_norm(batch: Batch, rows: list[RowGradient], scale: float) -> float:
-    total = batch.sum_of_squares(scale)
-    alike: dict[np.dtype, list[RowGradient]] = {}
-    for gradient in rows:
-        if gradient.values.size and gradient.indices.array.size:
-            alike.setdefault(gradient.values.dtype, []).append(gradient)
-    return math.sqrt(total + sum(sums_of_squares(many, scale) for many in alike.values())) / scale
-
-
-def clip_factor(norm: float, max_norm: float) -> float:
-    """What gradients of norm ``norm`` are multiplied by; NaN for a NaN norm, as in torch."""
-    factor = max_norm / (norm + NORM_EPS)
-    return 1.0 if factor > 1.0 else factor
-
-
-def check_limit(value: Any, name: str) -> float:
-    """``value`` as a float that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}: expected a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = -math.inf
-    if not number >= 0:
-        raise ValueError(f"{name} is {value!r}: expected at least 0, in the range of float64")
-    return number
+from fastopt._core import arrays
+from fastopt._core.backend import backend_of
+from fastopt._core.indices import sort_together
+from fastopt._core.options import check_limit
+from fastopt._core.structure import leaves
+from fastopt._step.norms import DenseSquares, clip_factor, norm_of
+from fastopt.gradients.protocol import RowGradient, SparseGradient
 
 
 def grad_norm(grads: Any) -> float:
@@ -97,11 +45,8 @@ def clip_grad_norm(grads: Any, max_norm: float) -> float:
     norm = _norm(prepared)
     factor = clip_factor(norm, max_norm)
     if factor != 1.0:
-        for _, array, _ in prepared:
-            if array.dtype in arrays.LOW_DTYPES:
-                np.multiply(array, np.float32(factor), out=array, casting="unsafe")
-            else:
-                norms.scale_in_place(array.size, array.reshape(-1), array.dtype.type(factor))
+        for _, array, label in prepared:
+            backend_of(array, label).scale(array, factor)
     return norm
 
 
@@ -129,41 +74,41 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
                 f"{label} has dtype {array.dtype}, in which sums of rows can't be stored: expected "
                 "float32 or float64, or use step(clip_value=...)"
             )
-    for gradient, array, _ in prepared:
+    for gradient, array, label in prepared:
+        backend = backend_of(array, label)
         if gradient is not None:
-            groups = gradient.indices.groups
-            coalesce(array.size, gradient.values, groups.order, groups.starts, groups.first_position)
-        if array.dtype in arrays.LOW_DTYPES:
-            np.clip(array, array.dtype.type(-clip_value), array.dtype.type(clip_value), out=array)
-        else:
-            norms.clip_in_place(array.size, array.reshape(-1), array.dtype.type(clip_value))
+            backend.coalesce(gradient.values, gradient.indices.segments)
+        backend.clip(array, clip_value)
 
 
-def _norm(prepared: "list[_Prepared]") -> float:
+class _Prepared(NamedTuple):
+    """A gradient, checked: what it is if it is sparse, the array of its numbers, and that one's label."""
+
+    gradient: RowGradient | None
+    array: np.ndarray
+    label: str
+
+
+def _norm(prepared: list[_Prepared]) -> float:
     """The norm of all."""
     whole = [array for gradient, array, _ in prepared if gradient is None]
-    batch = Batch(
-        np.zeros(len(whole), np.int8), [a.dtype for a in whole], np.array([a.size for a in whole], np.int64)
-    )
-    batch.take_over(np.array([arrays.address(array) for array in whole], np.int64))
-    return norm_of(batch, [gradient for gradient, _, _ in prepared if gradient is not None])
-
-
-_Prepared = tuple[RowGradient | None, np.ndarray, str]
+    squares = DenseSquares([array.dtype for array in whole], [array.size for array in whole])
+    addresses = np.array([backend_of(array, "").address(array) for array in whole], np.int64)
+    return norm_of(squares, addresses, [one.gradient for one in prepared if one.gradient is not None])
 
 
 def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
-    """Every gradient checked: what it is if it is sparse, its array and label."""
+    """Every gradient, checked."""
     found: list[_Prepared] = []
     for value, label in leaves(grads, "grads"):
         gradient = None
-        if isinstance(value, IndexedSlices | BagGradient):
-            gradient = checked_rows(value, label, None)
-            if gradient.bags is not None and gradient.bags.mode == "max":
+        if isinstance(value, SparseGradient):
+            gradient = value.checked(label, None)
+            if gradient.takes_maxima:
                 raise ValueError(
                     f"{label}.mode is 'max', whose gradient depends on the table: use step(clip_norm=...)"
                 )
-            value, label = values_of(value, label)
+            value, label = value.numbers(label)
         array = arrays.host_array(value, label)
         arrays.check_float(array, label)
         arrays.check_contiguous(array, label)
@@ -171,8 +116,8 @@ def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
             raise ValueError(
                 f"{label} is read-only: expected a gradient to change in place, pass a copy of it"
             )
-        found.append((gradient, array, label))
-    group_all([gradient.indices for gradient, _, _ in found if gradient is not None])
+        found.append(_Prepared(gradient, array, label))
+    sort_together([one.gradient.indices for one in found if one.gradient is not None])
     if writable:
         arrays.check_apart([(array, label) for _, array, label in found])
     return found

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.hyperparameters import SHARED
+from fastopt._core.options import SHARED
 from fastopt.kernels import rules
 from fastopt.optimizer import Optimizer
 
@@ -106,12 +106,11 @@ def register_rule(
             own = {name: value for name, value in bound.arguments.items() if name not in SHARED}
             tables = {name: bound.arguments[name] for name in SHARED}
             super().__init__(own.pop("params"), tables, **own)
-            for group in self._groups:
-                _try(rule, group.checked)
 
-        def _check_combinations(self, checked: Mapping[str, Any], label: str) -> None:
-            super()._check_combinations(checked, label)
-            if checked["step_per_row"] and (by_step or hyper._fields[0] != "lr"):  # type: ignore[attr-defined]
+        def check_options(self, options: Mapping[str, Any], label: str) -> None:
+            super().check_options(options, label)
+            _try(rule, options)
+            if options["step_per_row"] and (by_step or hyper._fields[0] != "lr"):  # type: ignore[attr-defined]
                 raise ValueError(
                     f"{label} has step_per_row=True: expected False, as {name} folds the step itself or its "
                     "first number is not lr"
@@ -142,7 +141,7 @@ def _options(hyper: type) -> dict[str, Any]:
     return options
 
 
-def _try(rule: rules.Rule, options: dict[str, Any]) -> None:
+def _try(rule: rules.Rule, options: Mapping[str, Any]) -> None:
     """Call the rule once on plain numbers, so that mistakes in it are reported at once and clearly."""
     lr = options["lr"]
     h = rule.fold(1, {**options, "lr": lr(0) if callable(lr) else lr})

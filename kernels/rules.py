@@ -442,8 +442,9 @@ class AdafactorH(NamedTuple):
     d: float
 
     @classmethod
-    def fold(cls, step, *, lr, beta2_decay, eps, d, **_):
+    def fold(cls, step, *, lr, beta2_decay, eps, d, compute_dtype, **_):
         eps1, eps2 = eps
+        eps1 = float(np.finfo(compute_dtype).eps) if eps1 is None else eps1
         one_minus_decay = float(step) ** beta2_decay
         lr = min(lr, 1.0 / math.sqrt(step))
         return cls(lr, 1.0 - one_minus_decay, one_minus_decay, eps1 * eps1, eps1, eps2, d)
@@ -500,6 +501,7 @@ class Rule:
         that has means over rows and over columns (see kernels/cpu/factored.py): of the former, of the latter.
     not_negative: those of ``slots`` whose elements never are negative, sums and means of squares: stored in
         8 bits, they need no sign.
+    own_decay: whether weight decay is a part of the rule itself, which then gets it among its options.
     """
 
     hyper: type
@@ -510,17 +512,21 @@ class Rule:
     not_negative: tuple[str, ...] = ()
     layer: Callable[..., float] | None = None
     matrix_slots: tuple[str, ...] = ()
+    own_decay: bool = False
 
     @property
     def state_slots(self) -> tuple[str, ...]:
         """The state arrays shaped as the parameter."""
         return tuple(slot for slot in self.slots if slot is not None)
 
-    def fold(self, step: int, options: Mapping[str, Any]) -> Any:
-        """The hyperparameter tuple of the ``step``-th update, in float64."""
+    def fold(self, step: int, options: Mapping[str, Any], compute: Any = np.float64) -> Any:
+        """The hyperparameter tuple of the ``step``-th update, in float64; a ``fold`` that names a keyword
+        ``compute_dtype`` gets ``compute``, the dtype that updates are computed with."""
         names = self._folded
         if names is None:
             return self.hyper(**{name: options[name] for name in self.hyper._fields})  # type: ignore[attr-defined]
+        if "compute_dtype" in names:
+            options = {**options, "compute_dtype": compute}
         return self.hyper.fold(step, **{name: options[name] for name in names})  # type: ignore[attr-defined]
 
     @functools.cached_property
@@ -575,7 +581,16 @@ AMSGRAD = register(
 RADAM = register(Rule(RAdamH, radam, ("exp_avg", "exp_avg_sq"), not_negative=("exp_avg_sq",)))
 NADAM = register(Rule(NAdamH, nadam, ("exp_avg", "exp_avg_sq"), not_negative=("exp_avg_sq",)))
 LION = register(Rule(LionH, lion, ("exp_avg",)))
-LAMB = register(Rule(LAMBH, lamb, ("exp_avg", "exp_avg_sq"), not_negative=("exp_avg_sq",), layer=trust_ratio))
+LAMB = register(
+    Rule(
+        LAMBH,
+        lamb,
+        ("exp_avg", "exp_avg_sq"),
+        not_negative=("exp_avg_sq",),
+        layer=trust_ratio,
+        own_decay=True,
+    )
+)
 ADAFACTOR = register(
     Rule(
         AdafactorH,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import reference
 
-from fastopt.arrays import address
 from fastopt.kernels import jit, rules
 from fastopt.kernels.cpu import formats
+from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.factored import LANES, TILE_COLUMNS, TILE_ROWS, update_matrices
 
 PLAIN, BFLOAT16 = formats.PLAIN, formats.BFLOAT16

@@ -707,7 +707,7 @@ def test_a_kernel_that_can_not_be_compiled_changes_nothing(monkeypatch):
         def __call__(self, work, *_):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastopt.launch.update_tables", Interrupted(lambda: None))
+    monkeypatch.setattr("fastopt.kernels.cpu.backend.rows.update_tables", Interrupted(lambda: None))
     before = snapshot(opt, params)
     with pytest.raises(KeyboardInterrupt):
         opt.step(grads)

@@ -416,10 +416,10 @@ def test_a_step_refused_for_a_parameter_leaves_nothing_of_its_gradients_behind()
     opt.step(first)
     steady(other, copies, first)
     grads = gradients(rng, params)
-    opt._values[0].shape = (2, 3)
+    opt._parameters.all[0].value.shape = (2, 3)
     with pytest.raises(ValueError, match="now has shape"):
         opt.step(grads)
-    opt._values[0].shape = (6,)
+    opt._parameters.all[0].value.shape = (6,)
     opt.step(grads)  # those that the refused step has seen
     steady(other, copies, grads)
     assert bits(opt, params) == bits(other, copies)

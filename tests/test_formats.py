@@ -9,10 +9,10 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastopt._core.state import random_key
 from fastopt.kernels.cpu import formats
 from fastopt.kernels.cpu.formats import BLOCK, CODECS, random_bits, reader, writer
 from fastopt.kernels.jit import OPTIONS
-from fastopt.precision import random_key
 
 SEEDS = st.integers(0, 2**32 - 1)
 MOST = 0xFFFFFFFF

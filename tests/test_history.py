@@ -9,8 +9,8 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastopt.history import History
 from fastopt.kernels import rest, rules
+from fastopt.kernels.cpu.backend.history import History
 from fastopt.kernels.elements import load, store
 
 ADAM = ("betas", "eps")

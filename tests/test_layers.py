@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import reference
 
-from fastopt.arrays import address
 from fastopt.kernels import rules
 from fastopt.kernels.cpu import flat, formats, layers
+from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.rows import update_apart
 
 # around the ends of runs, of what is gathered and of blocks of sums

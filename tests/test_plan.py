@@ -45,12 +45,12 @@ def assert_groups(plan, indices, rows):
     np.testing.assert_array_equal(plan.indices, indices, strict=True)
     np.testing.assert_array_equal(plan.distinct, distinct)
     np.testing.assert_array_equal(plan.counts, counts)
-    np.testing.assert_array_equal(plan._groups.order, np.argsort(flat, kind="stable"))
-    np.testing.assert_array_equal(plan._groups.starts, np.concatenate([[0], np.cumsum(counts)]))
+    np.testing.assert_array_equal(plan._segments.order, np.argsort(flat, kind="stable"))
+    np.testing.assert_array_equal(plan._segments.starts, np.concatenate([[0], np.cumsum(counts)]))
 
 
 def contents(plan):
-    groups = plan._groups
+    groups = plan._segments
     return [a.tobytes() for a in (plan.indices, plan.distinct, plan.counts, groups.order, groups.starts)]
 
 

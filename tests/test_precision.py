@@ -120,7 +120,7 @@ class Follower:
         self.check_state(own, terms)
 
     def terms(self, before, state, plain):
-        """The same step of magnitudes: rounding errors scale with the terms of a sum, which may cancel."""
+        """The same step of the magnitudes: rounding scales with the terms of a sum, which may cancel."""
         terms = reference.Tracked(self.want.rule, np.abs(before), {**self.want.options, "maximize": False})
         terms.steps, terms.state = self.want.steps, {slot: np.abs(a) for slot, a in state.items()}
         terms.step((plain[0], np.abs(plain[1])) if isinstance(plain, tuple) else np.abs(plain))
@@ -417,14 +417,15 @@ SPELLINGS = [
 @pytest.mark.parametrize(("given_dtype", "want"), SPELLINGS, ids=str)
 def test_state_dtypes_may_be_names_and_dtypes(given_dtype, want):
     opt = fastopt.Adam(np.ones(3), state_dtype=given_dtype)
-    assert opt._groups[0].checked["state_dtype"] == want
+    assert opt._parameters.groups[0].checked["state_dtype"] == want
 
 
 def test_state_dtypes_may_be_those_of_torch():
     torch = pytest.importorskip("torch")
     for dtype, want in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.int8, "8bit"),
                         (torch.uint8, "8bit")):  # fmt: skip
-        assert fastopt.Adam(np.ones(3), state_dtype=dtype)._groups[0].checked["state_dtype"] == want
+        opt = fastopt.Adam(np.ones(3), state_dtype=dtype)
+        assert opt._parameters.groups[0].checked["state_dtype"] == want
     for dtype in (torch.float16, torch.float64, torch.int32):
         with pytest.raises(ValueError, match=r"^state_dtype of params is torch"):
             fastopt.Adam(np.ones(3), state_dtype=dtype)

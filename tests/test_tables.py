@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
-from fastopt import BagGradient, IndexedSlices, launch, schedules
+from fastopt import BagGradient, IndexedSlices, schedules
 from fastopt.kernels import jit
+from fastopt.kernels.cpu.backend import rows as row_launches
 from fastopt.kernels.cpu.rows import update_tables
 
 F32, F64 = np.float32, np.float64
@@ -412,7 +413,7 @@ class Counted:
 def test_tables_of_a_kind_are_updated_in_one_launch(monkeypatch):
     rng = np.random.default_rng(6)
     counted = Counted()
-    monkeypatch.setattr(launch, "update_tables", counted)
+    monkeypatch.setattr(row_launches, "update_tables", counted)
     params = [cases.parameter(rng, (9, dim), F32) for dim in (1, 3, 8, 64)]
     opt = fastopt.Adam([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}])
     grads = [sparse(rng, *p.shape, F32, 5) for p in params]
@@ -437,15 +438,14 @@ def test_tables_of_a_kind_are_updated_in_one_launch(monkeypatch):
 @pytest.mark.parametrize("decay", [False, True], ids=["plain", "decay"])
 @pytest.mark.parametrize("case", cases.RULES, ids=str)
 def test_every_kind_of_gradient_gives_the_same_bits(case, decay):
-    dtype = F64 if decay else F32  # as in test_rules.py, whose kernels these are
     for maximize in (False, True):
         rng = np.random.default_rng(7)
         options = {**case.options(rng, weight_decay=decay), "maximize": maximize}
-        start = cases.parameter(rng, (9, 13), dtype)
+        start = cases.parameter(rng, (9, 13), F32)
         tables = [start.copy() for _ in range(5)]
         opts = [case.make([p], options) for p in tables]
         for _ in range(3):
-            g = cases.parameter(rng, (9, 13), dtype)
+            g = cases.parameter(rng, (9, 13), F32)
             order = rng.permutation(9)
             kinds = [
                 g,
@@ -491,7 +491,7 @@ def test_state_is_given_out_as_contiguous_copies(tmp_path):
     p = cases.parameter(rng, (6, 5), F32)
     opt = fastopt.AMSGrad([p])
     opt.step([sparse(rng, 6, 5, F32, 4)])
-    inner = opt._groups[0].parameters[0].state
+    inner = opt._parameters.all[0].state
     assert not inner["exp_avg"].flags.c_contiguous  # or this tests nothing
     state = opt.state_dict()["state"][0]
     for slot in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):

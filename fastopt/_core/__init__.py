@@ -1,1 +1,1 @@
-"""What the rest of the package stands on."""
+"""What every part of the package stands on: arrays, options, parameters, state, and the seam for devices."""

@@ -2,9 +2,7 @@
 
 from typing import Any, Unpack
 
-import numpy as np
-
-from fastopt.hyperparameters import SharedOptions
+from fastopt._core.options import SharedOptions
 from fastopt.kernels import rules
 from fastopt.optimizer import Optimizer
 from fastopt.optimizers.options import LearningRate, Options
@@ -57,11 +55,6 @@ class Adafactor(Optimizer):
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.ADAFACTOR
-
-    def _folded(self, group: Any, options: Options, decay: type, dtype: Any, *given: Any) -> Any:
-        smallest, relative = options["eps"]
-        smallest = float(np.finfo(dtype).eps) if smallest is None else smallest
-        return super()._folded(group, {**options, "eps": (smallest, relative)}, decay, dtype, *given)
 
     def decoupled(self, options: Options) -> bool:
         return True

@@ -2,7 +2,7 @@
 
 from typing import Any, Unpack
 
-from fastopt.hyperparameters import SharedOptions
+from fastopt._core.options import SharedOptions
 from fastopt.kernels import rules
 from fastopt.optimizer import Optimizer
 from fastopt.optimizers.options import LearningRate, Options
@@ -45,6 +45,3 @@ class LAMB(Optimizer):
 
     def rule(self, options: Options) -> rules.Rule:
         return rules.LAMB
-
-    def _decay(self, options: Options) -> type:
-        return rules.Scaled  # The rule itself adds weight decay to the direction.

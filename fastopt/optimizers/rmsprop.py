@@ -2,7 +2,7 @@
 
 from typing import Any, Unpack
 
-from fastopt.hyperparameters import SharedOptions
+from fastopt._core.options import SharedOptions
 from fastopt.kernels import rules
 from fastopt.optimizer import Optimizer
 from fastopt.optimizers.options import LearningRate, Options

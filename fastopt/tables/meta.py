@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt import arrays
+from fastopt._core import arrays
 from fastopt._core.files import sync
 
 FORMAT = 1

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fastopt import arrays
+from fastopt._core import arrays
 from fastopt._core.files import replacing, sync
 from fastopt.tables.folder import META, WEIGHTS, Folder, fill, fill_by
 from fastopt.tables.meta import Meta, Slot, check_size, checked_dtype

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt import arrays
+from fastopt._core import arrays
 from fastopt._core.files import sync
 from fastopt.tables.folder import META, WEIGHTS, Folder, Mapped, map_file
 from fastopt.tables.meta import Meta, Slot, checked_slot, listed
@@ -18,7 +18,7 @@ from fastopt.tables.undo_log import UndoLog, checked_rows
 Slots = Mapping[str, tuple[tuple[int, ...], np.dtype, float]]
 
 
-class Table(arrays.InFiles):
+class Table(arrays.TableInFiles):
     """A table of weights and its optimizer's state, in memory-mapped files; made by :func:`open_table`.
 
     Only the pages that are touched are read and written, and the system takes them out of memory as it needs.

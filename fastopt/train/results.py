@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from fastopt._core.files import TEMPORARY
-from fastopt.checkpoint import write_tensors
+from fastopt.checkpoint.files import write_tensors
 from fastopt.train.corpus import Corpus
 from fastopt.train.skipgram import Settings, Training
 

@@ -6,34 +6,16 @@ which block of the words a thread works on does not show in the result, since th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numba import prange
 
 from fastopt.kernels.jit import Kernel, helper, thread_count
 from fastopt.kernels.scratch import empty
+from fastopt.kernels.work import Segments
 
 DIGIT_BITS = 11  # 2,048 counters fit the first-level cache
 BLOCK = 32_768  # indices that a thread counts and moves at a time
-
-
-class Groups(NamedTuple):
-    """Positions of each distinct row: ``order[starts[k]:starts[k + 1]]``, ascending, has row
-    ``rows[k] - first_row``; positions and rows count from ``first_position`` and ``first_row``.
-
-    order, starts: int32; rows: int64, ascending.
-    """
-
-    rows: np.ndarray
-    order: np.ndarray
-    starts: np.ndarray
-    first_row: int = 0
-    first_position: int = 0
-
-    def own_rows(self) -> np.ndarray:
-        """The distinct rows, as the table counts them."""
-        return self.rows - self.first_row
 
 
 @helper
@@ -183,7 +165,7 @@ def check_bounds(indices: np.ndarray) -> tuple[int, int]:
     return int(found[:, 0].min()), int(found[:, 1].max())
 
 
-def group(parts: Sequence[tuple[np.ndarray, int]]) -> list[Groups]:
+def segments_of(parts: Sequence[tuple[np.ndarray, int]]) -> list[Segments]:
     """Group the indices of each part, (1-D indices, rows of its table), each in [0, rows)."""
     size = sum(indices.size for indices, _ in parts)
     all_rows = sum(rows for _, rows in parts)
@@ -203,7 +185,7 @@ def group(parts: Sequence[tuple[np.ndarray, int]]) -> list[Groups]:
     keys = parts[0][0] if len(parts) == 1 else _keys(parts, size)
     find_groups(size, keys, position_bits, words, scratch, counts, passes, found, order, starts, rows_of)
     distinct = int(found[-1])
-    groups = Groups(rows_of[:distinct], order, starts[: distinct + 1])
+    groups = Segments(rows_of[:distinct], order, starts[: distinct + 1])
     return [groups] if len(parts) == 1 else _split(parts, groups)
 
 
@@ -217,7 +199,7 @@ def _keys(parts: Sequence[tuple[np.ndarray, int]], size: int) -> np.ndarray:
     return keys
 
 
-def _split(parts: Sequence[tuple[np.ndarray, int]], groups: Groups) -> list[Groups]:
+def _split(parts: Sequence[tuple[np.ndarray, int]], groups: Segments) -> list[Segments]:
     """The groups of each part."""
     first_rows = np.cumsum([0, *(rows for _, rows in parts)])
     firsts = np.searchsorted(groups.rows, first_rows)
@@ -226,7 +208,7 @@ def _split(parts: Sequence[tuple[np.ndarray, int]], groups: Groups) -> list[Grou
     for k, (indices, _) in enumerate(parts):
         first, last = int(firsts[k]), int(firsts[k + 1])
         split.append(
-            Groups(
+            Segments(
                 groups.rows[first:last],
                 groups.order,
                 groups.starts[first : last + 1],

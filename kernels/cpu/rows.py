@@ -306,13 +306,14 @@ def catch_up_part(mode, h, c, like, kinds, table, rows, begin, end, buffers):
 
 
 @Kernel
-def update_tables(mode, h, c, like, kinds, tables, hs, cs, limits, parts, buffers):
+def update_tables(mode, h, c, like, kinds, tables, numbers, limits, parts, buffers):
     """Update the rows of tables that their groups name, each once, with the sum of its gradients.
 
     mode: what comes before a row's update. kinds: formats of the parameter, of the gradient, which is as
-    computed with, and of the state. tables: see tables.py. h, c: the types of hs[t] and cs[t], the
-    hyperparameters of table t. limits[t]: largest norm of a row's gradient. parts: [table, part,
-    how many parts the table has]. buffers: [parts, memory for as many rows as :func:`buffer_rows` says].
+    computed with, and of the state. tables: see tables.py. h, c: the types of the hyperparameters.
+    numbers[t]: those of table t, float64, of h and then of c. limits[t]: largest norm of a row's gradient.
+    parts: [table, part, how many parts the table has]. buffers: [parts, memory for as many rows as
+    :func:`buffer_rows` says].
 
     Bytes moved: the rows of values once for each position, and each distinct row of the table and
     of the state read and written.
@@ -321,15 +322,15 @@ def update_tables(mode, h, c, like, kinds, tables, hs, cs, limits, parts, buffer
         t = parts[k, 0]
         memory = buffers.ctypes.data + k * buffers.shape[1] * buffers.itemsize
         update_part(
-            mode, h, c, like, kinds, tables[t], hs[t], cs[t], limits[t], parts[k, 1], parts[k, 2], memory
+            mode, h, c, like, kinds, tables[t], numbers[t], limits[t], parts[k, 1], parts[k, 2], memory
         )
 
 
 @helper
-def update_part(mode, h, c, like, kinds, table, h_numbers, c_numbers, limit, part, parts, buffers):
+def update_part(mode, h, c, like, kinds, table, numbers, limit, part, parts, buffers):
     """One part's share of :func:`update_tables`; apart, because what stands in a prange compiles slowly."""
-    h = unpack(h, h_numbers, like)
-    c = unpack(c, c_numbers, like)
+    c = unpack(c, numbers[len(h) :], like)
+    h = unpack(h, numbers, like)
     dim, groups = table[DIM], table[GROUPS]
     total = view(buffers, dim, like)
     for group in range(first_group(table, part, parts), first_group(table, part + 1, parts)):

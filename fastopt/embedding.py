@@ -2,24 +2,26 @@
 
 import math
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from fastopt import arrays
-from fastopt.bags import NO_WEIGHTS, Bags, checked_bags, gathered
-from fastopt.clipping import check_limit
-from fastopt.gradients import BagGradient
-from fastopt.kernels.cpu.bags import dots, limit_norms
-from fastopt.plan import Indices
-from fastopt.precision import LOW, widened
+from fastopt._core import arrays
+from fastopt._core.backend import backend_of
+from fastopt._core.indices import Indices
+from fastopt._core.options import check_limit
+from fastopt.gradients.pooling import checked_bags, checked_table
 
-if TYPE_CHECKING:
-    from fastopt.optimizer import Optimizer
+
+class CatchesUp(Protocol):
+    """An optimizer, as lookups see it."""
+
+    def catch_up(self, table: Any, indices: Any) -> None:
+        """Bring the rows of ``table`` that ``indices`` name up to date."""
 
 
 def embedding(
-    table: Any, indices: Any, *, max_norm: float | None = None, optimizer: "Optimizer | None" = None
+    table: Any, indices: Any, *, max_norm: float | None = None, optimizer: CatchesUp | None = None
 ) -> np.ndarray:
     """The rows of ``table`` that ``indices`` name, as ``torch.nn.functional.embedding``.
 
@@ -41,9 +43,9 @@ def embedding(
         TypeError: other dtypes.
     """
     source = _table(table, max_norm is not None)
-    where = Indices(indices, "indices", source.shape[0])
+    where = Indices.checked(indices, "indices", source.shape[0])
     _make_ready(table, source, where, max_norm, optimizer)
-    return gathered(source, where.flat).reshape(*where.array.shape, source.shape[1])
+    return backend_of(source, "table").gather(source, where.flat).reshape(*where.array.shape, source.shape[1])
 
 
 def embedding_bag(
@@ -56,7 +58,7 @@ def embedding_bag(
     padding_idx: int | None = None,
     include_last_offset: bool = False,
     max_norm: float | None = None,
-    optimizer: "Optimizer | None" = None,
+    optimizer: CatchesUp | None = None,
 ) -> np.ndarray:
     """Rows of ``table`` pooled by bags, as ``torch.nn.functional.embedding_bag``.
 
@@ -96,40 +98,9 @@ def embedding_bag(
     return bags.pool_max(source)[0] if mode == "max" else bags.pool(source)
 
 
-def per_sample_weights_grad(table: Any, gradient: BagGradient) -> np.ndarray:
-    """See :meth:`fastopt.BagGradient.per_sample_weights_grad`."""
-    source = _table(table, False)
-    if gradient.mode == "max":
-        raise ValueError("mode is 'max', which takes no per_sample_weights: expected 'sum' or 'mean'")
-    bags: Bags = checked_bags(gradient, "", source.shape[0], source.dtype)
-    values = arrays.host_array(gradient.grad_output, "grad_output")
-    arrays.check_like(values, "grad_output", source, "table")
-    if values.shape != (bags.count, source.shape[1]):
-        raise ValueError(
-            f"grad_output has shape {values.shape}: expected {(bags.count, source.shape[1])}, "
-            "(bags, dim of the table)"
-        )
-    arrays.check_contiguous(values, "grad_output")
-    shape = bags.indices.array.shape
-    bags = Bags(bags.indices, bags.offsets, bags.mode, None, bags.padding)
-    rows, values = source, widened(values)
-    if source.dtype in LOW:
-        bags, rows = bags.of_rows_read(source)
-    where, scales = bags.of_positions(rows.dtype)
-    out = np.empty(bags.indices.array.size, rows.dtype)
-    scales = NO_WEIGHTS[rows.dtype] if scales is None else scales
-    work = out.size * source.shape[1]
-    dots(work, rows, bags.indices.flat, where, scales, bags.padding, values, out)
-    return out.astype(source.dtype, copy=False).reshape(shape)
-
-
 def _table(table: Any, written: bool) -> np.ndarray:
-    source = arrays.host_array(table, "table")
-    arrays.check_float(source, "table")
-    if source.ndim != 2:
-        raise ValueError(f"table has shape {source.shape}: expected (rows, dim)")
-    arrays.check_contiguous(source, "table")
-    if written and source.dtype in LOW:
+    source = checked_table(table)
+    if written and source.dtype in arrays.LOW_DTYPES:
         raise TypeError(
             f"table has dtype {source.dtype}, whose rows can't be scaled to max_norm: expected float32 or "
             "float64"
@@ -140,16 +111,16 @@ def _table(table: Any, written: bool) -> np.ndarray:
 
 
 def _make_ready(
-    table: Any, source: np.ndarray, indices: Indices, max_norm: float | None, optimizer: "Optimizer | None"
+    table: Any, source: np.ndarray, indices: Indices, max_norm: float | None, optimizer: CatchesUp | None
 ) -> None:
     """Do to the rows named what must be done before they are read."""
     if max_norm is not None:
         max_norm = check_limit(max_norm, "max_norm")
     if optimizer is not None:
-        if not hasattr(optimizer, "_bring_up_to_date"):
+        if not hasattr(optimizer, "catch_up"):
             raise TypeError(f"optimizer is {optimizer!r}: expected one of fastopt's")
-        optimizer._bring_up_to_date(table, indices)
+        optimizer.catch_up(table, indices)
     if max_norm is not None and not math.isinf(max_norm):
-        rows = indices.groups.own_rows()
+        rows = indices.segments.own_rows()
         arrays.before_writing(table, rows)
-        limit_norms(rows.size * source.shape[1], source, rows, max_norm)
+        backend_of(source, "table").limit_norms(source, rows, max_norm)

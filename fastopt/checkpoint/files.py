@@ -6,41 +6,45 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastopt._core.files import replacing
-from fastopt.state import restore, state_arrays
-
-if TYPE_CHECKING:
-    from fastopt.optimizer import Optimizer
+from fastopt._core.parameters import Definition, Parameter, Snapshot, checked_group
+from fastopt.checkpoint.state_dict import Restored, checked_state, state_arrays
 
 FORMAT = 1
 HEADER = "fastopt"
 
 
-def save(optimizer: "Optimizer", path: Any, *, params: bool, metadata: Mapping[str, Any] | None) -> None:
-    """Write the optimizer's state to ``path``."""
-    optimizer._adopt_options()
+def save(
+    snapshot: Snapshot,
+    definition: Definition,
+    path: Any,
+    *,
+    params: bool,
+    metadata: Mapping[str, Any] | None,
+) -> None:
+    """Write an optimizer's state to ``path``."""
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata is of type {type(metadata).__name__}: expected a dict")
-    own = list(optimizer._parameters())
+    own = snapshot.parameters
     states = [state_arrays(p) for p in own]
     tensors = {f"state.{i}.{slot}": a for i, state in enumerate(states) for slot, a in state.items()}
     if params:
         tensors.update({f"param.{i}": p.view() for i, p in enumerate(own)})
     header = {
         "format": FORMAT,
-        "optimizer": type(optimizer).__name__,
-        "steps": optimizer.steps,
+        "optimizer": snapshot.optimizer,
+        "steps": snapshot.steps,
         "parameters": [
             {"key": p.key, "step": p.step, "slots": list(state)} for p, state in zip(own, states, strict=True)
         ],
         "param_groups": [
-            {**{name: _to_json(v) for name, v in optimizer._check(group.options, group.label).items()},
+            {**{k: _to_json(v) for k, v in checked_group(group.options, group.label, definition).items()},
              "params": [p.key for p in group.parameters]}
-            for group in optimizer._groups
+            for group in snapshot.groups
         ],
         "params": params,
         "metadata": dict(metadata or {}),
@@ -82,28 +86,39 @@ class _Saved(NamedTuple):
     metadata: dict[str, Any]
 
 
-def load(optimizer: "Optimizer", path: Any, *, params: bool) -> dict[str, Any]:
-    """Read ``path`` into the optimizer; returns the metadata."""
+class Loaded(NamedTuple):
+    """A file's content, checked against an optimizer.
+
+    params: the array of each parameter as it is now, and what the file holds of it; empty if the parameters
+    were not asked for.
+    """
+
+    restored: Restored
+    params: list[tuple[Parameter, np.ndarray, np.ndarray]]
+    metadata: dict[str, Any]
+
+
+def load(snapshot: Snapshot, definition: Definition, path: Any, *, params: bool) -> Loaded:
+    """Read ``path`` for an optimizer, and change nothing."""
     from safetensors import SafetensorError
 
     path = os.fspath(path)
     try:
-        saved = _read(optimizer, path, params)
+        saved = _read(snapshot, path, params)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not as Optimizer.save saved it: {error!r}") from error
-    views = [parameter.view() for parameter in optimizer._parameters()]
+    own = snapshot.parameters
+    views = [parameter.view() for parameter in own]
     if params:
-        _check_params(optimizer, views, saved.params, path)
-    restore(optimizer, saved.state_dict)
-    for parameter, view, array in zip(optimizer._parameters(), views, saved.params, strict=False):
-        parameter.before_writing(None)
-        view[...] = array
-    return saved.metadata
+        _check_params(own, views, saved.params, path)
+    restored = checked_state(snapshot, definition, saved.state_dict)
+    written = list(zip(own, views, saved.params, strict=True)) if params else []
+    return Loaded(restored, written, saved.metadata)
 
 
-def _read(optimizer: "Optimizer", path: Any, params: bool) -> _Saved:
+def _read(snapshot: Snapshot, path: Any, params: bool) -> _Saved:
     from safetensors import safe_open
 
     # open() tells a missing file from one that can't be read; safe_open does not
@@ -120,7 +135,7 @@ def _read(optimizer: "Optimizer", path: Any, params: bool) -> _Saved:
         "steps": header["steps"],
         "state": state,
         "param_groups": [
-            _from_json(optimizer, number, saved) for number, saved in enumerate(header["param_groups"])
+            _from_json(snapshot, number, saved) for number, saved in enumerate(header["param_groups"])
         ],
     }
     return _Saved(state_dict, arrays, header["metadata"])
@@ -137,14 +152,12 @@ def _header(metadata: dict[str, str] | None, path: Any) -> dict[str, Any]:
     return header
 
 
-def _check_params(
-    optimizer: "Optimizer", views: list[np.ndarray], saved: list[np.ndarray], path: Any
-) -> None:
+def _check_params(own: list[Parameter], views: list[np.ndarray], saved: list[np.ndarray], path: Any) -> None:
     if len(saved) != len(views):
         raise ValueError(
             f"{path} holds {len(saved)} parameters: expected {len(views)}, saved with params=True"
         )
-    for parameter, view, array in zip(optimizer._parameters(), views, saved, strict=True):
+    for parameter, view, array in zip(own, views, saved, strict=True):
         if (array.shape, array.dtype) != (view.shape, view.dtype):
             raise ValueError(
                 f"{path} holds {parameter.label} with shape {array.shape} and dtype {array.dtype}: "
@@ -158,11 +171,11 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _from_json(optimizer: "Optimizer", number: int, saved: dict[str, Any]) -> dict[str, Any]:
+def _from_json(snapshot: Snapshot, number: int, saved: dict[str, Any]) -> dict[str, Any]:
     """A group's options; a schedule is not stored, and must be the one the optimizer was built with."""
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     if isinstance(options["lr"], dict):
-        groups = optimizer._groups
+        groups = snapshot.groups
         own = groups[number].options["lr"] if number < len(groups) else None
         stored = options["lr"]["schedule"]
         # the repr of a plain function names its address, which differs from run to run

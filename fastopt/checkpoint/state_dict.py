@@ -1,23 +1,45 @@
-"""Restoring an optimizer's state: everything is checked, then everything is taken over."""
+"""Optimizers as state dicts: taken, and checked before they are taken over."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt import arrays
-from fastopt.hyperparameters import FIXED, SHARED
-from fastopt.precision import SCALES
-from fastopt.tracking import LAST_STEP, LR_HISTORY, MOST_COUNTED, MOST_STEPS, ROW_STEPS, Tracking
-
-if TYPE_CHECKING:
-    from fastopt.groups import Group, Parameter
-    from fastopt.optimizer import Optimizer
+from fastopt._core import arrays
+from fastopt._core.backend import host
+from fastopt._core.missed import LAST_STEP, LR_HISTORY, MOST_COUNTED, ROW_STEPS, Tracking
+from fastopt._core.options import FIXED, SHARED
+from fastopt._core.parameters import (
+    Definition,
+    Parameter,
+    ParameterGroup,
+    Snapshot,
+    checked_group,
+    decay_type,
+)
+from fastopt._core.state import SCALES
 
 _KEYS = ("optimizer", "steps", "state", "param_groups")
 
 
-def state_arrays(parameter: "Parameter") -> dict[str, np.ndarray]:
+class ParameterState(NamedTuple):
+    """What a state dict holds of a parameter, checked."""
+
+    step: int
+    state: dict[str, np.ndarray]
+    tracking: Tracking | None
+
+
+class Restored(NamedTuple):
+    """What a state dict holds, checked against an optimizer: ``options`` of each group, ``states`` of each
+    parameter."""
+
+    steps: int
+    options: list[dict[str, Any]]
+    states: list[ParameterState]
+
+
+def state_arrays(parameter: Parameter) -> dict[str, np.ndarray]:
     """A parameter's state as it is saved, C-contiguous."""
     state = {slot: np.asarray(array, order="C") for slot, array in parameter.state.items()}
     if parameter.tracking is not None:
@@ -26,8 +48,29 @@ def state_arrays(parameter: "Parameter") -> dict[str, np.ndarray]:
     return state
 
 
-def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
-    """Take over a copy of ``state_dict``; change nothing if it does not fit."""
+def state_dict(snapshot: Snapshot) -> dict[str, Any]:
+    """A copy of everything but the parameters."""
+    return {
+        "optimizer": snapshot.optimizer,
+        "steps": snapshot.steps,
+        "state": {
+            p.key: {"step": p.step, **{slot: array.copy() for slot, array in state_arrays(p).items()}}
+            for p in snapshot.parameters
+        },
+        "param_groups": [
+            {**{name: value for name, value in group.options.items() if name != "params"},
+             "params": [p.key for p in group.parameters]}
+            for group in snapshot.groups
+        ],
+    }  # fmt: skip
+
+
+def checked_state(snapshot: Snapshot, definition: Definition, state_dict: Mapping[str, Any]) -> Restored:
+    """A copy of what ``state_dict`` holds, for the optimizer that ``snapshot`` is of.
+
+    Raises:
+        TypeError, ValueError: it does not fit the optimizer.
+    """
     if not isinstance(state_dict, Mapping) or set(state_dict) != set(_KEYS):
         got = (
             ", ".join(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
@@ -35,7 +78,7 @@ def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
         raise ValueError(
             f"state_dict has {got}: expected the keys {', '.join(_KEYS)}, as state_dict() returns"
         )
-    name = type(optimizer).__name__
+    name = snapshot.optimizer
     if state_dict["optimizer"] != name:
         raise ValueError(
             f"state_dict is of the optimizer {state_dict['optimizer']!r}: expected {name!r}, "
@@ -43,15 +86,15 @@ def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
         )
     steps = _count(state_dict["steps"], "state_dict['steps']")
     groups = state_dict["param_groups"]
-    if not isinstance(groups, list | tuple) or len(groups) != len(optimizer._groups):
+    if not isinstance(groups, list | tuple) or len(groups) != len(snapshot.groups):
         raise ValueError(
-            f"state_dict['param_groups'] has {_length(groups)}: expected {len(optimizer._groups)} groups"
+            f"state_dict['param_groups'] has {_length(groups)}: expected {len(snapshot.groups)} groups"
         )
     options = [
-        _options(optimizer, group, saved, f"state_dict['param_groups'][{number}]")
-        for number, (group, saved) in enumerate(zip(optimizer._groups, groups, strict=True))
+        _options(definition, group, saved, f"state_dict['param_groups'][{number}]")
+        for number, (group, saved) in enumerate(zip(snapshot.groups, groups, strict=True))
     ]
-    keys = [parameter.key for parameter in optimizer._parameters()]
+    keys = [parameter.key for parameter in snapshot.parameters]
     saved_state = state_dict["state"]
     if not isinstance(saved_state, Mapping) or set(saved_state) != set(keys):
         raise ValueError(
@@ -59,39 +102,15 @@ def restore(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
             f"{', '.join(map(repr, keys))}"
         )
     states = [
-        _state(optimizer, group, own, parameter, saved_state[parameter.key])
-        for group, own in zip(optimizer._groups, options, strict=True)
+        _state(definition, own, parameter, saved_state[parameter.key])
+        for group, own in zip(snapshot.groups, options, strict=True)
         for parameter in group.parameters
     ]
-
-    optimizer._steps = steps
-    for group, new in zip(optimizer._groups, options, strict=True):
-        group.options.update(new)
-        group.take_over(new)
-    own = [(group, parameter) for group in optimizer._groups for parameter in group.parameters]
-    optimizer._forget()
-    for (group, parameter), (step, arrays_by_slot, tracking) in zip(own, states, strict=True):
-        optimizer._clock[parameter.index] = step
-        parameter.tracking = tracking
-        _take_over(parameter, arrays_by_slot, optimizer._slots(group, parameter))
+    return Restored(steps, options, states)
 
 
-def _take_over(
-    parameter: "Parameter", state: dict[str, np.ndarray], slots: Mapping[str, tuple[Any, np.dtype, float]]
-) -> None:
-    """Have ``state``, which is empty before the first step; tables in files then have first values."""
-    if parameter.stored is None:
-        parameter.state = state
-    elif state or parameter.state:
-        parameter.before_writing(None)
-        if not parameter.state:
-            parameter.state = parameter.stored.state(slots)
-        for name, (_, _, first) in slots.items():
-            parameter.state[name][...] = state.get(name, first)
-
-
-def _options(optimizer: "Optimizer", group: "Group", saved: Any, label: str) -> dict[str, Any]:
-    expected = {*optimizer.defaults, "params"}
+def _options(definition: Definition, group: ParameterGroup, saved: Any, label: str) -> dict[str, Any]:
+    expected = {*definition.defaults, "params"}
     if isinstance(saved, Mapping) and saved:  # of a version that lacked some of the options that all have
         saved = {**{name: SHARED[name] for name in SHARED if name in expected}, **saved}
     if not isinstance(saved, Mapping) or set(saved) != expected:
@@ -101,14 +120,14 @@ def _options(optimizer: "Optimizer", group: "Group", saved: Any, label: str) -> 
         raise ValueError(
             f"{label}['params'] is {saved['params']!r}: expected {keys!r}, the optimizer's parameters"
         )
-    options = optimizer._check({**saved, "params": None}, label)
+    options = checked_group({**saved, "params": None}, label, definition)
     for name in FIXED:
         if options[name] != group.checked[name]:
             raise ValueError(
                 f"{label} has {name} {options[name]!r}: expected {group.checked[name]!r}, "
                 "build the optimizer with the same options"
             )
-    rule = optimizer.rule(options)
+    rule = definition.rule(options)
     if rule != group.rule:
         own = (*group.rule.state_slots, *group.rule.row_slots)
         raise ValueError(
@@ -119,10 +138,10 @@ def _options(optimizer: "Optimizer", group: "Group", saved: Any, label: str) -> 
 
 
 def _state(
-    optimizer: "Optimizer", group: "Group", options: Mapping[str, Any], parameter: "Parameter", saved: Any
-) -> tuple[int, dict[str, np.ndarray], Tracking | None]:
+    definition: Definition, options: Mapping[str, Any], parameter: Parameter, saved: Any
+) -> ParameterState:
     label = f"state_dict['state'][{parameter.key!r}]"
-    expected = optimizer._slots(group, parameter, _is_by_row(saved))
+    expected = parameter.slots(_is_by_row(saved))
     if not isinstance(saved, Mapping) or "step" not in saved:
         raise ValueError(
             f"{label} has {_length(saved)}: expected step and {', '.join(expected) or 'nothing else'}"
@@ -144,7 +163,8 @@ def _state(
         raise ValueError(
             f"{label}[{ROW_STEPS!r}] has counts from {counts.min()} to {counts.max()}: expected 0 to {step}"
         )
-    return step, state, _tracking(optimizer, group, options, parameter, saved, step) if behind else None
+    tracking = _tracking(definition, options, parameter, saved, step) if behind else None
+    return ParameterState(step, state, tracking)
 
 
 def _is_by_row(saved: Any) -> bool:
@@ -154,10 +174,9 @@ def _is_by_row(saved: Any) -> bool:
 
 
 def _tracking(
-    optimizer: "Optimizer",
-    group: "Group",
+    definition: Definition,
     options: Mapping[str, Any],
-    parameter: "Parameter",
+    parameter: Parameter,
     saved: Mapping[str, Any],
     step: int,
 ) -> Tracking:
@@ -167,11 +186,12 @@ def _tracking(
         raise ValueError(f"{label} has one of {LAST_STEP} and {LR_HISTORY}: expected both or none")
     integer = np.dtype(np.int64)
     last_step = _array(saved[LAST_STEP], f"{label}[{LAST_STEP!r}]", (parameter.rows,), integer)
+    most = host().History.MOST_STEPS
     lrs = arrays.host_array(saved[LR_HISTORY], f"{label}[{LR_HISTORY!r}]")
-    if lrs.ndim != 1 or lrs.dtype != np.float64 or lrs.size > min(step, MOST_STEPS):
+    if lrs.ndim != 1 or lrs.dtype != np.float64 or lrs.size > min(step, most):
         raise ValueError(
             f"{label}[{LR_HISTORY!r}] has shape {lrs.shape} and dtype {lrs.dtype}: expected at most "
-            f"{min(step, MOST_STEPS)} float64 numbers"
+            f"{min(step, most)} float64 numbers"
         )
     base = step - lrs.size
     if last_step.size and not base <= last_step.min() <= last_step.max() <= step:
@@ -179,7 +199,7 @@ def _tracking(
             f"{label}[{LAST_STEP!r}] has steps from {last_step.min()} to {last_step.max()}: expected "
             f"{base} to {step}"
         )
-    tracking = Tracking(group.rule, optimizer._decay(options), options, base, last_step)
+    tracking = Tracking(parameter.group.rule, decay_type(definition, options), options, base, last_step)
     for lr in lrs.tolist():
         if not 0 <= lr < np.inf:
             raise ValueError(f"{label}[{LR_HISTORY!r}] holds {lr!r}: expected finite numbers, at least 0")

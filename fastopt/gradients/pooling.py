@@ -5,25 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from fastopt import arrays
-from fastopt.kernels.cpu import bags as kernels
-from fastopt.kernels.cpu.rows import gather
-from fastopt.kernels.scratch import empty
-from fastopt.plan import Indices
-from fastopt.precision import LOW, widened
+from fastopt._core import arrays
+from fastopt._core.arrays import LOW_DTYPES
+from fastopt._core.backend import host
+from fastopt._core.indices import Indices
 
 MODES = ("sum", "mean", "max")
-NO_WEIGHTS = {np.dtype(dtype): np.empty(0, dtype) for dtype in (np.float32, np.float64)}
-
-
-def gathered(table: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """[number of indices, dim]: the rows of ``table`` that ``indices`` name."""
-    out = empty((indices.size, table.shape[1]), table.dtype)
-    if table.dtype in LOW:  # no dtype that Numba knows
-        gather(out.size, table.view(np.uint16), indices, out.view(np.uint16))
-    else:
-        gather(out.size, table, indices, out)
-    return out
 
 
 class Bags:
@@ -48,50 +35,48 @@ class Bags:
 
     def of_rows_read(self, table: np.ndarray) -> "tuple[Bags, np.ndarray]":
         """The same bags over a table that holds a row for each position, in float32, for one of 16 bits."""
-        read = gathered(table, self.indices.flat)
+        read = host().gather(table, self.indices.flat)
         where = np.arange(len(read))
         if self.padding >= 0:
             where[self.indices.flat == self.padding] = len(read)
-        alone = Bags(Indices.of_rows(where), self.offsets, self.mode, self.weights, len(read))
-        return alone, widened(read)
+        alone = Indices(where, where.size + 1)
+        return Bags(alone, self.offsets, self.mode, self.weights, len(read)), host().widen(read)
 
     def pool(self, table: np.ndarray) -> np.ndarray:
         """[count, dim]: each bag's rows summed or averaged; rows of 16 bits are added in float32."""
-        if table.dtype in LOW:
+        if table.dtype in LOW_DTYPES:
             bags, rows = self.of_rows_read(table)
             return bags.pool(rows).astype(table.dtype)
-        out = empty((self.count, table.shape[1]), table.dtype)
-        weights = NO_WEIGHTS[table.dtype] if self.weights is None else self.weights
-        kernels.pool(
-            self.indices.array.size * table.shape[1],
-            *(table, self.indices.flat, self.offsets, weights, self.mode == "mean", self.padding, out),
-        )
-        return out
+        mean = self.mode == "mean"
+        return host().pool(table, self.indices.flat, self.offsets, self.weights, mean, self.padding)
 
     def pool_max(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[count, dim]: the largest element of each bag's rows, and the position it comes from."""
-        if table.dtype in LOW:
+        if table.dtype in LOW_DTYPES:
             bags, rows = self.of_rows_read(table)
             largest, winners = bags.pool_max(rows)
             return largest.astype(table.dtype), winners
-        out = empty((self.count, table.shape[1]), table.dtype)
-        winners = empty(out.shape, np.int32)
-        work = self.indices.array.size * table.shape[1]
-        kernels.pool_max(work, table, self.indices.flat, self.offsets, self.padding, out, winners)
-        return out, winners
+        return host().pool_max(table, self.indices.flat, self.offsets, self.padding)
 
     def of_positions(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray | None]:
         """The bag of each position, and the factor on its row, None where all are 1."""
-        size = self.indices.array.size
-        bags = empty(size, np.int32)
         mean = self.mode == "mean"
         scales = None
         if self.weights is not None or mean:
-            scales = empty(size, dtype)
+            scales = host().empty(self.indices.array.size, dtype)
             scales[:] = 1 if self.weights is None else self.weights
-        given = NO_WEIGHTS[dtype] if scales is None else scales
-        kernels.bags_of_positions(size, self.offsets, self.indices.flat, self.padding, mean, bags, given)
+        bags = host().bags_of_positions(self.offsets, self.indices.flat, scales, mean, self.padding)
         return bags, scales
+
+
+def checked_table(table: Any) -> np.ndarray:
+    """``table``, which is to be read: of two dimensions, C-contiguous, of one of the dtypes of parameters."""
+    source = arrays.host_array(table, "table")
+    arrays.check_float(source, "table")
+    if source.ndim != 2:
+        raise ValueError(f"table has shape {source.shape}: expected (rows, dim)")
+    arrays.check_contiguous(source, "table")
+    return source
 
 
 def checked_bags(given: Any, label: str, rows: int | None, dtype: np.dtype) -> Bags:
@@ -99,7 +84,7 @@ def checked_bags(given: Any, label: str, rows: int | None, dtype: np.dtype) -> B
     prefix = f"{label}." if label else ""
     if given.mode not in MODES:
         raise ValueError(f"{prefix}mode is {given.mode!r}: expected 'sum', 'mean' or 'max'")
-    indices = Indices(given.indices, f"{prefix}indices", rows)
+    indices = Indices.checked(given.indices, f"{prefix}indices", rows)
     offsets = _offsets(given, indices.array, prefix)
     weights = _weights(given, indices.array, dtype, prefix)
     return Bags(indices, offsets, given.mode, weights, _padding(given.padding_idx, rows, prefix))
@@ -169,7 +154,7 @@ def _weights(given: Any, indices: np.ndarray, dtype: np.dtype, prefix: str) -> n
         raise TypeError(f"{label} has dtype {weights.dtype}: expected {dtype}, that of the table")
     if weights.shape != indices.shape:
         raise ValueError(f"{label} has shape {weights.shape}: expected {indices.shape}, that of indices")
-    return widened(np.ascontiguousarray(weights).reshape(-1))
+    return host().widen(np.ascontiguousarray(weights).reshape(-1))
 
 
 def _padding(padding_idx: Any, rows: int | None, prefix: str) -> int:

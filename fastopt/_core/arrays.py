@@ -1,12 +1,14 @@
 """The caller's arrays as NumPy views of the same memory, checked."""
 
-import ctypes
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from fastopt._core.backend import backend_of, host
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 LOW_DTYPES = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -14,15 +16,29 @@ ALL_DTYPES = DTYPES + LOW_DTYPES
 NAMES = "float32, float64, float16 or bfloat16"
 
 
-class InFiles:
-    """A table in files, which keeps what is about to change (see tables/)."""
+class TableInFiles(ABC):
+    """A parameter that lies in files, with its state, and remembers what rows were before they change."""
+
+    path: Any
+    owner: Any  # what flushes it with the others of its optimizer, or None
 
     @property
+    @abstractmethod
     def weights(self) -> np.ndarray:
-        raise NotImplementedError
+        """[rows, dim], in the files."""
 
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether its files are released."""
+
+    @abstractmethod
     def keep(self, rows: np.ndarray | None) -> None:
-        raise NotImplementedError
+        """Log what rows, or all, hold before they are changed."""
+
+    @abstractmethod
+    def state(self, slots: Any) -> dict[str, np.ndarray]:
+        """State arrays in files, made if there are none."""
 
 
 def host_array(value: Any, label: str) -> np.ndarray:
@@ -35,17 +51,14 @@ def host_array(value: Any, label: str) -> np.ndarray:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{label} is a masked array, whose mask would be lost: pass {label}.filled(0)")
         return np.asarray(value)
-    if isinstance(value, InFiles):
+    if isinstance(value, TableInFiles):
         return value.weights
     torch = sys.modules.get("torch")  # loaded, if a tensor is at hand
     if torch is not None and isinstance(value, torch.Tensor):
         return _torch_view(torch, value, label)
-    if hasattr(value, "__cuda_array_interface__"):
-        raise TypeError(
-            f"{label} is a CUDA array: expected an array in the CPU's memory, copy it there first"
-        )
+    backend_of(value, label)  # which refuses arrays of devices that there is no backend for
     raise TypeError(
-        f"{label} is {_article(type(value).__name__)}: expected a NumPy array or a torch CPU tensor, "
+        f"{label} is {article(type(value).__name__)}: expected a NumPy array or a torch CPU tensor, "
         "pass np.asarray(...)"
     )
 
@@ -55,8 +68,7 @@ def _torch_view(torch: Any, tensor: Any, label: str) -> np.ndarray:
         raise TypeError(
             f"{label} is a sparse tensor: pass fastopt.IndexedSlices(t._indices()[0], t._values()) for it"
         )
-    if tensor.device.type != "cpu":
-        raise TypeError(f"{label} is on {tensor.device}: expected a tensor on the CPU, pass {label}.cpu()")
+    backend_of(tensor, label)
     try:
         if tensor.dtype == torch.bfloat16:
             return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -68,7 +80,7 @@ def _torch_view(torch: Any, tensor: Any, label: str) -> np.ndarray:
         raise TypeError(f"{label} can't be seen as a NumPy array: {error}") from error
 
 
-def _article(name: str) -> str:
+def article(name: str) -> str:
     return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
 
 
@@ -124,17 +136,8 @@ def check_like(array: np.ndarray, label: str, parameter: np.ndarray, parameter_l
 
 def before_writing(value: Any, rows: np.ndarray) -> None:
     """Have a table in files keep rows that are about to change."""
-    if isinstance(value, InFiles):
+    if isinstance(value, TableInFiles):
         value.keep(rows)
-
-
-def address(array: np.ndarray) -> int:
-    """Address of the first element."""
-    try:
-        # the fastest way, for arrays that allow it
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # read-only, strided or empty
-        return array.__array_interface__["data"][0]
 
 
 def overlapping(starts: np.ndarray, ends: np.ndarray, written: np.ndarray) -> tuple[int, int] | None:
@@ -162,46 +165,8 @@ def refuse_overlap(label: str, other: str) -> None:
 
 def check_apart(written: Sequence[tuple[np.ndarray, str]]) -> None:
     """Refuse contiguous arrays that share memory with another."""
-    starts = np.array([address(array) for array, _ in written], np.int64)
+    starts = np.array([host().address(array) for array, _ in written], np.int64)
     ends = starts + np.array([array.nbytes for array, _ in written], np.int64)
     found = overlapping(starts, ends, np.full(len(starts), True))
     if found is not None:
         refuse_overlap(written[found[0]][1], written[found[1]][1])
-
-
-class Tensors:
-    """Finds torch tensors on the CPU of these dtypes (None for none) and shapes, contiguous ones.
-
-    What :func:`host_array` tells of one, in a tenth of the time: a model has many.
-    """
-
-    def __init__(self, dtypes: Sequence[np.dtype | None], shapes: Sequence[tuple[int, ...]]) -> None:
-        torch = sys.modules["torch"]
-        known = torch.float32, torch.float64, torch.float16, torch.bfloat16
-        by_dtype: dict[Any, Any] = dict(zip(ALL_DTYPES, known, strict=True))
-        self._expected = [(by_dtype.get(dtype), shape) for dtype, shape in zip(dtypes, shapes, strict=True)]
-
-    def find(self, values: Sequence[Any], numbers: list[int], where: np.ndarray) -> list[int]:
-        """Set ``where[i]`` to the address of each ``values[i]`` that is such a tensor, for i of ``numbers``;
-        returns the others."""
-        torch = sys.modules["torch"]
-        tensor, parameter, strided = torch.Tensor, torch.nn.Parameter, torch.strided
-        addresses, found, others = [], [], []
-        for i in numbers:
-            value = values[i]
-            if type(value) is tensor or type(value) is parameter:
-                dtype, shape = self._expected[i]
-                if (
-                    value.is_cpu
-                    and value.dtype is dtype
-                    and value.layout is strided
-                    and value.shape == shape
-                    and value.is_contiguous()
-                    and not value.is_neg()
-                ):
-                    addresses.append(value.data_ptr())
-                    found.append(i)
-                    continue
-            others.append(i)
-        where[found] = addresses
-        return others

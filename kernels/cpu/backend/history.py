@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from fastopt.kernels import rest, rules
+from fastopt.kernels.work import RowSteps
 
-_FIRST_CAPACITY = 64
+FIRST_CAPACITY = 64
+ROWS_PER_COEFFICIENTS = 4
+MOVES_PER_COEFFICIENTS = 100  # elements that a dense update handles in the time of one look-up
 
 
 class History:
@@ -28,6 +31,8 @@ class History:
         now: the last step known.
     """
 
+    MOST_STEPS = 1 << 14  # 2 MB; then all rows are brought up to date, and a history starts anew
+
     def __init__(self, rule: rules.Rule, decay_type: type, options: dict[str, Any], base: int) -> None:
         self.kind = rest.rest_kind(rule, decay_type, options)
         self.base = self.now = base
@@ -40,6 +45,7 @@ class History:
         if self.kind is rest.Adaptive:
             self.window = rest.window_of(rule, options)
             self._growth = rest.growth_of(rule, options)
+        self._tabulated = -1, np.empty((0, 0))
         adders: dict[type, Callable[[int, float], None]] = {
             rest.Still: self._add_still,
             rest.Linear: self._add_linear,
@@ -47,14 +53,38 @@ class History:
             rest.Loop: self._add_loop,
         }
         self._add = adders[self.kind]
-        self.steps = np.zeros((_FIRST_CAPACITY, self._columns()))
-        self._lrs = np.zeros(_FIRST_CAPACITY)
+        self.steps = np.zeros((FIRST_CAPACITY, self._columns()))
+        self._lrs = np.zeros(FIRST_CAPACITY)
         self._set_first()
 
     @property
     def lrs(self) -> np.ndarray:
         """The learning rates of the steps since ``base``."""
         return self._lrs[: self.now - self.base]
+
+    @property
+    def full(self) -> bool:
+        """Whether it holds as many steps as it can."""
+        return self.now - self.base >= self.MOST_STEPS
+
+    def of_rows(self, last_step: np.ndarray, rows: int, compute: np.dtype) -> RowSteps:
+        """What kernels need for ``rows`` of a table's rows to catch up: ``last_step`` is int64 [rows of the
+        table], the step that each is up to date with.
+
+        For rows that were updated in one of the latest steps coefficients are computed beforehand, for so
+        few steps that it pays.
+        """
+        now, table = self._tabulated
+        count = min(self.now - self.base + 1, rows // ROWS_PER_COEFFICIENTS)
+        if self.kind is rest.Loop:
+            count = 0
+        if now != self.now or len(table) < count or table.dtype != compute:
+            table = np.empty((count, rest.numbers(self.kind) if count else 0), compute)
+            if count:
+                given = self.kind(), self.steps, self.window, self.base, self.now - count + 1, self.now
+                rest.tabulate(count * MOVES_PER_COEFFICIENTS, *given, table)
+            self._tabulated = self.now, table
+        return RowSteps(last_step, self.steps, self.base, self.window, table, self.now - len(table) + 1)
 
     def advance(self, lr: float) -> None:
         """Take in step ``now + 1``, whose learning rate was ``lr``.

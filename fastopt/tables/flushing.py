@@ -1,77 +1,79 @@
 """Optimizers over tables in files: what is stored with a flush, and going on from there."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from fastopt._core.parameters import Parameter, Snapshot
 from fastopt.tables.table import Table
-
-if TYPE_CHECKING:
-    from fastopt.groups import Group, Parameter
-    from fastopt.optimizer import Optimizer
 
 Progress = Mapping[str, Any] | None
 
 
-def _tables(optimizer: "Optimizer") -> "list[tuple[Group, Parameter, Table]]":
-    return [
-        (group, parameter, parameter.stored)
-        for group in optimizer._groups
-        for parameter in group.parameters
-        if parameter.stored is not None
-    ]
+class Resumed(NamedTuple):
+    """Where tables in files go on: after ``steps`` of the optimizer, None if it is new, with these steps of
+    each of their parameters."""
+
+    steps: int | None
+    steps_of: list[tuple[Parameter, int]]
 
 
-def progress(optimizer: "Optimizer", group: "Group", parameter: "Parameter") -> dict[str, Any]:
+def _tables(snapshot: Snapshot) -> list[tuple[Parameter, Table]]:
+    return [(p, p.value) for p in snapshot.parameters if isinstance(p.value, Table)]
+
+
+def progress(snapshot: Snapshot, parameter: Parameter) -> dict[str, Any]:
     """What a flush stores with a table; all that belongs to one state of the optimizer has its ``steps``."""
     return {
-        "optimizer": type(optimizer).__name__,
+        "optimizer": snapshot.optimizer,
         "key": parameter.key,
-        "steps": optimizer.steps,
+        "steps": snapshot.steps,
         "step": parameter.step,
-        "slots": list(optimizer._slots(group, parameter)),
-        "tables": [other.key for _, other, _ in _tables(optimizer)],
+        "slots": list(parameter.slots()),
+        "tables": [other.key for other, _ in _tables(snapshot)],
     }
 
 
-def flush(optimizer: "Optimizer") -> None:
+def flush(snapshot: Snapshot) -> None:
     """Bring all open tables in files to the disk, then make that what counts."""
-    every = _tables(optimizer)
-    stored = [one for one in every if not one[2].closed] or every  # which then says that it is closed
-    for group, parameter, table in stored:
-        table.prepare(progress(optimizer, group, parameter))
-    for _, _, table in stored:
+    every = _tables(snapshot)
+    stored = [one for one in every if not one[1].closed] or every  # which then says that it is closed
+    for parameter, table in stored:
+        table.prepare(progress(snapshot, parameter))
+    for _, table in stored:
         table.commit()
 
 
-def resume(optimizer: "Optimizer") -> None:
-    """Go on where tables in files were flushed last, all at the same step of the optimizer."""
-    stored = _tables(optimizer)
+def resume(snapshot: Snapshot, owner: Any) -> Resumed:
+    """Go on where tables in files were flushed last, all at the same step of the optimizer ``owner``."""
+    stored = _tables(snapshot)
     back = _interrupted(stored)
-    chosen: list[Progress] = [table.previous if table in back else table.progress for _, _, table in stored]
-    for (group, parameter, table), own in zip(stored, chosen, strict=True):
+    chosen: list[Progress] = [table.previous if table in back else table.progress for _, table in stored]
+    for (parameter, table), own in zip(stored, chosen, strict=True):
         if table.changed and table.owner is not None:
             raise ValueError(
                 f"{parameter.label}, {table.path}, was changed by another optimizer since its last flush: "
                 "flush it first"
             )
-        _check(optimizer, group, parameter, own)
+        _check(snapshot, parameter, own)
     for table in back:
         table.roll_back()
-    for (group, parameter, table), own in zip(stored, chosen, strict=True):
-        table.owner = optimizer
+    steps, steps_of = None, []
+    for (parameter, table), own in zip(stored, chosen, strict=True):
+        table.owner = owner
         if own is not None:
-            optimizer._steps = own["steps"]
-            optimizer._clock[parameter.index] = own["step"]
-            if parameter.step and own["slots"]:
-                parameter.state = table.state(optimizer._slots(group, parameter))
+            steps = own["steps"]
+            steps_of.append((parameter, own["step"]))
+            if own["step"] and own["slots"]:
+                parameter.state = table.state(parameter.slots())
+    return Resumed(steps, steps_of)
 
 
-def _interrupted(stored: "list[tuple[Group, Parameter, Table]]") -> list[Table]:
+def _interrupted(stored: list[tuple[Parameter, Table]]) -> list[Table]:
     """The tables whose last flush others have not made: a crash came between them."""
-    begun = [(parameter, table) for _, parameter, table in stored if table.progress is not None]
+    begun = [(parameter, table) for parameter, table in stored if table.progress is not None]
     together = {key for _, table in begun for key in table.progress["tables"]}  # type: ignore[index]
     missed = [
-        parameter for _, parameter, table in stored if table.progress is None and parameter.key in together
+        parameter for parameter, table in stored if table.progress is None and parameter.key in together
     ]
     steps = [table.progress["steps"] for _, table in begun]  # type: ignore[index]
     goal = None if missed else min(steps, default=None)
@@ -87,10 +89,10 @@ def _interrupted(stored: "list[tuple[Group, Parameter, Table]]") -> list[Table]:
     return back
 
 
-def _check(optimizer: "Optimizer", group: "Group", parameter: "Parameter", own: Progress) -> None:
+def _check(snapshot: Snapshot, parameter: Parameter, own: Progress) -> None:
     if own is None:
         return
-    name = type(optimizer).__name__
+    name = snapshot.optimizer
     if own["optimizer"] != name:
         raise ValueError(
             f"{parameter.label} was updated by the optimizer {own['optimizer']!r}: expected {name!r}"
@@ -100,7 +102,7 @@ def _check(optimizer: "Optimizer", group: "Group", parameter: "Parameter", own: 
             f"{parameter.label} was the parameter {own['key']!r} of its optimizer: "
             "expected it to be that again"
         )
-    slots = list(optimizer._slots(group, parameter))
+    slots = list(parameter.slots())
     if own["slots"] != slots:
         raise ValueError(
             f"{parameter.label} has the state {', '.join(own['slots']) or 'none'}, the options need "

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from fastopt import arrays
-from fastopt.kernels.cpu.index import Groups, check_bounds, group
+from fastopt._core import arrays
+from fastopt._core.backend import host
+from fastopt.kernels.work import Segments
 
 MOST_ROWS = 2**40
 SMALL = 4096  # indices; below, NumPy finds their bounds as fast as a kernel
@@ -46,7 +47,7 @@ class IndexPlan:
         if not 0 <= self.rows <= MOST_ROWS:
             raise ValueError(f"rows is {rows!r}: expected a whole number from 0 to 2**40")
         self._indices = np.array(checked_indices(indices, "indices", self.rows), order="C")
-        [self._groups] = group([(self._indices.reshape(-1), self.rows)])
+        [self._segments] = host().segments_of([(self._indices.reshape(-1), self.rows)])
 
     @property
     def indices(self) -> np.ndarray:
@@ -54,11 +55,15 @@ class IndexPlan:
 
     @property
     def distinct(self) -> np.ndarray:
-        return _read_only(self._groups.rows)
+        return _read_only(self._segments.rows)
 
     @property
     def counts(self) -> np.ndarray:
-        return np.diff(self._groups.starts)
+        return np.diff(self._segments.starts)
+
+    def as_indices(self) -> "Indices":
+        """What lookups and updates start from."""
+        return Indices(self._indices, self.rows, self._segments)
 
     def __repr__(self) -> str:
         sizes = f"{self.indices.size:,} indices, {self.distinct.size:,} distinct, of {self.rows:,} rows"
@@ -83,7 +88,7 @@ def checked_indices(indices: Any, label: str, rows: int | None) -> np.ndarray:
         if array.size < SMALL or not array.flags.c_contiguous:
             low, high = int(array.min()), int(array.max())
         else:
-            low, high = check_bounds(array.reshape(-1))
+            low, high = host().bounds(array.reshape(-1))
         if low < 0 or (rows is not None and high >= rows):
             bad = low if low < 0 else high
             limit = "not negative" if rows is None else f"in [0, {rows}), the rows of the table"
@@ -92,53 +97,51 @@ def checked_indices(indices: Any, label: str, rows: int | None) -> np.ndarray:
 
 
 class Indices:
-    """Checked indices of one table: a plan's, or an array's, which are grouped when needed."""
+    """Checked indices of one table: a plan's, or an array's, which are sorted into segments when needed."""
 
-    def __init__(self, given: Any, label: str, rows: int | None) -> None:
-        self._groups: Groups | None = None
+    def __init__(self, array: np.ndarray, rows: int, segments: Segments | None = None) -> None:
+        self.array = array
+        self.rows = rows
+        self._segments = segments
+
+    @classmethod
+    def checked(cls, given: Any, label: str, rows: int | None) -> "Indices":
+        """Of what a caller gave, for a table of so many rows; None: of a table that is not known."""
+        if isinstance(given, Indices):
+            return given
         if isinstance(given, IndexPlan):
             if rows is not None and given.rows != rows:
                 raise ValueError(
                     f"{label} is a plan for a table of {given.rows} rows: expected one for {rows} rows"
                 )
-            self.array, self.rows, self._groups = given._indices, given.rows, given._groups
-            return
+            return given.as_indices()
         array = checked_indices(given, label, rows)
-        self.array = np.asarray(array, order="C")
-        self.rows = rows if rows is not None else int(array.max()) + 1 if array.size else 0
+        if rows is None:
+            rows = int(array.max()) + 1 if array.size else 0
+        return cls(np.asarray(array, order="C"), rows)
 
     @classmethod
     def of_all(cls, rows: int) -> "Indices":
         """Every row once, in order, which needs no sorting."""
-        self = cls.__new__(cls)
-        self.array, self.rows = np.arange(rows), rows
-        self._groups = Groups(
-            self.array, np.arange(rows, dtype=np.int32), np.arange(rows + 1, dtype=np.int32)
-        )
-        return self
-
-    @classmethod
-    def of_rows(cls, array: np.ndarray) -> "Indices":
-        """Positions that need no check and are not grouped."""
-        self = cls.__new__(cls)
-        self.array, self.rows, self._groups = array, array.size + 1, None
-        return self
+        array, starts = np.arange(rows), np.arange(rows + 1, dtype=np.int32)
+        return cls(array, rows, Segments(array, starts[:-1], starts))
 
     @property
     def flat(self) -> np.ndarray:
         return self.array.reshape(-1)
 
     @property
-    def groups(self) -> Groups:
-        if self._groups is None:
-            [self._groups] = group([(self.flat, self.rows)])
-        return self._groups
+    def segments(self) -> Segments:
+        if self._segments is None:
+            sort_together([self])
+        assert self._segments is not None
+        return self._segments
 
 
-def group_all(many: list[Indices]) -> None:
-    """Group, in one sort, those that are not grouped yet."""
-    missing = [indices for indices in many if indices._groups is None]
+def sort_together(many: list[Indices]) -> None:
+    """Sort, all at once, those that are not sorted into segments yet."""
+    missing = [indices for indices in many if indices._segments is None]
     if missing:
-        found = group([(indices.flat, indices.rows) for indices in missing])
-        for indices, groups in zip(missing, found, strict=True):
-            indices._groups = groups
+        found = host().segments_of([(indices.flat, indices.rows) for indices in missing])
+        for indices, segments in zip(missing, found, strict=True):
+            indices._segments = segments

@@ -1,19 +1,16 @@
-"""What an optimizer keeps for the rows of a table, beside its state: who is how far."""
+"""How far the rows of a table are: which steps they missed, or how many updates each has had."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fastopt.history import History
-from fastopt.kernels import rest, rules
+from fastopt._core.backend import History, host
+from fastopt.kernels.rules import Rule
 
 ROW_STEPS = "row_steps"  # with step_per_row: how often each row was updated
 LAST_STEP, LR_HISTORY = "last_step", "lr_history"  # with rows="dense", while rows are behind
-ROWS_PER_COEFFICIENTS = 4
 MOST_COUNTED = 2**53  # steps, which float64 still counts
-MOVES_PER_COEFFICIENTS = 100  # elements that a dense update handles in the time of one look-up
-MOST_STEPS = 1 << 14  # that a history holds, 2 MB; then all rows are brought up to date, and it starts anew
 
 
 class Tracking:
@@ -29,35 +26,11 @@ class Tracking:
     """
 
     def __init__(
-        self, rule: rules.Rule, decay: type, options: Mapping[str, Any], step: int, last_step: np.ndarray
+        self, rule: Rule, decay: type, options: Mapping[str, Any], step: int, last_step: np.ndarray
     ) -> None:
         self.last_step = last_step
         self.options = options
-        self.history = History(rule, decay, dict(options), step)
-        self._tabulated = -1, np.empty((0, 0))
-
-    def tabulated(self, rows: int, dtype: np.dtype) -> np.ndarray:
-        """Coefficients (see kernels/rest.py) for rows that were last updated in one of the latest steps;
-        computed for so few steps that it pays for this many rows."""
-        history = self.history
-        now, table = self._tabulated
-        count = min(history.now - history.base + 1, rows // ROWS_PER_COEFFICIENTS)
-        if history.kind is rest.Loop:
-            count = 0
-        if now != history.now or len(table) < count:
-            columns = rest.numbers(history.kind) if count else 0
-            table = np.empty((count, columns), dtype)
-            if count:
-                steps = history.kind(), history.steps, history.window, history.base
-                rest.tabulate(
-                    count * MOVES_PER_COEFFICIENTS, *steps, history.now - count + 1, history.now, table
-                )
-            self._tabulated = history.now, table
-        return table
-
-    @property
-    def full(self) -> bool:
-        return self.history.now - self.history.base >= MOST_STEPS
+        self.history: History = host().History(rule, decay, dict(options), step)
 
 
 class Counts:
@@ -68,7 +41,7 @@ class Counts:
         self._size = 0
         self._key: tuple | None = None
 
-    def up_to(self, count: int, rule: rules.Rule, options: Mapping[str, Any]) -> np.ndarray:
+    def up_to(self, count: int, rule: Rule, options: Mapping[str, Any]) -> np.ndarray:
         """Row t - 1 is that of the t-th update; of fewer than ``count`` rows the last is for all later."""
         own = {**options, "lr": 1.0}
         final = rule.fold(MOST_COUNTED, own)

@@ -1,4 +1,5 @@
-"""In which formats a parameter, its gradient and its state are stored, and what they are computed with."""
+"""The state of a parameter: which arrays there are, and in which formats they, the parameter and its gradient
+are stored."""
 
 import math
 from collections.abc import Mapping
@@ -6,13 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt.arrays import DTYPES
-from fastopt.arrays import LOW_DTYPES as LOW
+from fastopt._core.arrays import DTYPES
+from fastopt._core.arrays import LOW_DTYPES as LOW
+from fastopt._core.backend import host
 from fastopt.kernels.cpu import formats
 from fastopt.kernels.cpu.formats import BLOCK, Format
-from fastopt.kernels.cpu.widen import widen_bfloat16, widen_half
 from fastopt.kernels.rules import Rule
-from fastopt.kernels.scratch import empty
 
 SINGLE, DOUBLE = DTYPES
 HALF, BFLOAT16 = LOW
@@ -123,14 +123,20 @@ def _element_slots(
     return slots
 
 
-def widened(array: np.ndarray) -> np.ndarray:
-    """``array``, C-contiguous, in float32 if it is of 16 bits."""
-    if array.dtype not in LOW:
-        return array
-    out = empty(array.shape, SINGLE)
-    kernel = widen_half if array.dtype == HALF else widen_bfloat16
-    kernel(array.size, array.reshape(-1).view(np.uint16), out.reshape(-1))
-    return out
+def new_state(slots: Mapping[str, Slot], together: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """State arrays; those of ``together`` lie row by row side by side, which memory answers faster."""
+    zeros = host().zeros
+    state = {}
+    if len(together) > 1:
+        (rows, dim), dtype, _ = slots[together[0]]
+        both = zeros((rows, len(together), dim), dtype)
+        state = {slot: both[:, k] for k, slot in enumerate(together)}
+    for name, (shape, dtype, value) in slots.items():
+        if name not in state:
+            state[name] = zeros(shape, dtype)
+        if value:
+            state[name][...] = value
+    return {name: state[name] for name in slots}
 
 
 def scale_shape(shape: tuple[int, ...], by_row: bool) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The options that all optimizers share, and the range of every option by its name."""
 
+import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping
@@ -130,4 +131,21 @@ def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]
     number = int(value) if isinstance(value, numbers.Integral) else float(value)
     if not abs(number) <= sys.float_info.max or not accepts(number):
         raise ValueError(f"{where}: expected {expected}")
+    return number
+
+
+def check_limit(value: Any, name: str) -> float:
+    """``value`` as a float that is not negative.
+
+    Raises:
+        TypeError, ValueError: it is no number, negative, or out of the range of float64.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}: expected a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = -math.inf
+    if not number >= 0:
+        raise ValueError(f"{name} is {value!r}: expected at least 0, in the range of float64")
     return number

@@ -1,0 +1,391 @@
+"""The caller's arrays in their groups, and what an optimizer keeps for each."""
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from fastopt._core import arrays
+from fastopt._core.arrays import TableInFiles
+from fastopt._core.missed import ROW_STEPS, Counts, Tracking
+from fastopt._core.options import FIXED, checked_options
+from fastopt._core.state import (
+    MASTER,
+    SCALES,
+    Slot,
+    by_rows,
+    computed_with,
+    new_state,
+    parameter_format,
+    random_key,
+    state_slots,
+)
+from fastopt._core.state import state_formats as chosen_formats
+from fastopt._core.structure import Structure, as_container, is_groups, named_values
+from fastopt.kernels import rules
+from fastopt.kernels.cpu import formats
+from fastopt.kernels.rules import Rule
+from fastopt.kernels.work import StoredTable
+
+_IMMUTABLE = int, float, str, tuple, np.generic, np.dtype
+
+
+class Definition(Protocol):
+    """What an optimizer's class says of it."""
+
+    defaults: dict[str, Any]
+
+    def rule(self, options: Mapping[str, Any]) -> Rule:
+        """The update rule that the options choose."""
+
+    def decoupled(self, options: Mapping[str, Any]) -> bool:
+        """Whether weight decay is decoupled from the gradient."""
+
+    def initial_state(self, options: Mapping[str, Any]) -> dict[str, float]:
+        """First values of state slots that do not start from 0."""
+
+    def check_options(self, options: Mapping[str, Any], label: str) -> None:
+        """Refuse combinations of options that can't be honoured."""
+
+
+@dataclass(eq=False)
+class ParameterGroup:
+    """Parameters that share options.
+
+    Attributes:
+        options: the dict that the caller sees and may change.
+        params: the caller's container.
+        checked: the options as they were last adopted, checked.
+        rule, decay: the rule that they choose, and the type of weight decay.
+        first: first values of state slots that do not start from 0.
+    """
+
+    options: dict[str, Any]
+    params: Any
+    label: str
+    number: int
+    parameters: list["Parameter"]
+    checked: dict[str, Any]
+    rule: Rule
+    decay: type
+    first: dict[str, float]
+    _seen: dict[str, Any] | None = None  # the options as adopted, if they can only change by assignment
+
+    def adopt(self, checked: dict[str, Any], definition: Definition) -> None:
+        """Go on with these options."""
+        self.checked = checked
+        self.rule, self.decay = definition.rule(checked), decay_type(definition, checked)
+        self.first = definition.initial_state(checked)
+        fixed = all(
+            name == "params" or value is None or callable(value) or isinstance(value, _IMMUTABLE)
+            for name, value in self.options.items()
+        )
+        self._seen = dict(self.options) if fixed else None
+
+    def changed(self) -> bool:
+        """Whether its options may differ from those adopted."""
+        try:
+            if self._seen == self.options:
+                return False
+            return {**self.options, "params": None} != {**self.checked, "params": None}
+        except ValueError:  # an array among them, which compares element by element
+            return True
+
+
+@dataclass(eq=False)
+class Parameter:
+    """One of the caller's arrays, and what the optimizer keeps for it.
+
+    Attributes:
+        value: the caller's array, tensor or table in files.
+        key: its name, or its position among all.
+        index: its position among all. first: the number of its first element among those of all.
+        clock: the numbers of steps of all parameters, this one's being that at ``index``.
+        state: its state arrays by name, empty before its first gradient.
+        tracking: for ``rows="dense"``, how far its rows are, None while all are up to date.
+    """
+
+    value: Any
+    key: str | int
+    label: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    index: int = 0
+    first: int = 0
+    clock: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    group: ParameterGroup = None  # type: ignore[assignment]
+    state: dict[str, np.ndarray] = field(default_factory=dict)
+    tracking: Tracking | None = None
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def step(self) -> int:
+        """How many steps it has made."""
+        return int(self.clock[self.index])
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.clock[self.index] = step
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def compute(self) -> np.dtype:
+        """The dtype that its updates are computed with."""
+        return computed_with(self.dtype)
+
+    @property
+    def codes_by_row(self) -> bool:
+        """Whether the blocks of its 8-bit codes end with the rows of a table."""
+        return any(name.endswith(SCALES) and a.ndim == 2 for name, a in self.state.items())
+
+    @property
+    def in_files(self) -> TableInFiles | None:
+        """The table in files that the parameter is, if it is one."""
+        return self.value if isinstance(self.value, TableInFiles) else None
+
+    def before_writing(self, rows: np.ndarray | None) -> None:
+        """Have a table in files keep what is about to change: rows, or all."""
+        if self.in_files is not None:
+            self.in_files.keep(rows)
+
+    def view(self) -> np.ndarray:
+        """The array as it is now; a torch parameter may have moved."""
+        array = arrays.parameter_view(self.value, self.label)
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ValueError(
+                f"{self.label} now has shape {array.shape} and dtype {array.dtype}, at first "
+                f"{self.shape} and {self.dtype}: make a new optimizer for changed parameters"
+            )
+        return array
+
+    def rows_of(self, array: np.ndarray) -> np.ndarray:
+        """``array``, of the parameter's shape, with one row for each index of its first axis."""
+        if len(self.shape) == 2:
+            return array
+        return array.reshape(self.rows, array.size // max(self.rows, 1))
+
+    def takes_rows(self, checked: Mapping[str, Any]) -> bool:
+        """Whether a dense gradient is used row by row, under these options of its group."""
+        if self.group.rule.row_slots or checked["clip_row_norm"] is not None:
+            return True
+        if self.in_files is not None and checked["state_dtype"] == "8bit":
+            return True
+        return len(self.shape) == 2 and (checked["step_per_row"] or self.codes_by_row)
+
+    # State
+
+    def slots(self, by_row: bool = False) -> dict[str, Slot]:
+        """The state arrays that it is to have; ``by_row``: blocks of 8-bit codes end with its rows, as they
+        do with those of a table in files."""
+        by_row = by_row or self.in_files is not None
+        group = self.group
+        slots = state_slots(group.rule, self.shape, self.dtype, group.checked, group.first, by_row)
+        if group.checked["step_per_row"] and len(self.shape) == 2:
+            slots[ROW_STEPS] = Slot((self.rows,), np.dtype(np.int64))
+        return slots
+
+    def ready_state(self, by_row: bool) -> None:
+        """Make its state at its first gradient; ``by_row``: whether this is used row by row."""
+        rule = self.group.rule
+        slots = {} if self.state else self.slots(by_row)
+        if slots and self.in_files is not None:
+            self.state = self.in_files.state(slots)
+        elif slots:
+            together = rule.state_slots if by_row and len(self.shape) == 2 else ()
+            self.state = new_state(slots, together)
+            if MASTER in slots:
+                self.state[MASTER][...] = self.view()
+        elif by_row and not self.codes_by_row:
+            own = dict(self.state)
+            for slot, kind in zip(rule.state_slots, self.state_formats, strict=True):
+                if kind in formats.CODED:
+                    scales = slot + SCALES
+                    own[slot], own[scales] = by_rows(kind, own[slot], own[scales])
+            self.state = own
+
+    @property
+    def state_formats(self) -> tuple[formats.Format, ...]:
+        """Of each of the rule's state arrays that are shaped as the parameter."""
+        return chosen_formats(self.group.rule, self.dtype, self.group.checked)
+
+    @property
+    def own_format(self) -> formats.Format:
+        return parameter_format(self.dtype, self.group.checked)
+
+    def stored_table(self, step: int) -> StoredTable:
+        """The parameter and its state by rows; ``step``: of the random bits."""
+        rule, own = self.group.rule, self.state
+        return StoredTable(
+            self.rows_of(self.view()),
+            tuple((self.rows_of(own[slot]), own.get(slot + SCALES)) for slot in rule.state_slots),
+            tuple(own[slot] for slot in rule.row_slots),
+            own.get(MASTER),
+            self.first,
+            random_key(self.group.checked["seed"], step),
+        )
+
+
+class Snapshot(NamedTuple):
+    """An optimizer as files and tables see it: nothing is copied.
+
+    optimizer: the name of its class. steps: how many it has finished.
+    """
+
+    optimizer: str
+    steps: int
+    groups: list[ParameterGroup]
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        return [parameter for group in self.groups for parameter in group.parameters]
+
+
+def decay_type(definition: Definition, checked: Mapping[str, Any]) -> type:
+    """The type of weight decay that kernels see."""
+    if not checked["weight_decay"] or definition.rule(checked).own_decay:
+        return rules.Scaled
+    return rules.Decoupled if definition.decoupled(checked) else rules.L2
+
+
+class Parameters:
+    """All parameters of an optimizer in their groups.
+
+    Args:
+        params: what the caller gave: one container of arrays, or a list of groups.
+        definition: of the optimizer.
+
+    Attributes:
+        groups; all: every parameter, in order.
+        steps: how many the optimizer has finished; clock: int64, those of each parameter.
+        sizes, nbytes: int64, of each.
+        in_files: those that are tables in files. dense_rows: whether rows of some may be behind. all_plain:
+            whether there is neither.
+        options: the caller's dicts of options, one for each group.
+    """
+
+    def __init__(self, params: Any, definition: Definition) -> None:
+        self.groups: list[ParameterGroup] = []
+        self.all: list[Parameter] = []
+        self.steps = 0
+        params = as_container(params, "params")
+        self.grouped = is_groups(params)
+        if self.grouped:
+            for number, group in enumerate(params):
+                self._add(group, f"params[{number}]", f"params[{number}]['params']", definition)
+        else:
+            self._add({"params": params}, "params", "params", definition)
+        if not self.all:
+            raise ValueError("params holds no arrays: expected at least one to update")
+        self.sizes = np.array([parameter.size for parameter in self.all])
+        self.nbytes = self.sizes * [parameter.dtype.itemsize for parameter in self.all]
+        self.clock = np.zeros(len(self.all), np.int64)
+        for i, (parameter, last) in enumerate(zip(self.all, np.cumsum(self.sizes).tolist(), strict=True)):
+            parameter.index, parameter.first, parameter.clock = i, last - parameter.size, self.clock
+        self.in_files = [parameter for parameter in self.all if parameter.in_files is not None]
+        self.dense_rows = any(group.checked["rows"] == "dense" for group in self.groups)
+        self.all_plain = not self.dense_rows and not self.in_files
+        self.options = [group.options for group in self.groups]
+        arrays.check_apart([(parameter.view(), parameter.label) for parameter in self.all])
+
+    def _add(self, given: dict[str, Any], label: str, params_label: str, definition: Definition) -> None:
+        options = {**definition.defaults, **given}
+        params = options["params"] = as_container(given["params"], params_label)
+        taken = {parameter.key for parameter in self.all}
+        parameters = []
+        for key, value, suffix in named_values(params, params_label):
+            own_label = params_label + suffix
+            view = arrays.parameter_view(value, own_label)
+            if not isinstance(key, str):
+                key += len(taken)
+            elif key in taken:
+                raise ValueError(
+                    f"{params_label} has the name {key!r} of an earlier group: expected each name once"
+                )
+            dtype = np.dtype(view.dtype.type)  # the one object that stands for it
+            parameters.append(Parameter(value, key, own_label, view.shape, dtype))
+        checked = checked_group(options, label, definition)
+        definition.check_options(checked, label)
+        rule, number = definition.rule(checked), len(self.groups)
+        group = ParameterGroup(options, params, label, number, parameters, checked, rule, rules.Scaled, {})
+        group.adopt(checked, definition)
+        for parameter in parameters:
+            parameter.group = group
+        self.groups.append(group)
+        self.all += parameters
+
+    def structure(self) -> Structure:
+        """In which gradients come."""
+        return Structure(
+            [group.params for group in self.groups],
+            [[parameter.key for parameter in group.parameters] for group in self.groups],
+            [[parameter.value for parameter in group.parameters] for group in self.groups],
+            self.grouped,
+        )
+
+    def check_dicts(self, param_groups: Any) -> None:
+        """Refuse changes of the list ``param_groups`` that can't be followed."""
+        if not isinstance(param_groups, list):
+            raise TypeError(f"param_groups is {param_groups!r}: expected the list it was at first")
+        own = self.options
+        if len(param_groups) != len(own) or not all(map(operator.is_, param_groups, own)):
+            raise ValueError("param_groups holds other dicts than at first: change the options in those")
+
+
+def checked_group(options: Mapping[str, Any], label: str, definition: Definition) -> dict[str, Any]:
+    """A group's options but for ``params``, checked; ``label`` says whose they are.
+
+    Raises:
+        TypeError, ValueError: an option is unknown or missing, of another type or out of range.
+    """
+    own = {name: value for name, value in options.items() if name != "params"}
+    unknown = set(own) - set(definition.defaults)
+    if unknown:
+        raise ValueError(
+            f"{label} has the option {min(map(str, unknown))!r}: {type(definition).__name__} has "
+            f"{', '.join(definition.defaults)}"
+        )
+    missing = set(definition.defaults) - set(own)
+    if missing:
+        raise ValueError(f"{label} lacks the option {min(missing)!r}: set it again")
+    return checked_options(own, label)
+
+
+def changed_options(group: ParameterGroup, definition: Definition) -> dict[str, Any]:
+    """The group's options, checked anew where they were changed since they were adopted; the very same dict
+    where they were not.
+
+    Raises:
+        TypeError, ValueError: as for :func:`checked_group`, or they do not go together, or need another state
+            than at first.
+    """
+    if not group.changed():
+        return group.checked
+    checked = checked_group(group.options, group.label, definition)
+    rule = definition.rule(checked)
+    if rule != group.rule:
+        raise ValueError(
+            f"the options of {group.label} now need the state {_names(rule)}, at first "
+            f"{_names(group.rule)}: make a new optimizer to change them"
+        )
+    for name in FIXED:
+        if checked[name] != group.checked[name]:
+            raise ValueError(
+                f"{name} of {group.label} is now {checked[name]!r}, at first {group.checked[name]!r}: "
+                "make a new optimizer to change it"
+            )
+    definition.check_options(checked, group.label)
+    return group.checked if checked == group.checked else checked
+
+
+def _names(rule: Rule) -> str:
+    return ", ".join((*rule.state_slots, *rule.row_slots)) or "none"

@@ -1,0 +1,171 @@
+"""The structures that parameters and gradients come in: an array, a list, a dict, or groups of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastopt._core import arrays
+from fastopt._core.backend import host
+
+
+def is_groups(params: Any) -> bool:
+    """Whether ``params`` is a list of groups, dicts with the key ``params``."""
+    return (
+        isinstance(params, list | tuple)
+        and len(params) > 0
+        and all(isinstance(entry, dict) and "params" in entry for entry in params)
+    )
+
+
+def as_container(params: Any, label: str) -> Any:
+    """``params``, with any other iterable than a dict made a list."""
+    if isinstance(params, dict) or (hasattr(params, "shape") and hasattr(params, "dtype")):
+        return params
+    if isinstance(params, str | bytes) or not hasattr(params, "__iter__"):
+        arrays.host_array(params, label)  # raises
+    return list(params)
+
+
+def named_values(params: Any, label: str) -> Iterator[tuple[str | int, Any, str]]:
+    """Key, array, and what follows ``label`` in the label of each parameter of a container."""
+    if isinstance(params, dict):
+        for key, value in params.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{label} has the key {key!r}: expected names, of type str")
+            yield key, value, f"[{key!r}]"
+    elif isinstance(params, list):
+        for position, value in enumerate(params):
+            yield position, value, f"[{position}]"
+    else:
+        yield 0, params, ""
+
+
+class Structure:
+    """The structure of an optimizer's parameters, in which its gradients come.
+
+    Args:
+        containers: of each group the array, list or dict of its parameters.
+        keys: of each group the keys of its parameters, names or positions.
+        values: of each group the parameters themselves, as they are now.
+        grouped: whether the parameters came as a list of groups.
+    """
+
+    def __init__(
+        self,
+        containers: Sequence[Any],
+        keys: Sequence[Sequence[str | int]],
+        values: Sequence[list],
+        grouped: bool,
+    ) -> None:
+        self._containers = containers
+        self._keys = keys
+        self._grouped = grouped
+        self._identities = [host().Identities(own) for own in values]
+
+    def is_as_before(self, number: int) -> bool:
+        """Whether the container of a group still holds the parameters that it held at first."""
+        params = self._containers[number]
+        if isinstance(params, list):
+            return self._identities[number].are_those_of(params)
+        return not isinstance(params, dict) or self._identities[number].are_those_of(list(params.values()))
+
+    def read(self, grads: Any) -> "Gradients":
+        """The gradient of each parameter.
+
+        Raises:
+            ValueError: ``grads`` has another structure.
+        """
+        if not self._grouped:
+            params = self._containers[0]
+            if isinstance(params, list) and isinstance(grads, list | tuple) and len(grads) == len(params):
+                return Gradients(grads, grads, self)
+            if not isinstance(params, list | dict) and not isinstance(grads, list | tuple | dict):
+                return Gradients([grads], grads, self)
+        entries: list[Any] = []
+        for number, own, label in self._of_groups(grads):
+            entries += self._paired(number, own, label)
+        return Gradients(entries, grads, self)
+
+    def label(self, grads: Any, index: int) -> str:
+        """What the gradient of parameter ``index`` is called in messages."""
+        for number, _, label in self._of_groups(grads):
+            params, keys = self._containers[number], self._keys[number]
+            if index < len(keys):
+                if isinstance(params, dict):
+                    return f"{label}[{keys[index]!r}]"
+                return f"{label}[{index}]" if isinstance(params, list) else label
+            index -= len(keys)
+        raise IndexError(index)
+
+    def _of_groups(self, grads: Any) -> Iterator[tuple[int, Any, str]]:
+        """Number, gradients and label of each group."""
+        if not self._grouped:
+            yield 0, grads, "grads"
+            return
+        if not isinstance(grads, list | tuple) or len(grads) != len(self._containers):
+            count = len(self._containers)
+            raise ValueError(f"grads is {_described(grads)}: expected a list of {count}, one entry a group")
+        for number, (params, own) in enumerate(zip(self._containers, grads, strict=True)):
+            label = f"grads[{number}]"
+            if isinstance(own, dict) and "params" in own and not isinstance(params, dict):
+                own, label = own["params"], f"{label}['params']"
+            yield number, own, label
+
+    def _paired(self, number: int, grads: Any, label: str) -> list[Any]:
+        """The gradients of a group, in the order of its parameters."""
+        params, keys = self._containers[number], self._keys[number]
+        if isinstance(params, dict):
+            if isinstance(grads, Mapping) and set(grads) == set(keys):
+                return [grads[key] for key in keys]
+            missing = [key for key in keys if not isinstance(grads, Mapping) or key not in grads]
+            expected = ", ".join(map(repr, keys))
+            if missing:
+                expected = f"{missing[0]!r} is missing, pass None to skip it"
+            raise ValueError(
+                f"{label} is {_described(grads)}: expected a dict with the keys of the parameters, {expected}"
+            )
+        if isinstance(params, list):
+            if not isinstance(grads, list | tuple) or len(grads) != len(keys):
+                raise ValueError(
+                    f"{label} is {_described(grads)}: expected a list of {len(keys)}, one entry a parameter"
+                )
+            return list(grads)
+        if isinstance(grads, list | tuple | dict):
+            raise ValueError(f"{label} is {_described(grads)}: expected one array, as params is one")
+        return [grads]
+
+
+class Gradients:
+    """The gradients of one step: ``entries`` has one for each parameter, or None."""
+
+    __slots__ = ("_given", "_structure", "entries")
+
+    def __init__(self, entries: list | tuple, given: Any, structure: Structure) -> None:
+        self.entries = entries
+        self._given = given
+        self._structure = structure
+
+    def label(self, index: int) -> str:
+        """What the gradient of parameter ``index`` is called in messages."""
+        return self._structure.label(self._given, index)
+
+
+def leaves(grads: Any, label: str) -> Iterator[tuple[Any, str]]:
+    """Each gradient of an array, a sparse gradient, or nested lists and dicts of them, with its label."""
+    if grads is None:
+        return
+    if isinstance(grads, dict):
+        for key, value in grads.items():
+            yield from leaves(value, f"{label}[{key!r}]")
+    elif isinstance(grads, list | tuple):
+        for position, value in enumerate(grads):
+            yield from leaves(value, f"{label}[{position}]")
+    else:
+        yield grads, label
+
+
+def _described(grads: Any) -> str:
+    if isinstance(grads, Mapping):
+        return f"a dict with the keys {', '.join(map(repr, grads)) or '(none)'}"
+    if isinstance(grads, list | tuple):
+        return f"a {type(grads).__name__} of {len(grads)}"
+    return f"of type {type(grads).__name__}"

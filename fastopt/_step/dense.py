@@ -1,0 +1,119 @@
+"""Parameters with dense gradients: those that share a rule and formats are updated in one launch."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from fastopt._core import state
+from fastopt._core.backend import DenseLaunch, host
+from fastopt._core.parameters import Parameter
+from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
+from fastopt.kernels import rules
+from fastopt.kernels.cpu.formats import RANDOM, Format
+from fastopt.kernels.work import ArrayWork, Spec
+
+
+class DenseUpdate:
+    """The parameters of one launch, which is kept from step to step.
+
+    Parameters of a group that have made equally many steps, with the same seed, have the same numbers in
+    every step: they are a class.
+
+    Args:
+        parameters: with their state ready, alike in rule, dtypes and formats.
+        formats: of the parameter, the gradient, and the state arrays.
+        conditions: of the first step.
+
+    Where some decay, the others' weight decay is one by 0.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Parameter], formats: tuple[Format, ...], conditions: Conditions
+    ) -> None:
+        decaying = next((p for p in parameters if p.group.decay is not rules.Scaled), parameters[0])
+        self._compute = decaying.compute
+        self._decay = decaying.group.decay
+        self._indices = np.array([parameter.index for parameter in parameters])
+        rows: dict[tuple[int, int, int], int] = {}
+        self._classes: list[Parameter] = []  # one parameter of each
+        works = []
+        for parameter in parameters:
+            seed = parameter.group.checked["seed"]
+            row = rows.setdefault((parameter.group.number, parameter.step, seed), len(rows))
+            if row == len(self._classes):
+                self._classes.append(parameter)
+            works.append(_work(parameter, row))
+        self._conditions: list[tuple | None] = [None] * len(self._classes)
+        self._random = any(kind in RANDOM for kind in formats)
+        group, lr = decaying.group, conditions.rates[decaying.group.number]
+        h = rule_numbers(group, group.checked, lr, decaying.step + 1, self._compute)
+        scale, limit = conditions.scale, conditions.limit
+        c = decay_numbers(group, group.checked, self._decay, lr, scale, limit, self._compute)
+        spec = Spec(h, c, self._compute, formats)
+        self._launch: DenseLaunch
+        if state.is_factored(spec.rule, parameters[0].shape):
+            self._launch = host().MatrixLaunch(spec, works[0])
+        else:
+            self._launch = host().ArraysLaunch(spec, works, len(self._classes))
+
+    def place(self, parameters_at: np.ndarray, gradients_at: np.ndarray) -> None:
+        """Take over the addresses of all the optimizer's parameters and gradients."""
+        self._launch.place(parameters_at[self._indices], gradients_at[self._indices])
+
+    def prepare(self, conditions: Conditions, zero_grads: bool) -> None:
+        """Set the numbers of the next step, and have its machine code ready."""
+        numbers = self._launch.numbers
+        rates, scale, limit = conditions
+        for row, parameter in enumerate(self._classes):
+            group = parameter.group
+            lr = rates[group.number]
+            h = rule_numbers(group, group.checked, lr, parameter.step + 1, self._compute)
+            given = lr, scale, limit
+            if given == self._conditions[row]:  # the weight decay does not depend on the step
+                numbers[row, : len(h)] = h
+            else:
+                c = decay_numbers(group, group.checked, self._decay, lr, scale, limit, self._compute)
+                numbers[row] = (*h, *c)
+                self._conditions[row] = given
+        if self._random:
+            key = state.random_key
+            self._launch.set_keys([key(p.group.checked["seed"], p.step + 1) for p in self._classes])
+        self._launch.prepare(zero_grads)
+
+    def run(self) -> None:
+        """Make the step."""
+        self._launch.run()
+
+
+def _work(parameter: Parameter, row: int) -> ArrayWork:
+    """The parameter's share of a launch; ``row``: of its hyperparameters."""
+    rule, own = parameter.group.rule, parameter.state
+    factored = state.is_factored(rule, parameter.shape)
+    slots = rule.matrix_slots if factored else rule.state_slots
+    for slot in slots:
+        own[slot] = np.asarray(own[slot], order="C")  # rows of several arrays may lie together
+    arrays = tuple((own[slot], own.get(slot + state.SCALES)) for slot in slots)
+    return ArrayWork(row, parameter.first, parameter.shape, own.get(state.MASTER), arrays)
+
+
+def dense_updates(
+    parameters: Iterable[tuple[Parameter, Format]], conditions: Conditions
+) -> list[DenseUpdate]:
+    """The updates of parameters, whose state is ready, by dense gradients of these formats."""
+    alike: dict[tuple, list[Parameter]] = {}
+    for parameter, gradient in parameters:
+        rule, decay = parameter.group.rule, parameter.group.decay
+        if state.is_factored(rule, parameter.shape):  # which has a launch of its own
+            key: tuple = parameter.index, parameter.own_format, gradient
+        else:
+            formats = parameter.own_format, gradient, *parameter.state_formats
+            # L2 and decoupled decay are not both zero: groups without any go with either
+            key = rule, parameter.compute, decay, formats
+        alike.setdefault(key, []).append(parameter)
+    for rule, compute, decay, formats in [key for key in alike if len(key) == 4]:
+        others = [(rule, compute, other, formats) for other in (rules.Decoupled, rules.L2)]
+        other = next((key for key in others if key in alike), None)
+        if decay is rules.Scaled and other is not None:
+            joined = alike.pop((rule, compute, decay, formats)) + alike[other]
+            alike[other] = sorted(joined, key=lambda parameter: parameter.index)
+    return [DenseUpdate(own, key[-1] if len(key) == 4 else key[1:], conditions) for key, own in alike.items()]

@@ -1,0 +1,69 @@
+"""The L2 norm over all gradients, dense and sparse."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from fastopt._core.arrays import DTYPES
+from fastopt._core.backend import host
+from fastopt._core.state import computed_with, gradient_format
+from fastopt.gradients.protocol import RowGradient
+from fastopt.kernels.elements import NORM_EPS
+
+SMALL, LARGE = 1e-140, 1e150  # norms beyond which squares of float64 lose digits or overflow
+
+
+class DenseSquares:
+    """Sums of squares of dense gradients of any dtypes.
+
+    Args:
+        dtypes, sizes: of each gradient.
+    """
+
+    def __init__(self, dtypes: Iterable[np.dtype], sizes: Sequence[int]) -> None:
+        alike: dict[np.dtype, list[int]] = {}
+        for i, dtype in enumerate(dtypes):
+            alike.setdefault(dtype, []).append(i)
+        self.has_double = DTYPES[1] in alike
+        self._parts = [
+            (
+                host().Squares(computed_with(dtype), gradient_format(dtype), [sizes[i] for i in own]),
+                np.array(own),
+            )
+            for dtype, own in alike.items()
+        ]
+
+    def sum(self, addresses: np.ndarray, scale: float) -> float:
+        """Of all gradients, which lie at ``addresses``, times ``scale**2``."""
+        return sum(squares.sum(addresses[own], scale) for squares, own in self._parts)
+
+
+def norm_of(dense: DenseSquares, addresses: np.ndarray, rows: Sequence[RowGradient]) -> float:
+    """L2 norm over dense gradients and gradients by rows, rows named several times counted as their sum."""
+    norm = _scaled_norm(dense, addresses, rows, 1.0)
+    # squares of float64 may have left its range; those of smaller types never do
+    if dense.has_double or any(gradient.values.dtype == np.float64 for gradient in rows):
+        if norm < SMALL:
+            norm = _scaled_norm(dense, addresses, rows, 2.0**540)
+        elif norm > LARGE:
+            norm = _scaled_norm(dense, addresses, rows, 2.0**-540)
+    return norm
+
+
+def _scaled_norm(
+    dense: DenseSquares, addresses: np.ndarray, rows: Sequence[RowGradient], scale: float
+) -> float:
+    total = dense.sum(addresses, scale)
+    alike: dict[np.dtype, list[RowGradient]] = {}
+    for gradient in rows:
+        if gradient.values.size and gradient.indices.array.size:
+            alike.setdefault(gradient.values.dtype, []).append(gradient)
+    sums = (host().sum_squares_rows([one.by_row() for one in many], scale) for many in alike.values())
+    return math.sqrt(total + sum(sums)) / scale
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of norm ``norm`` are multiplied by; NaN for a NaN norm, as in torch."""
+    factor = max_norm / (norm + NORM_EPS)
+    return 1.0 if factor > 1.0 else factor

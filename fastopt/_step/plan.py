@@ -1,0 +1,194 @@
+"""A plan: what a step is going to do, found and checked; nothing has changed yet."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastopt._core import arrays
+from fastopt._core.parameters import Parameter, Parameters
+from fastopt._core.state import gradient_format
+from fastopt._core.structure import Gradients
+from fastopt._step.catch_up import catch_up
+from fastopt._step.dense import DenseUpdate, dense_updates
+from fastopt._step.norms import DenseSquares, norm_of
+from fastopt._step.numbers import Conditions
+from fastopt._step.rows import RowUpdate, row_launches
+from fastopt.gradients.protocol import numbers_of
+
+# What the gradient of a parameter is: an array of its dtype, one of float32 for a parameter of 16 bits, none,
+# or by rows
+SAME, FLOAT32, NONE, ROWS = range(4)
+
+_SLICE = 1 << 20  # elements that are looked at at a time
+
+
+class Plan:
+    """The work of a step, and of later ones whose gradients are of the same kinds.
+
+    Args:
+        parameters: those of the optimizer.
+        kinds: int8, one of SAME, FLOAT32, NONE and ROWS for each parameter.
+
+    Attributes:
+        dense: the parameters with dense gradients.
+        rows: the updates by rows of the next step.
+        clears: whether gradients were found to be such that they can be set to zero.
+        parameters_at, gradients_at: addresses of all parameters, and of the dense gradients.
+    """
+
+    def __init__(self, parameters: Parameters, kinds: np.ndarray) -> None:
+        self.kinds = kinds
+        self.rows: Sequence[RowUpdate] = ()
+        self.clears = False
+        self.parameters_at = self.gradients_at = np.empty(0, np.int64)
+        self._parameters = parameters
+        self._dense_at = np.flatnonzero(kinds <= FLOAT32)
+        self.dense: list[Parameter] = [parameters.all[i] for i in self._dense_at]
+        self._increments = (kinds != NONE).astype(np.int64)
+        self._squares: DenseSquares | None = None
+        self._updates: list[DenseUpdate] | None = None  # made when they are first needed
+        self._launches: list = []
+
+    def gradient_dtype(self, parameter: Parameter) -> np.dtype:
+        """The dtype of a dense gradient."""
+        return arrays.DTYPES[0] if self.kinds[parameter.index] == FLOAT32 else parameter.dtype
+
+    def place(self, parameters_at: np.ndarray, gradients_at: np.ndarray) -> bool:
+        """Take over where everything lies; returns whether that is new."""
+        if np.array_equal(self.parameters_at, parameters_at) and np.array_equal(
+            self.gradients_at, gradients_at
+        ):
+            return False
+        self.parameters_at, self.gradients_at = parameters_at, gradients_at
+        for update in self._updates or ():
+            update.place(parameters_at, gradients_at)
+        return True
+
+    # The gradients of all parameters
+
+    def find_winners(self) -> None:
+        """Find where the maxima of bags come from, in rows that are up to date."""
+        for parameter, gradient in self.rows:
+            if gradient.takes_maxima:
+                catch_up(parameter, gradient.indices)
+                gradient.find_winners(parameter.view())
+
+    def norm(self) -> float:
+        """The L2 norm of all gradients."""
+        if self._squares is None:
+            sizes = [parameter.size for parameter in self.dense]
+            self._squares = DenseSquares(map(self.gradient_dtype, self.dense), sizes)
+        addresses = self.gradients_at[self._dense_at]
+        return norm_of(self._squares, addresses, [update.gradient for update in self.rows])
+
+    def first_nonfinite(self, gradients: Gradients) -> str | int | None:
+        """The key of the first parameter whose gradient holds NaN or infinity."""
+        by_row = {parameter.index: gradient for parameter, gradient in self.rows}
+        for parameter, value in zip(self._parameters.all, gradients.entries, strict=True):
+            if value is None:
+                continue
+            gradient = by_row.get(parameter.index)
+            flat = (gradient.values_used if gradient else arrays.host_array(value, "")).reshape(-1)
+            slices = (flat[k : k + _SLICE] for k in range(0, flat.size, _SLICE))
+            if not all(np.isfinite(part).all() for part in slices):
+                return parameter.key
+        return None
+
+    # The step
+
+    def prepare(self, conditions: Conditions, zero_grads: bool) -> None:
+        """Make ready all that is launched: make state that is missing, set numbers, compile, and have tables
+        in files keep what is about to change. Nothing has changed if that fails."""
+        if self._updates is not None and not self.rows and self._parameters.all_plain:
+            for update in self._updates:
+                update.prepare(conditions, zero_grads)
+            return
+        fresh = self.dense if self._updates is None else []
+        affected = [*fresh, *(update.parameter for update in self.rows)]
+        before = [(parameter, parameter.state, parameter.tracking) for parameter in affected]
+        try:
+            if self._updates is None:
+                self._updates = self._new_updates(conditions)
+            if self._parameters.dense_rows:
+                for parameter in self.dense:
+                    catch_up(parameter)
+            for update in self._updates:
+                update.prepare(conditions, zero_grads)
+            self._launches = row_launches(self.rows, conditions) if self.rows else []
+            # compiling takes seconds, and must not be interrupted after a first write
+            if len(self._launches) + len(self._updates) > 1:
+                for launch in self._launches:
+                    launch.compile()
+            if self._parameters.in_files:
+                for parameter, gradient in self.rows:
+                    parameter.before_writing(gradient.rows_written)
+                for parameter in self.dense:
+                    parameter.before_writing(None)
+        except BaseException:
+            for parameter, state, tracking in before:
+                parameter.state, parameter.tracking = state, tracking
+            self._updates = None
+            raise
+
+    def run(self, conditions: Conditions, zero_grads: bool) -> None:
+        """Do what was prepared: the one place where a step changes parameters, state and counts."""
+        for update in self._updates or ():
+            update.run()
+        for launch in self._launches:
+            launch.run()
+        parameters = self._parameters
+        np.add(parameters.clock, self._increments, parameters.clock)
+        parameters.steps += 1
+        if not self.rows:
+            return
+        for parameter, gradient in self.rows:
+            if zero_grads:
+                gradient.clear()
+            if parameter.tracking is not None:
+                parameter.tracking.history.advance(conditions.rates[parameter.group.number])
+        self._launches, self.rows = [], ()
+
+    def _new_updates(self, conditions: Conditions) -> list[DenseUpdate]:
+        for parameter in self.dense:
+            parameter.ready_state(by_row=False)
+        formats = ((parameter, gradient_format(self.gradient_dtype(parameter))) for parameter in self.dense)
+        updates = dense_updates(formats, conditions)
+        for update in updates:
+            update.place(self.parameters_at, self.gradients_at)
+        return updates
+
+    # Memory
+
+    def check_apart(self, gradients: Gradients, zero_grads: bool) -> None:
+        """Refuse parameters, and gradients that are to become zero, that share memory with others."""
+        all_parameters = self._parameters.all
+        values = [update.gradient.values for update in self.rows]
+        values_at = [array.__array_interface__["data"][0] for array in values]
+        parts = self.parameters_at, self.gradients_at[self._dense_at], np.array(values_at, np.int64)
+        starts = np.concatenate(parts)
+        sizes = [parameter.size * self.gradient_dtype(parameter).itemsize for parameter in self.dense]
+        sizes += [array.nbytes for array in values]
+        ends = starts + np.concatenate([self._parameters.nbytes, np.array(sizes, np.int64)])
+        written = np.full(len(starts), zero_grads)
+        written[: len(all_parameters)] = True
+        found = arrays.overlapping(starts, ends, written)
+        owners = [*self._dense_at.tolist(), *(update.parameter.index for update in self.rows)]
+        if found is not None:
+            labels = [
+                all_parameters[k].label
+                if k < len(all_parameters)
+                else _numbers_label(gradients, owners[k - len(all_parameters)])
+                for k in found
+            ]
+            arrays.refuse_overlap(*labels)
+        for index in owners if zero_grads else ():
+            value, label = numbers_of(gradients.entries[index], gradients.label(index))
+            if not arrays.host_array(value, label).flags.writeable:
+                raise ValueError(
+                    f"{label} is read-only: expected a gradient that can be set to zero, pass a copy of it "
+                    "or zero_grads=False"
+                )
+
+
+def _numbers_label(gradients: Gradients, index: int) -> str:
+    return numbers_of(gradients.entries[index], gradients.label(index))[1]

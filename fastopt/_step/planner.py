@@ -1,0 +1,148 @@
+"""From gradients to a plan: what is the same as in the step before is not found out again."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastopt._core import arrays
+from fastopt._core.backend import host
+from fastopt._core.indices import Indices, sort_together
+from fastopt._core.parameters import Definition, Parameter, ParameterGroup, Parameters, changed_options
+from fastopt._core.structure import Gradients
+from fastopt._step.plan import FLOAT32, NONE, ROWS, SAME, Plan
+from fastopt._step.rows import RowUpdate
+from fastopt.gradients.protocol import RowGradient, SparseGradient
+
+Options = Mapping[str, Any]
+
+
+class Planner:
+    """Checks the gradients and options of a step against the parameters, and keeps the last plan.
+
+    The plan is kept while options, the kinds of gradients and addresses stay what they were: this is how a
+    step costs microseconds.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        everyone = parameters.all
+        self._parameters = parameters
+        self._values = [parameter.value for parameter in everyone]
+        self._structure = parameters.structure()
+        self._locator = host().Locator(
+            [parameter.dtype for parameter in everyone], [parameter.shape for parameter in everyone]
+        )
+        self._has_codes = any(group.checked["state_dtype"] == "8bit" for group in parameters.groups)
+        self._plan: Plan | None = None
+
+    def forget(self) -> None:
+        """Find everything anew in the next step."""
+        self._plan = None
+
+    def options(self, definition: Definition) -> list[dict[str, Any]]:
+        """The options of each group for the next step: the very dicts that were adopted, where they have not
+        changed since.
+
+        Raises:
+            TypeError, ValueError: they, or the containers of parameters, were changed to what can't be
+                followed.
+        """
+        return [self.group_options(group, definition) for group in self._parameters.groups]
+
+    def group_options(self, group: ParameterGroup, definition: Definition) -> dict[str, Any]:
+        """The same for one group."""
+        same = group.options.get("params") is group.params
+        if not same or not self._structure.is_as_before(group.number):
+            raise ValueError(
+                f"the params of {group.label} were changed: make a new optimizer for other parameters"
+            )
+        return changed_options(group, definition)
+
+    def read(self, grads: Any) -> Gradients:
+        """The gradient of each parameter, in the structure that parameters came in."""
+        return self._structure.read(grads)
+
+    def plan(self, gradients: Gradients, options: Sequence[Options], zero_grads: bool) -> Plan:
+        """What a step with these gradients and options is to do.
+
+        Raises:
+            TypeError, ValueError: a gradient does not fit its parameter.
+        """
+        kept, self._plan = self._plan, None  # an error leaves none
+        for group, own in zip(self._parameters.groups, options, strict=True):
+            if own is not group.checked:
+                kept = None
+        if kept is None or (self._has_codes and kept.kinds.max() == ROWS):
+            self._locator.expect(self._expected(options))
+        same = self._locator.unchanged(self._values, gradients.entries, zero_grads)
+        if kept is None or not same or (zero_grads and not kept.clears):
+            kept = self._looked_at(kept, gradients, options, zero_grads)
+        self._plan = kept
+        return kept
+
+    def _expected(self, options: Sequence[Options]) -> list[np.dtype | None]:
+        """The dtypes of the dense gradients that need no closer look."""
+        return [
+            None if parameter.takes_rows(options[parameter.group.number]) else parameter.dtype
+            for parameter in self._parameters.all
+        ]
+
+    def _looked_at(
+        self, kept: Plan | None, gradients: Gradients, options: Sequence[Options], zero_grads: bool
+    ) -> Plan:
+        """A plan for gradients that are not all where they were."""
+        everyone, entries = self._parameters.all, gradients.entries
+        parameters_at, unknown = self._locator.parameters(self._values)
+        for i in unknown:
+            parameters_at[i] = host().address(everyone[i].view())
+        gradients_at, unknown = self._locator.gradients(entries)
+        kinds = np.full(len(entries), SAME, np.int8)
+        rows: list[RowUpdate] = []
+        for i in unknown:
+            if entries[i] is None:
+                gradients_at[i], kinds[i] = 0, NONE
+                continue
+            found = _checked(everyone[i], gradients, options[everyone[i].group.number])
+            if isinstance(found, RowGradient):
+                rows.append(RowUpdate(everyone[i], found))
+                gradients_at[i], kinds[i] = 0, ROWS
+            else:
+                gradients_at[i] = host().address(found)
+                kinds[i] = SAME if found.dtype == everyone[i].dtype else FLOAT32
+        if kept is None or kept.kinds.tobytes() != kinds.tobytes():
+            kept = Plan(self._parameters, kinds)
+        kept.rows = rows
+        moved = kept.place(parameters_at, gradients_at)
+        if rows or moved or zero_grads:
+            kept.check_apart(gradients, zero_grads)
+            kept.clears = zero_grads
+        sort_together([update.gradient.indices for update in rows])
+        return kept
+
+
+def _checked(parameter: Parameter, gradients: Gradients, options: Options) -> np.ndarray | RowGradient:
+    """A gradient checked against its parameter: an array, or a gradient by rows."""
+    value, label = gradients.entries[parameter.index], gradients.label(parameter.index)
+    view, rule = parameter.view(), parameter.group.rule
+    if isinstance(value, SparseGradient):
+        if rule.matrix_slots:
+            raise TypeError(
+                f"{label} is {type(value).__name__}: the optimizer has means over columns, expected a dense "
+                "gradient"
+            )
+        return value.for_parameter(label, view, parameter.label)
+    by_rows = parameter.takes_rows(options)
+    if by_rows and rule.layer is not None:
+        raise ValueError(
+            f"{label} is dense but is used row by row (clip_row_norm, step_per_row, or 8-bit state made for "
+            "sparse gradients): the optimizer needs the whole array, expected IndexedSlices"
+        )
+    array = arrays.gradient_view(value, label, view, parameter.label)
+    if not by_rows:
+        return array
+    if options["clip_row_norm"] is not None and array.ndim != 2:
+        raise ValueError(
+            f"{label} has shape {array.shape} and clip_row_norm is {options['clip_row_norm']!r}: expected a "
+            "2-D parameter, put others into a group without it"
+        )
+    return RowGradient(parameter.rows_of(array), Indices.of_all(parameter.rows), dense=True)

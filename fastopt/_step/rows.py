@@ -1,0 +1,57 @@
+"""Tables with gradients by rows: those that share a rule and formats are updated in one launch."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastopt._core.backend import Launch, host
+from fastopt._core.missed import ROW_STEPS
+from fastopt._core.parameters import Parameter
+from fastopt._step.catch_up import begin_tracking, catch_up
+from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
+from fastopt.gradients.protocol import RowGradient
+from fastopt.kernels.cpu.formats import PLAIN
+from fastopt.kernels.work import RowSteps, Spec, TableWork
+
+
+class RowUpdate(NamedTuple):
+    """A parameter and its checked gradient by rows."""
+
+    parameter: Parameter
+    gradient: RowGradient
+
+
+def row_launches(updates: Sequence[RowUpdate], conditions: Conditions) -> list[Launch]:
+    """The launches of these updates; state that is missing is made."""
+    alike: dict[tuple, tuple[Spec, list[TableWork]]] = {}
+    for update in updates:
+        spec, work = _work(update, conditions)
+        alike.setdefault(spec.key, (spec, []))[1].append(work)
+    return [host().update_rows(spec, works) for spec, works in alike.values()]
+
+
+def _work(update: RowUpdate, conditions: Conditions) -> tuple[Spec, TableWork]:
+    parameter, gradient = update
+    group, options, compute = parameter.group, parameter.group.checked, parameter.compute
+    parameter.ready_state(by_row=True)
+    if options["rows"] == "dense" and gradient.dense:
+        catch_up(parameter)
+    elif options["rows"] == "dense":
+        begin_tracking(parameter)
+    lr, step = conditions.rates[group.number], parameter.step + 1
+    h = rule_numbers(group, options, lr, step, compute)
+    c = decay_numbers(group, options, group.decay, lr, conditions.scale, conditions.limit, compute)
+    by_row = gradient.by_row()
+    mode, row_steps, numbers = host().Lazy(), None, (*h, *c)
+    if ROW_STEPS in parameter.state:
+        # kernels multiply what is folded for the learning rate 1 by the first number
+        mode, numbers = host().PerRow(), (lr, *h[1:], *c)
+        row_steps = RowSteps(parameter.state[ROW_STEPS], parameter.counts.up_to(step, group.rule, options))
+    elif parameter.tracking is not None:
+        history = parameter.tracking.history
+        mode = history.kind()
+        row_steps = history.of_rows(parameter.tracking.last_step, by_row.segments.rows.size, compute)
+    spec = Spec(h, c, compute, (parameter.own_format, PLAIN, *parameter.state_formats), mode)
+    limit = options["clip_row_norm"]
+    limit = math.inf if limit is None else limit
+    return spec, TableWork(parameter.stored_table(step), by_row, numbers, limit, step, row_steps)

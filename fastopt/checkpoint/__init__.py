@@ -1,0 +1,1 @@
+"""Optimizers as state dicts, and in files."""

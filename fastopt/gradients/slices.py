@@ -1,0 +1,48 @@
+"""Sparse gradients with a row of values for each index."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastopt._core import arrays
+from fastopt._core.indices import Indices
+from fastopt.gradients.protocol import RowGradient, SparseGradient
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedSlices(SparseGradient):
+    """Sparse gradient of a 2-D parameter: ``values[k]`` belongs to row ``indices[k]``.
+
+    Rows named several times get the sum of their values, and one update. The name and meaning
+    are TensorFlow's (tf.IndexedSlices).
+
+    Args:
+        indices: int32 or int64 array of any shape, each in [0, number of rows), or an
+            :class:`fastopt.IndexPlan` of them.
+        values: array of shape ``indices.shape + (dim,)`` and the parameter's dtype, C-contiguous.
+
+    Both may be NumPy arrays or torch CPU tensors; they are checked where they are used.
+
+    Example:
+        >>> grad = IndexedSlices(np.array([3, 0, 3]), np.ones((3, 2), np.float32))
+    """
+
+    indices: Any
+    values: Any
+
+    def numbers(self, label: str) -> tuple[Any, str]:
+        """``values``."""
+        return self.values, f"{label}.values"
+
+    def checked(self, label: str, rows: int | None) -> RowGradient:
+        """The slices with values in two dimensions."""
+        indices = Indices.checked(self.indices, f"{label}.indices", rows)
+        values = arrays.host_array(self.values, f"{label}.values")
+        arrays.check_float(values, f"{label}.values")
+        shape = indices.array.shape
+        if values.ndim != len(shape) + 1 or values.shape[:-1] != shape:
+            expected = ", ".join([*map(str, shape), "dim"])
+            raise ValueError(
+                f"{label}.values has shape {values.shape}: expected ({expected}), indices.shape + (dim,)"
+            )
+        arrays.check_contiguous(values, f"{label}.values")
+        return RowGradient(values.reshape(indices.array.size, values.shape[-1]), indices)

@@ -1,0 +1,145 @@
+"""Launches over arrays: dense updates, and sums of squares."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastopt.kernels.cpu import formats as stored
+from fastopt.kernels.cpu import norms
+from fastopt.kernels.cpu.backend.addresses import address
+from fastopt.kernels.cpu.backend.rows import PARTS_PER_THREAD
+from fastopt.kernels.cpu.factored import update_matrices
+from fastopt.kernels.cpu.flat import update_arrays as update_arrays_kernel
+from fastopt.kernels.cpu.formats import RUN, Format
+from fastopt.kernels.cpu.layers import update_layers
+from fastopt.kernels.jit import thread_count
+from fastopt.kernels.layout import ARRAY_GRADIENT, ARRAY_KEY, ARRAY_NUMBERS, ARRAY_PARAMETER, array_table
+from fastopt.kernels.scratch import empty
+from fastopt.kernels.work import ArrayWork, Spec
+
+
+def _ones(numbers: Any, compute: np.dtype) -> Any:
+    """A tuple of hyperparameters of the type that kernels compute with; flags stay flags."""
+    return type(numbers)(*(x if isinstance(x, bool) else compute.type(1) for x in numbers))
+
+
+class ArraysLaunch:
+    """One launch over any number of arrays.
+
+    Attributes:
+        numbers: float64 [class, fields of h and of c], the hyperparameters that the next run uses; written
+            by the caller.
+    """
+
+    def __init__(self, spec: Spec, works: Sequence[ArrayWork], classes: int) -> None:
+        self._trust = spec.rule.layer is not None
+        sizes = [math.prod(work.shape) for work in works]
+        self._table = array_table(
+            [(work.numbers, work.position) for work in works],
+            [0 if work.master is None else address(work.master) for work in works],
+            [[_place(array) for pair in work.state for array in pair] for work in works],
+        )
+        self._bases = np.cumsum([0, *sizes])
+        self._size = int(self._bases[-1])
+        self._kinds = stored.formats(*spec.formats)
+        self._compute = spec.compute
+        self._types = _ones(spec.h, spec.compute), _ones(spec.c, spec.compute)
+        self.numbers = np.zeros((classes, len(spec.h) + len(spec.c)))
+        self._prepared: tuple = ()  # what the entry and its arguments were made for
+        self._alive = works
+
+    def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
+        """Take over the addresses of the parameters and of their gradients."""
+        self._table[:, ARRAY_PARAMETER] = parameters
+        self._table[:, ARRAY_GRADIENT] = gradients
+
+    def set_keys(self, keys: list[int]) -> None:
+        """Set the keys of the random bits, one for each class."""
+        self._table[:, ARRAY_KEY] = np.array(keys)[self._table[:, ARRAY_NUMBERS]]
+
+    def prepare(self, zero_grads: bool) -> None:
+        """Have the machine code ready; ``zero_grads``: whether the run sets gradients to zero."""
+        self._serial = update_arrays_kernel.runs_serial(self._size)
+        parts = 1 if self._serial else PARTS_PER_THREAD * thread_count()
+        prepared = self._serial, zero_grads, parts
+        if prepared == self._prepared:
+            return
+        chunk = max(-(-self._size // (parts * RUN)), 1) * RUN
+        like = self._compute.type(0)
+        given = like, self._kinds, self._table, self._bases, self.numbers, zero_grads, chunk
+        self._arguments = *self._types, *given
+        if self._trust:
+            none: Any = self._table[:0], self._bases[:1], self.numbers, zero_grads, chunk
+            update_layers(self._size, *self._types, like, self._kinds, *none)  # which compiles it
+        else:
+            self._entry = update_arrays_kernel.entry(self._serial, self._arguments)
+        self._prepared = prepared
+
+    def run(self) -> None:
+        """Update the arrays."""
+        if not self._size:
+            return
+        if self._trust:
+            update_layers(self._size, *self._arguments)
+        else:
+            update_arrays_kernel.run(self._entry, self._serial, self._arguments)
+
+
+class MatrixLaunch:
+    """The update of a parameter whose state is of rows and columns (Adafactor), with the methods and
+    attributes of :class:`ArraysLaunch`."""
+
+    def __init__(self, spec: Spec, work: ArrayWork) -> None:
+        self._shape = math.prod(work.shape[:-2]), work.shape[-2], work.shape[-1]
+        self._state = [array.reshape(-1) for array, _ in work.state]
+        self._places = np.array([[0, 0 if work.master is None else address(work.master)], [0, 0]], np.int64)
+        self._like = spec.compute.type(0)
+        self._types = _ones(spec.h, spec.compute), _ones(spec.c, spec.compute)
+        self._kinds = stored.formats(*spec.formats)
+        self.numbers = np.zeros((1, len(spec.h) + len(spec.c)))
+        self._alive = work
+
+    def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
+        self._places[:, 0] = parameters[0], gradients[0]
+
+    def set_keys(self, keys: list[int]) -> None:
+        """Nothing of this state is rounded at random."""
+
+    def prepare(self, zero_grads: bool) -> None:
+        given = self._like, self._kinds, self._places, self._shape, *self._state
+        self._arguments = *self._types, *given, self.numbers[0], zero_grads
+
+    def run(self) -> None:
+        if math.prod(self._shape):
+            update_matrices(*self._arguments)
+
+
+def _place(array: np.ndarray | None) -> int:
+    return 0 if array is None else address(array)
+
+
+class Squares:
+    """Sums of squares of arrays of one format."""
+
+    def __init__(self, compute: np.dtype, kind: Format, sizes: Sequence[int]) -> None:
+        self._like, self._kinds = compute.type(0), stored.formats(kind)
+        self._bases = np.cumsum([0, *sizes])
+        self._serial = True
+        self._entry: Callable | None = None
+
+    def sum(self, addresses: np.ndarray, scale: float) -> float:
+        """The sum of squares of all arrays, which lie at ``addresses``, times ``scale**2``."""
+        size = int(self._bases[-1])
+        if not size:
+            return 0.0
+        partials = empty(-(-size // norms.BLOCK), np.float64)
+        arguments = self._like, self._kinds, addresses, self._bases, scale, partials
+        serial = norms.sum_squares_arrays.runs_serial(size)
+        entry = self._entry
+        if entry is None or serial != self._serial:
+            entry = norms.sum_squares_arrays.entry(serial, arguments)
+            self._serial, self._entry = serial, entry
+        norms.sum_squares_arrays.run(entry, serial, arguments)
+        return float(partials.sum())

@@ -1,0 +1,127 @@
+"""Reading and changing rows and arrays: what lookups, clipping and gradients call, array in, array out."""
+
+import numpy as np
+
+from fastopt.kernels.cpu import bags, norms
+from fastopt.kernels.cpu import rows as row_kernels
+from fastopt.kernels.cpu.widen import widen_bfloat16, widen_half
+from fastopt.kernels.scratch import ALIGNMENT, aligned, empty
+from fastopt.kernels.work import Segments
+
+HALF = np.dtype(np.float16)
+
+
+def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that begin with a cache line. They come from the system unread: a huge table costs nothing until
+    its rows are touched."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return aligned(np.zeros(size + ALIGNMENT, np.uint8), size).view(dtype).reshape(shape)
+
+
+def widen(array: np.ndarray) -> np.ndarray:
+    """``array``, C-contiguous, in float32 if it is of 16 bits."""
+    if array.dtype.itemsize != 2:
+        return array
+    out = empty(array.shape, np.float32)
+    kernel = widen_half if array.dtype == HALF else widen_bfloat16
+    kernel(array.size, array.reshape(-1).view(np.uint16), out.reshape(-1))
+    return out
+
+
+def gather(table: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """[number of indices, dim]: the rows of ``table`` that the 1-D ``indices`` name."""
+    out = empty((indices.size, table.shape[1]), table.dtype)
+    if table.dtype.itemsize == 2:  # no dtype that Numba knows
+        row_kernels.gather(out.size, table.view(np.uint16), indices, out.view(np.uint16))
+    else:
+        row_kernels.gather(out.size, table, indices, out)
+    return out
+
+
+def pool(
+    table: np.ndarray,
+    indices: np.ndarray,
+    offsets: np.ndarray,
+    weights: np.ndarray | None,
+    mean: bool,
+    padding: int,
+) -> np.ndarray:
+    """[bags, dim]: the rows of each bag, times their weights, summed or averaged, without the row
+    ``padding``."""
+    out = empty((offsets.size - 1, table.shape[1]), table.dtype)
+    given = np.empty(0, table.dtype) if weights is None else weights
+    bags.pool(indices.size * table.shape[1], table, indices, offsets, given, mean, padding, out)
+    return out
+
+
+def pool_max(
+    table: np.ndarray, indices: np.ndarray, offsets: np.ndarray, padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """[bags, dim]: the largest element of each bag's rows, and, int32, the position that it comes from."""
+    out = empty((offsets.size - 1, table.shape[1]), table.dtype)
+    winners = empty(out.shape, np.int32)
+    bags.pool_max(indices.size * table.shape[1], table, indices, offsets, padding, out, winners)
+    return out, winners
+
+
+def bags_of_positions(
+    offsets: np.ndarray, indices: np.ndarray, scales: np.ndarray | None, mean: bool, padding: int
+) -> np.ndarray:
+    """int32: the bag of each position. For ``mean``, ``scales[k]`` is divided by the number of rows of the
+    bag of position k, the row ``padding`` not counted."""
+    found = empty(indices.size, np.int32)
+    given = np.empty(0, np.float32) if scales is None else scales
+    bags.bags_of_positions(indices.size, offsets, indices, padding, mean, found, given)
+    return found
+
+
+def take(values: np.ndarray, segments: Segments) -> np.ndarray:
+    """The 1-D ``values``, one for each position, in the order of the segments."""
+    order = segments.order[segments.starts[0] : segments.starts[-1]]
+    out = empty(order.size, values.dtype)
+    bags.take(order.size, values, order, segments.first_position, out)
+    return out
+
+
+def row_products(
+    table: np.ndarray,
+    indices: np.ndarray,
+    bags_of: np.ndarray,
+    scales: np.ndarray | None,
+    padding: int,
+    grad_output: np.ndarray,
+) -> np.ndarray:
+    """For each position k the product of row ``indices[k]`` with ``grad_output[bags_of[k]]``, times
+    ``scales[k]``; 0 for the row ``padding``."""
+    out = np.empty(indices.size, table.dtype)
+    given = np.empty(0, table.dtype) if scales is None else scales
+    work = indices.size * table.shape[1]
+    bags.dots(work, table, indices, bags_of, given, padding, grad_output, out)
+    return out
+
+
+def limit_norms(table: np.ndarray, rows: np.ndarray, max_norm: float) -> None:
+    """Scale those of the different ``rows`` whose norm is above ``max_norm`` down to it."""
+    bags.limit_norms(rows.size * table.shape[1], table, rows, max_norm)
+
+
+def coalesce(values: np.ndarray, segments: Segments) -> None:
+    """Put the sum of each segment's values in the place of its first, and zeros in those of the others."""
+    order, starts = segments.order, segments.starts
+    row_kernels.coalesce(values.size, values, order, starts, segments.first_position)
+
+
+def scale(array: np.ndarray, factor: float) -> None:
+    """Multiply an array by a number, in place."""
+    if array.dtype.itemsize == 2:
+        np.multiply(array, np.float32(factor), out=array, casting="unsafe")
+    else:
+        norms.scale_in_place(array.size, array.reshape(-1), array.dtype.type(factor))
+
+
+def clip(array: np.ndarray, limit: float) -> None:
+    """Clip each element to [-limit, limit], in place; NaN stays NaN."""
+    if array.dtype.itemsize == 2:
+        np.clip(array, array.dtype.type(-limit), array.dtype.type(limit), out=array)
+    else:
+        norms.clip_in_place(array.size, array.reshape(-1), array.dtype.type(limit))

@@ -1,0 +1,200 @@
+"""Launches over tables: the rows that gradients name, and rows that catch up with steps they missed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastopt.kernels.cpu import norms
+from fastopt.kernels.cpu.backend.addresses import address
+from fastopt.kernels.cpu.formats import formats
+from fastopt.kernels.cpu.rows import buffer_rows, update_tables
+from fastopt.kernels.cpu.rows import catch_up as catch_up_rows
+from fastopt.kernels.jit import Kernel, thread_count
+from fastopt.kernels.layout import table_row
+from fastopt.kernels.scratch import empty
+from fastopt.kernels.work import RowSteps, Spec, StoredTable, TableGradient, TableWork
+
+PARTS_PER_THREAD = 8  # of a launch, so that threads that are held up do not hold up the others
+CACHE_LINES = 32  # elements: parts that are a multiple of it apart do not write to the same cache line
+
+
+class RowsLaunch:
+    """A kernel and what it is called with."""
+
+    def __init__(self, kernel: Kernel, work: int, arguments: tuple, alive: Any) -> None:
+        self._kernel = kernel
+        self._work = work
+        self._arguments = arguments
+        self._alive = alive  # the arrays whose addresses are among the arguments
+
+    def compile(self) -> None:
+        """Have the kernel compiled for arguments of these types, by a call with empty arrays."""
+        if not self._work:
+            return
+        key = self._kernel, self._kernel.runs_serial(self._work), tuple(map(_type_of, self._arguments))
+        if key not in _compiled:
+            self._kernel(self._work, *map(_emptied, self._arguments))
+            _compiled.add(key)
+
+    def run(self) -> None:
+        if self._work:
+            self._kernel(self._work, *self._arguments)
+
+
+_compiled: set[tuple] = set()
+
+
+def _type_of(value: Any) -> Any:
+    """What a kernel's machine code depends on, of an argument."""
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.ndim, value.flags.writeable
+    if type(value) is tuple:
+        return tuple(map(_type_of, value))
+    return type(value)
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value[:0]
+    return tuple(map(_emptied, value)) if type(value) is tuple else value
+
+
+def update_rows(spec: Spec, works: Sequence[TableWork]) -> RowsLaunch:
+    """Update the rows of tables that their gradients name, all that share ``spec`` in one launch."""
+    amounts = [work.gradient.work for work in works]
+    parts = _parts(amounts)
+    kinds = formats(*spec.formats)
+    widest = max(work.stored.table.shape[1] for work in works)
+    arguments = (
+        spec.mode,
+        spec.h,
+        spec.c,
+        spec.compute.type(0),
+        kinds,
+        np.stack([_row_of_work(work) for work in works]),
+        np.array([work.numbers for work in works], np.float64),
+        np.array([work.limit for work in works]),
+        parts,
+        _buffers(len(parts), kinds, widest, spec.compute),
+    )
+    return RowsLaunch(update_tables, sum(amounts), arguments, works)
+
+
+def catch_up(
+    spec: Spec, stored: StoredTable, row_steps: RowSteps, step: int, rows: np.ndarray | None
+) -> RowsLaunch:
+    """Have rows, the different ones of ``rows`` or all, take the steps up to ``step`` that they missed."""
+    columns = {**_of_table(stored), **_of_row_steps(row_steps), "step": step + 1}
+    row = table_row(_places(stored), **columns)
+    count, dim = stored.table.shape
+    listed = np.empty(0, np.int64) if rows is None else rows
+    count = count if rows is None else rows.size
+    kinds = formats(*spec.formats)
+    parts = max(1, min(PARTS_PER_THREAD * thread_count(), count))
+    buffers = _buffers(parts, kinds, dim, spec.compute)
+    arguments = spec.mode, spec.h, spec.c, spec.compute.type(0), kinds, row, listed, count, buffers
+    return RowsLaunch(catch_up_rows, count * dim, arguments, (stored, row_steps))
+
+
+def sum_squares_rows(gradients: Sequence[TableGradient], scale: float) -> float:
+    """The sum of squares of the gradients of all rows, of tables of one dtype, times ``scale**2``."""
+    rows = np.stack([table_row([], parameter=address(g.values), **_of_gradient(g)) for g in gradients])
+    counts = [-(-gradient.segments.rows.size // norms.GROUPS_PER_BLOCK) for gradient in gradients]
+    blocks = np.array([(t, block) for t, count in enumerate(counts) for block in range(count)], np.int64)
+    partials = np.zeros(len(blocks))
+    work = sum(gradient.work for gradient in gradients)
+    like = gradients[0].values.dtype.type(0)
+    norms.sum_squares_tables(work, like, rows, blocks.reshape(-1, 2), scale, partials)
+    return float(partials.sum())
+
+
+def _row_of_work(work: TableWork) -> np.ndarray:
+    columns = {**_of_gradient(work.gradient), **_of_table(work.stored), "step": work.step}
+    if work.row_steps is not None:
+        columns.update(_of_row_steps(work.row_steps))
+    return table_row(_places(work.stored), **columns)
+
+
+def _of_gradient(gradient: TableGradient) -> dict[str, int]:
+    segments = gradient.segments
+    columns = {
+        "dim": gradient.values.shape[1],
+        "values": address(gradient.values),
+        "order": address(segments.order),
+        "first_position": segments.first_position,
+        "rows": address(segments.rows),
+        "first_row": segments.first_row,
+        "starts": address(segments.starts),
+        "segments": segments.rows.size,
+        "skipped": gradient.skipped,
+    }
+    if gradient.source is None:
+        columns |= {"source": address(segments.order), "source_base": segments.first_position}
+    else:
+        columns |= {"source": address(gradient.source), "source_origin": int(segments.starts[0])}
+    if gradient.weights is not None:
+        columns["weights"] = address(gradient.weights)
+    if gradient.winners is not None:
+        columns["winners"] = address(gradient.winners)
+    return columns
+
+
+def _of_table(stored: StoredTable) -> dict[str, int]:
+    columns = {
+        "parameter": address(stored.table),
+        "dim": stored.table.shape[1],
+        "position": stored.position,
+        "key": stored.key,
+    }
+    if stored.state:
+        first, _ = stored.state[0]
+        columns["state_stride"] = first.strides[0] // first.itemsize
+    if stored.master is not None:
+        columns["master"] = address(stored.master)
+    return columns
+
+
+def _places(stored: StoredTable) -> list[int]:
+    """Two addresses of each state array: of its elements, and of the scales of their codes or 0."""
+    places = []
+    for array, scales in stored.state:
+        places += [address(array), 0 if scales is None else address(scales)]
+    for array in stored.row_state:
+        places += [address(array), 0]
+    return places
+
+
+def _of_row_steps(row_steps: RowSteps) -> dict[str, int]:
+    columns = {
+        "row_steps": address(row_steps.counts),
+        "history": address(row_steps.history),
+        "history_rows": row_steps.history.shape[0],
+        "history_columns": row_steps.history.shape[1],
+        "history_base": row_steps.base,
+        "history_window": row_steps.window,
+    }
+    if row_steps.tabulated is not None:
+        columns["tabulated"] = address(row_steps.tabulated)
+        columns["tabulated_columns"] = row_steps.tabulated.shape[1]
+        columns["tabulated_from"] = row_steps.tabulated_from
+    return columns
+
+
+def _buffers(parts: int, kinds: Any, dim: int, compute: np.dtype) -> np.ndarray:
+    """Memory for rows, for each part, a multiple of cache lines."""
+    return empty((parts, -(-buffer_rows(kinds) * dim // CACHE_LINES) * CACHE_LINES), compute)
+
+
+def _parts(amounts: list[int]) -> np.ndarray:
+    """[table, part, how many parts the table has], the parts being of about equal work."""
+    goal = max(1, sum(amounts) // (PARTS_PER_THREAD * thread_count()))
+    return np.array(
+        [
+            (table, part, parts)
+            for table, amount in enumerate(amounts)
+            for parts in [-(-amount // goal)]
+            for part in range(parts)
+        ],
+        np.int64,
+    ).reshape(-1, 3)
