@@ -77,14 +77,13 @@ def test_a_registered_optimizer_has_names_defaults_and_documentation():
     assert opt.state_dict()["optimizer"] == "Signum"
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_numbers_may_depend_on_the_parameters_own_step(dtype):
-    p, q = np.zeros(2, dtype), np.zeros((2, 1), dtype)
+def test_numbers_may_depend_on_the_parameters_own_step():
+    p, q = np.zeros(2), np.zeros((2, 1))
     opt = Decaying([p, q], lr=1.0, power=1.0, ascend=True)
-    g = np.array([1.0, -2.0], dtype)
+    g = np.array([1.0, -2.0])
     opt.step([g, None])
     opt.step([g, fastopt.IndexedSlices(np.array([1, 1]), g[:, None])])
-    np.testing.assert_array_equal(p, g * dtype(1.5))
+    np.testing.assert_array_equal(p, g * 1.5)
     np.testing.assert_array_equal(q, [[0], [-1]])
     state = opt.state_dict()["state"]
     assert [state[key]["step"] for key in (0, 1)] == [2, 1]

@@ -33,16 +33,15 @@ ERRORS = {
 ULPS = 32
 CENTERED_ULPS = 320  # v - mean^2 loses digits, see test_rules.py
 
-# Each case once, with few kernels: a dtype and whether there is weight decay
+# Each rule with each kind of closed form, with few kernels: a dtype and whether there is weight decay
 COMBINATIONS = [
-    ("sgd", F64, True), ("momentum", F32, False), ("dampening", F32, True), ("nesterov", F32, True),
+    ("sgd", F32, True), ("momentum", F32, False), ("dampening", F32, True), ("nesterov", F32, True),
     ("adagrad", F32, False), ("adagrad_decay", F32, True), ("rowwise_adagrad", F32, True),
     ("rowwise_adagrad_decoupled", F64, True), ("rmsprop", F32, False), ("rmsprop_momentum", F32, False),
-    ("rmsprop_centered", F64, True), ("rmsprop_centered_momentum", F64, False), ("adam", F32, False),
+    ("rmsprop_centered", F64, True), ("rmsprop_centered_momentum", F32, False), ("adam", F32, False),
     ("adam", F64, True), ("adam_amsgrad", F32, False), ("amsgrad", F32, False), ("adamw", F32, True),
-    ("adamw_amsgrad", F64, True), ("rowwise_adam", F32, False), ("rowwise_adam_decoupled", F64, True),
-    ("radam", F32, False), ("radam_decoupled", F64, True), ("nadam", F32, False),
-    ("nadam_decoupled", F64, True), ("lion", F32, False), ("lion", F64, True),
+    ("adamw_amsgrad", F64, True), ("rowwise_adam", F32, False), ("radam", F32, False),
+    ("nadam_decoupled", F64, True), ("nadam", F32, False), ("lion", F32, True),
 ]  # fmt: skip
 
 
@@ -212,8 +211,8 @@ def assert_reads_up_to_date(twin, rng):
 
 LONG = [("momentum", F32, False), ("rmsprop_momentum", F32, False), ("adam", F32, False), ("adam", F64, True),
         ("amsgrad", F32, False), ("adamw", F32, True), ("adamw_amsgrad", F64, True),
-        ("rowwise_adam", F32, False), ("radam", F32, False), ("radam_decoupled", F64, True),
-        ("nadam", F32, False), ("nadam_decoupled", F64, True)]  # fmt: skip
+        ("rowwise_adam", F32, False), ("radam", F32, False), ("nadam", F32, False),
+        ("nadam_decoupled", F64, True)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dtype", "decay"), LONG)
@@ -253,7 +252,7 @@ def options_of_loop(name, rng):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("adam", F64), ("adagrad_decay", F32), ("rowwise_adagrad", F32), ("rmsprop_centered", F64),
-     ("far", F32), ("lion", F32), ("nadam", F32), ("signum", F32), ("drift", F64)],
+     ("far", F32), ("lion", F32), ("nadam", F64), ("signum", F64), ("drift", F64)],
 )  # fmt: skip
 @given(seed=SEEDS, steps=st.integers(1, 30))
 def test_steps_gone_through_one_by_one_have_the_bits_of_dense_steps(name, dtype, seed, steps):
@@ -553,7 +552,7 @@ def test_a_history_that_is_full_starts_anew(name, monkeypatch):
     twin.assert_flushed()
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "rmsprop", "adam", "rowwise_adagrad", "radam"])
+@pytest.mark.parametrize("name", ["momentum", "rmsprop", "adam", "radam"])
 @pytest.mark.parametrize("zero_lr", [False, True])
 def test_rows_never_touched_stay_as_they_are(name, zero_lr):
     rng = np.random.default_rng(9)
@@ -729,14 +728,15 @@ def test_large_tables_equal_dense_steps(name):
     twin.assert_flushed()
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-7])
 @pytest.mark.parametrize(
-    ("optimizer", "options"),
+    ("optimizer", "options", "size"),
     [
-        (fastopt.Adam, {}),
-        (fastopt.AdamW, {"weight_decay": 0.1}),
-        (fastopt.SGD, {"momentum": 0.9}),
-        (fastopt.RMSProp, {}),
+        (fastopt.Adam, {}, 1.0),
+        (fastopt.Adam, {}, 1e-4),
+        (fastopt.Adam, {}, 1e-7),
+        (fastopt.AdamW, {"weight_decay": 0.1}, 1e-7),
+        (fastopt.SGD, {"momentum": 0.9}, 1.0),
+        (fastopt.RMSProp, {}, 1e-4),
     ],
 )
 def test_two_thousand_steps_with_warmup_and_cosine(optimizer, options, size):

@@ -100,10 +100,8 @@ def files(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder of compiled kernels for tests to which it does not matter."""
-    return tmp_path_factory.mktemp("cache")
+# Where kernels are compiled to, for tests to which it does not matter: where those of this process are.
+SHARED = {name: os.environ[name] for name in ("NUMBA_CACHE_DIR",) if name in os.environ}
 
 
 STEP = (
@@ -232,11 +230,12 @@ def warned(err):
     return [line for line in err.splitlines() if "RuntimeWarning" in line]
 
 
+# Of those that compile fast.
 TWO_KERNELS = (
     COMMON
     + """
-dense(5)
-sparse(3)
+fastopt.clip_grad_value(np.ones(3, np.float32), 0.5)
+fastopt.embedding(np.ones((3, 2), np.float32), np.array([1]))
 """
 )
 
@@ -260,12 +259,12 @@ def test_when_the_cache_can_no_longer_be_written_there_is_one_warning(tmp_path):
         + """
 import shutil, pathlib
 cache = pathlib.Path(os.environ["NUMBA_CACHE_DIR"])
-dense(5)
+fastopt.clip_grad_value(np.ones(3, np.float32), 0.5)
 assert list(cache.rglob("*.nbc"))
 shutil.rmtree(cache)
 cache.write_text("not a folder")
-dense(5, lambda p, lr, momentum: fastopt.SGD(p, lr, momentum, weight_decay=1e-30))
-sparse(3)
+fastopt.clip_grad_value(np.ones(3), 0.5)
+fastopt.embedding(np.ones((3, 2), np.float32), np.array([1]))
 """
     )
     _, err = Process(script, tmp_path, NUMBA_CACHE_DIR=tmp_path / "cache").output()
@@ -279,8 +278,8 @@ def test_damaged_cache_files_are_replaced(tmp_path):
     (path,) = (tmp_path / "cache").rglob("*update_arrays*.nbc")
     whole = path.read_bytes()
     eighth = len(whole) // 8
-    holes = (whole[:start] + bytes(256) + whole[start + 256 :] for start in (eighth, 2 * eighth, 5 * eighth))
-    for damaged in (b"", b"garbage", whole[: 5 * eighth], *holes):
+    hole = whole[: 2 * eighth] + bytes(256) + whole[2 * eighth + 256 :]
+    for damaged in (b"garbage", whole[: 5 * eighth], hole):
         path.write_bytes(damaged)
         assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
     assert run(STEP, tmp_path, **env) == ["-0.5", "0", "1"]
@@ -310,7 +309,7 @@ print(p[0], *compiled_and_loaded())
             assert process.output()[0].split() == ["-0.5", *counts]
 
 
-STATES = None, "bfloat16", "8bit"
+STATES = "bfloat16", "8bit"
 STEPS = """
 import numpy as np
 import fastopt
@@ -319,7 +318,7 @@ for state_dtype in {}:
     table = np.ones((4, 100), np.float32)
     g = np.linspace(-1, 1, table.size, dtype=np.float32).reshape(table.shape)
     for grad in (g, fastopt.IndexedSlices(np.arange(4), g)):
-        fastopt.Adam(table, lr=0.25, state_dtype=state_dtype).step(grad)
+        fastopt.SGD(table, lr=0.25, momentum=0.5, state_dtype=state_dtype).step(grad)
     print(float(table @ np.arange(100) @ np.arange(4)))
 """
 
@@ -352,7 +351,7 @@ print(*sorted(sys.modules))
     assert files(tmp_path) == {}
 
 
-def test_without_jit_results_are_the_same(tmp_path, cache):
+def test_without_jit_results_are_the_same(tmp_path):
     script = (
         COMMON
         + """
@@ -370,7 +369,7 @@ for make in (fastopt.AdamW, fastopt.RowwiseAdaGrad):
 print(config.DISABLE_JIT)
 """
     )
-    *jit, off = run(script, tmp_path, NUMBA_CACHE_DIR=cache)
+    *jit, off = run(script, tmp_path, **SHARED)
     *plain, on = run(script, tmp_path, NUMBA_DISABLE_JIT=1)
     assert (off, on) == ("0", "1")
     assert plain == jit
@@ -402,7 +401,7 @@ def step_all():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.parametrize("before", ["nothing", "a step", "another kernel", "torch"])
-def test_forked_children_step(tmp_path, cache, layer, before):
+def test_forked_children_step(tmp_path, layer, before):
     if before == "torch":
         pytest.importorskip("torch")
     script = (
@@ -440,10 +439,10 @@ step_all()
 assert numba.threading_layer() == "{layer}"
 """
     )
-    run(script, tmp_path, NUMBA_CACHE_DIR=cache, NUMBA_NUM_THREADS=2, NUMBA_THREADING_LAYER=layer)
+    run(script, tmp_path, NUMBA_NUM_THREADS=2, NUMBA_THREADING_LAYER=layer, **SHARED)
 
 
-def test_threads_step_at_once(tmp_path, cache, layer):
+def test_threads_step_at_once(tmp_path, layer):
     script = (
         COMMON
         + STEP_ALL
@@ -476,7 +475,7 @@ for together, one in zip(at_once, alone):
 assert numba.threading_layer() == "{layer}"
 """
     )
-    run(script, tmp_path, NUMBA_CACHE_DIR=cache, NUMBA_NUM_THREADS=2, NUMBA_THREADING_LAYER=layer)
+    run(script, tmp_path, NUMBA_NUM_THREADS=2, NUMBA_THREADING_LAYER=layer, **SHARED)
 
 
 def test_the_kernels_folder_is_not_a_package_of_its_own(tmp_path):

@@ -120,7 +120,7 @@ class Follower:
         self.check_state(own, terms)
 
     def terms(self, before, state, plain):
-        """The same step of the magnitudes: rounding scales with the terms of a sum, which may cancel."""
+        """The same step of magnitudes: rounding errors scale with the terms of a sum, which may cancel."""
         terms = reference.Tracked(self.want.rule, np.abs(before), {**self.want.options, "maximize": False})
         terms.steps, terms.state = self.want.steps, {slot: np.abs(a) for slot, a in state.items()}
         terms.step((plain[0], np.abs(plain[1])) if isinstance(plain, tuple) else np.abs(plain))

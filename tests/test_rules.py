@@ -71,15 +71,14 @@ def test_large_dense_steps_follow_the_formula(case):
 
 
 @pytest.mark.parametrize("case", [cases.BY_NAME["adam"], cases.BY_NAME["rowwise_adagrad"]], ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_large_sparse_steps_follow_the_formula(case, dtype):
+def test_large_sparse_steps_follow_the_formula(case):
     rng = np.random.default_rng(8)
-    p = cases.parameter(rng, (3_000, 8), dtype)
+    p = cases.parameter(rng, (3_000, 8), np.float32)
     options = case.options(rng, weight_decay=False)
     opt, want = case.make([p], options), case.reference(p, options)
     for _ in range(3):
         indices = np.minimum(rng.zipf(1.2, 40_000), 3_000) - 1
-        values = cases.gradient(rng, (40_000, 8), dtype)
+        values = cases.gradient(rng, (40_000, 8), np.float32)
         opt.step([fastopt.IndexedSlices(indices, values)])
         want.step((indices, values))
     assert_follows(case, opt, [want], [p])
