@@ -12,7 +12,7 @@ from fastopt._core.options import SHARED
 from fastopt._core.parameters import ParameterGroup, Parameters, Snapshot
 from fastopt._step.catch_up import catch_up
 from fastopt._step.norms import clip_factor
-from fastopt._step.numbers import Conditions, learning_rate
+from fastopt._step.numbers import Conditions
 from fastopt._step.planner import Planner
 from fastopt._step.settings import StepInfo, checked_settings
 from fastopt.checkpoint import files
@@ -186,15 +186,11 @@ class Optimizer:
                     f"{parameter.label} now belongs to another optimizer: expected the last one made"
                 )
         options = planner.options(self)
-        steps = parameters.steps
-        rates = [
-            learning_rate(group, own, steps) for group, own in zip(parameters.groups, options, strict=True)
-        ]
-        gradients = planner.read(grads)
-        plan = planner.plan(gradients, options, zero_grads)
-        for group, own in zip(parameters.groups, options, strict=True):
-            if own is not group.checked:
-                self._adopt(group, own)
+        plan = planner.plan(grads, options, zero_grads)
+        if options.changed:
+            for group, own in zip(parameters.groups, options.checked, strict=True):
+                if own is not group.checked:
+                    self._adopt(group, own)
         norm, factor = None, 1.0
         if plan.rows:
             plan.find_winners()
@@ -202,10 +198,10 @@ class Optimizer:
             unscaled = plan.norm()
             norm = settings.grad_scale * unscaled
             if skip_nonfinite and not math.isfinite(unscaled):
-                return StepInfo(norm, skipped=True, nonfinite=plan.first_nonfinite(gradients))
+                return StepInfo(norm, skipped=True, nonfinite=plan.first_nonfinite(planner.entries(grads)))
             if settings.clip_norm is not None:
                 factor = clip_factor(norm, settings.clip_norm)
-        conditions = Conditions(rates, settings.grad_scale * factor, settings.limit)
+        conditions = Conditions(options.rates, settings.grad_scale * factor, settings.limit)
         plan.prepare(conditions, zero_grads)
         plan.run(conditions, zero_grads)
         return _DONE if norm is None else StepInfo(norm, factor != 1.0)

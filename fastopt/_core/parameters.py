@@ -73,6 +73,7 @@ class ParameterGroup:
     decay: type
     first: dict[str, float]
     _seen: dict[str, Any] | None = None  # the options as adopted, if they can only change by assignment
+    _fixed_rate: bool = False
 
     def adopt(self, checked: dict[str, Any], definition: Definition) -> None:
         """Go on with these options."""
@@ -84,6 +85,14 @@ class ParameterGroup:
             for name, value in self.options.items()
         )
         self._seen = dict(self.options) if fixed else None
+        self._fixed_rate = not callable(checked["lr"])
+
+    def is_steady(self) -> bool:
+        """Whether its options are known to be those adopted, and give the same learning rate in each step."""
+        try:
+            return self._fixed_rate and self._seen == self.options
+        except ValueError:  # an array among them, which compares element by element
+            return False
 
     def changed(self) -> bool:
         """Whether its options may differ from those adopted."""

@@ -68,8 +68,8 @@ class Structure:
             return self._identities[number].are_those_of(params)
         return not isinstance(params, dict) or self._identities[number].are_those_of(list(params.values()))
 
-    def read(self, grads: Any) -> "Gradients":
-        """The gradient of each parameter.
+    def entries(self, grads: Any) -> list | tuple:
+        """The gradient of each parameter, or None.
 
         Raises:
             ValueError: ``grads`` has another structure.
@@ -77,13 +77,13 @@ class Structure:
         if not self._grouped:
             params = self._containers[0]
             if isinstance(params, list) and isinstance(grads, list | tuple) and len(grads) == len(params):
-                return Gradients(grads, grads, self)
+                return grads
             if not isinstance(params, list | dict) and not isinstance(grads, list | tuple | dict):
-                return Gradients([grads], grads, self)
+                return [grads]
         entries: list[Any] = []
         for number, own, label in self._of_groups(grads):
             entries += self._paired(number, own, label)
-        return Gradients(entries, grads, self)
+        return entries
 
     def label(self, grads: Any, index: int) -> str:
         """What the gradient of parameter ``index`` is called in messages."""
@@ -136,8 +136,6 @@ class Structure:
 
 class Gradients:
     """The gradients of one step: ``entries`` has one for each parameter, or None."""
-
-    __slots__ = ("_given", "_structure", "entries")
 
     def __init__(self, entries: list | tuple, given: Any, structure: Structure) -> None:
         self.entries = entries

@@ -43,7 +43,7 @@ class DenseUpdate:
             if row == len(self._classes):
                 self._classes.append(parameter)
             works.append(_work(parameter, row))
-        self._conditions: list[tuple | None] = [None] * len(self._classes)
+        self._conditions: Conditions | None = None
         self._random = any(kind in RANDOM for kind in formats)
         group, lr = decaying.group, conditions.rates[decaying.group.number]
         h = rule_numbers(group, group.checked, lr, decaying.step + 1, self._compute)
@@ -64,17 +64,16 @@ class DenseUpdate:
         """Set the numbers of the next step, and have its machine code ready."""
         numbers = self._launch.numbers
         rates, scale, limit = conditions
+        same = conditions == self._conditions  # and with them the numbers of weight decay
         for row, parameter in enumerate(self._classes):
             group = parameter.group
             lr = rates[group.number]
             h = rule_numbers(group, group.checked, lr, parameter.step + 1, self._compute)
-            given = lr, scale, limit
-            if given == self._conditions[row]:  # the weight decay does not depend on the step
-                numbers[row, : len(h)] = h
-            else:
+            numbers[row, : len(h)] = h
+            if not same:
                 c = decay_numbers(group, group.checked, self._decay, lr, scale, limit, self._compute)
-                numbers[row] = (*h, *c)
-                self._conditions[row] = given
+                numbers[row, len(h) :] = c
+        self._conditions = conditions
         if self._random:
             key = state.random_key
             self._launch.set_keys([key(p.group.checked["seed"], p.step + 1) for p in self._classes])

@@ -28,6 +28,18 @@ class Conditions(NamedTuple):
     limit: float
 
 
+class StepOptions(NamedTuple):
+    """The options of a step.
+
+    checked: of each group. rates: the learning rate of each group. changed: whether any of ``checked`` is
+    another dict than the group adopted.
+    """
+
+    checked: list[dict[str, Any]]
+    rates: list[float]
+    changed: bool
+
+
 def learning_rate(group: ParameterGroup, options: Mapping[str, Any], steps: int) -> float:
     """The learning rate of a group, under these options of it, after so many steps of the optimizer."""
     lr = options["lr"]

@@ -49,6 +49,11 @@ class Plan:
         self._updates: list[DenseUpdate] | None = None  # made when they are first needed
         self._launches: list = []
 
+    @property
+    def rows_planned(self) -> bool:
+        """Whether some gradients are by rows."""
+        return bool((self.kinds == ROWS).any())
+
     def gradient_dtype(self, parameter: Parameter) -> np.dtype:
         """The dtype of a dense gradient."""
         return arrays.DTYPES[0] if self.kinds[parameter.index] == FLOAT32 else parameter.dtype
@@ -81,10 +86,10 @@ class Plan:
         addresses = self.gradients_at[self._dense_at]
         return norm_of(self._squares, addresses, [update.gradient for update in self.rows])
 
-    def first_nonfinite(self, gradients: Gradients) -> str | int | None:
+    def first_nonfinite(self, entries: Sequence) -> str | int | None:
         """The key of the first parameter whose gradient holds NaN or infinity."""
         by_row = {parameter.index: gradient for parameter, gradient in self.rows}
-        for parameter, value in zip(self._parameters.all, gradients.entries, strict=True):
+        for parameter, value in zip(self._parameters.all, entries, strict=True):
             if value is None:
                 continue
             gradient = by_row.get(parameter.index)

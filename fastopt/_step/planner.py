@@ -10,6 +10,7 @@ from fastopt._core.backend import host
 from fastopt._core.indices import Indices, sort_together
 from fastopt._core.parameters import Definition, Parameter, ParameterGroup, Parameters, changed_options
 from fastopt._core.structure import Gradients
+from fastopt._step.numbers import StepOptions, learning_rate
 from fastopt._step.plan import FLOAT32, NONE, ROWS, SAME, Plan
 from fastopt._step.rows import RowUpdate
 from fastopt.gradients.protocol import RowGradient, SparseGradient
@@ -34,20 +35,34 @@ class Planner:
         )
         self._has_codes = any(group.checked["state_dtype"] == "8bit" for group in parameters.groups)
         self._plan: Plan | None = None
+        self._steady: StepOptions | None = None  # the last options, if none had changed
 
     def forget(self) -> None:
         """Find everything anew in the next step."""
-        self._plan = None
+        self._plan = self._steady = None
 
-    def options(self, definition: Definition) -> list[dict[str, Any]]:
-        """The options of each group for the next step: the very dicts that were adopted, where they have not
-        changed since.
+    def options(self, definition: Definition) -> StepOptions:
+        """The options of the next step: of each group the very dict that was adopted, if it has not changed
+        since.
 
         Raises:
             TypeError, ValueError: they, or the containers of parameters, were changed to what can't be
                 followed.
         """
-        return [self.group_options(group, definition) for group in self._parameters.groups]
+        parameters = self._parameters
+        for group in parameters.groups:
+            if not (group.is_steady() and self._structure.is_as_before(group.number)):
+                break
+        else:
+            if self._steady is not None:
+                return self._steady
+        checked = [self.group_options(group, definition) for group in parameters.groups]
+        pairs = list(zip(parameters.groups, checked, strict=True))
+        rates = [learning_rate(group, own, parameters.steps) for group, own in pairs]
+        changed = any(own is not group.checked for group, own in pairs)
+        found = StepOptions(checked, rates, changed)
+        self._steady = None if changed else found
+        return found
 
     def group_options(self, group: ParameterGroup, definition: Definition) -> dict[str, Any]:
         """The same for one group."""
@@ -58,25 +73,26 @@ class Planner:
             )
         return changed_options(group, definition)
 
-    def read(self, grads: Any) -> Gradients:
-        """The gradient of each parameter, in the structure that parameters came in."""
-        return self._structure.read(grads)
+    def entries(self, grads: Any) -> list | tuple:
+        """The gradient of each parameter."""
+        return self._structure.entries(grads)
 
-    def plan(self, gradients: Gradients, options: Sequence[Options], zero_grads: bool) -> Plan:
+    def plan(self, grads: Any, options: StepOptions, zero_grads: bool) -> Plan:
         """What a step with these gradients and options is to do.
 
         Raises:
             TypeError, ValueError: a gradient does not fit its parameter.
         """
         kept, self._plan = self._plan, None  # an error leaves none
-        for group, own in zip(self._parameters.groups, options, strict=True):
-            if own is not group.checked:
-                kept = None
-        if kept is None or (self._has_codes and kept.kinds.max() == ROWS):
-            self._locator.expect(self._expected(options))
-        same = self._locator.unchanged(self._values, gradients.entries, zero_grads)
+        if options.changed:
+            kept = None
+        if kept is None or (self._has_codes and kept.rows_planned):
+            self._locator.expect(self._expected(options.checked))
+        entries = self._structure.entries(grads)
+        same = self._locator.unchanged(self._values, entries, zero_grads)
         if kept is None or not same or (zero_grads and not kept.clears):
-            kept = self._looked_at(kept, gradients, options, zero_grads)
+            gradients = Gradients(entries, grads, self._structure)
+            kept = self._looked_at(kept, gradients, options.checked, zero_grads)
         self._plan = kept
         return kept
 
