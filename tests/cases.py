@@ -150,6 +150,18 @@ COMBINATIONS += [(BY_NAME[name], dtype, not has_weight_decay(BY_NAME[name], dtyp
                  for name in ("adam", "adamw") for dtype in (np.float32, np.float64)]  # fmt: skip
 IDS = [f"{case}-{np.dtype(dtype)}-{'decay' if decay else 'plain'}" for case, dtype, decay in COMBINATIONS]
 
+# Sparse gradients take each rule through the same loops, which take a second or two to compile for each: with
+# weight decay, and in parallel, these rules alone, by element and by row.
+DECAYED = [BY_NAME[name] for name in (
+    "momentum", "adam", "adamw", "rowwise_adagrad", "rowwise_adagrad_decoupled",
+)]  # fmt: skip
+SPARSE = [combination for combination in zip(COMBINATIONS, IDS, strict=True)
+          if not combination[0][2] or combination[0][0] in DECAYED]  # fmt: skip
+SPARSE_COMBINATIONS, SPARSE_IDS = zip(*SPARSE, strict=True)
+PARALLEL_SPARSE = [BY_NAME[name] for name in (
+    "sgd", "dampening", "rowwise_adagrad", "adam", "amsgrad", "rowwise_adam",
+)]  # fmt: skip
+
 
 def gradient(rng, shape, dtype):
     """Random multiples of 1/64, few enough bits for sums of float32 duplicates to be exact."""

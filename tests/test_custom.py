@@ -34,8 +34,7 @@ def decaying(h, p, g, total, count):
 Decaying = fastopt.register_rule("Decaying", DecayingH, decaying, ["total", "count"])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(("dtype", "sparse"), [(np.float64, False), (np.float32, True)])
 @given(
     seed=st.integers(0, 2**32 - 1),
     lr=st.floats(1e-3, 0.1),

@@ -15,6 +15,11 @@ from fastopt.kernels import jit
 from fastopt.kernels.cpu import norms, rows
 from fastopt.kernels.cpu.index import segments_of
 
+RUNS = [(case, False) for case in cases.RULES] + [(case, True) for case in cases.PARALLEL_SPARSE]
+EACH = pytest.mark.parametrize(
+    ("case", "sparse"), RUNS, ids=[f"{case}-{'sparse' if sparse else 'dense'}" for case, sparse in RUNS]
+)
+
 
 def run(case, sparse, rows=9_001, width=33):
     """Bytes of parameter and state after some steps, large enough to run in parallel."""
@@ -29,8 +34,7 @@ def run(case, sparse, rows=9_001, width=33):
     return b"".join([p.tobytes(), *(a.tobytes() for k, a in sorted(state.items()) if k != "step")])
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("case", cases.RULES, ids=str)
+@EACH
 @cases.needs_two_threads
 def test_steps_have_the_same_bits_for_any_number_of_threads_variant_and_run(
     case, sparse, restored_threads, monkeypatch
@@ -43,8 +47,7 @@ def test_steps_have_the_same_bits_for_any_number_of_threads_variant_and_run(
     assert run(case, sparse) == first
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("case", cases.RULES, ids=str)
+@EACH
 def test_small_steps_have_the_same_bits_in_both_variants(case, sparse, monkeypatch):
     for size in ((1, 1), (5, 3), (65, 7)):
         serial = run(case, sparse, *size)
@@ -101,11 +104,10 @@ def test_coalescing_and_lookups_have_the_same_bits_in_both_variants():
 
 
 def digest():
-    """Of all rules, dense and sparse."""
+    """Of all rules."""
     total = hashlib.sha256()
-    for case in cases.RULES:
-        for sparse in (False, True):
-            total.update(run(case, sparse))
+    for case, sparse in RUNS:
+        total.update(run(case, sparse))
     return total.hexdigest()
 
 

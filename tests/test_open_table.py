@@ -241,7 +241,7 @@ def test_killed_at_any_time_it_is_as_at_the_last_flush(name, tmp_path):
     rng = np.random.default_rng(4)
     new_table(tmp_path / "t").close()
     seen = []
-    for _ in range(3):
+    for _ in range(2):
         process = python(LOOP, name, tmp_path / "t")
         assert process.stdout.readline() == "ready\n"
         time.sleep(rng.uniform(0, 0.06))

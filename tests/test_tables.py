@@ -435,8 +435,11 @@ def test_tables_of_a_kind_are_updated_in_one_launch(monkeypatch):
 # The same bits for every kind of gradient
 
 
-@pytest.mark.parametrize("decay", [False, True], ids=["plain", "decay"])
-@pytest.mark.parametrize("case", cases.RULES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "decay"),
+    [*((case, False) for case in cases.RULES), *((case, True) for case in cases.DECAYED)],
+    ids=str,
+)
 def test_every_kind_of_gradient_gives_the_same_bits(case, decay):
     dtype = F64 if decay else F32  # as in test_rules.py, whose kernels these are
     for maximize in (False, True):

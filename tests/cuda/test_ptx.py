@@ -60,7 +60,7 @@ def assembled(text, cc, folder):
 
 @pytest.mark.parametrize(
     ("cc", "decay"),
-    [((8, 0), rules.L2), ((9, 0), rules.Scaled), ((9, 0), rules.L2), ((9, 0), rules.Decoupled)],
+    [((8, 0), rules.L2), ((9, 0), rules.Scaled), ((9, 0), rules.Decoupled)],
     indirect=["decay"],
     ids=lambda value: value.__name__ if isinstance(value, type) else "sm_{}{}".format(*value),
 )
