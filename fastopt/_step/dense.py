@@ -24,7 +24,7 @@ class DenseUpdate:
         formats: of the parameter, the gradient, and the state arrays.
         conditions: of the first step.
 
-    Where some decay, the others' weight decay is one by 0.
+    ``launch`` makes the step. Where some decay, the others' weight decay is one by 0.
     """
 
     def __init__(
@@ -50,19 +50,19 @@ class DenseUpdate:
         scale, limit = conditions.scale, conditions.limit
         c = decay_numbers(group, group.checked, self._decay, lr, scale, limit, self._compute)
         spec = Spec(h, c, self._compute, formats)
-        self._launch: DenseLaunch
+        self.launch: DenseLaunch
         if state.is_factored(spec.rule, parameters[0].shape):
-            self._launch = host().MatrixLaunch(spec, works[0])
+            self.launch = host().MatrixLaunch(spec, works[0])
         else:
-            self._launch = host().ArraysLaunch(spec, works, len(self._classes))
+            self.launch = host().ArraysLaunch(spec, works, len(self._classes))
 
     def place(self, parameters_at: np.ndarray, gradients_at: np.ndarray) -> None:
         """Take over the addresses of all the optimizer's parameters and gradients."""
-        self._launch.place(parameters_at[self._indices], gradients_at[self._indices])
+        self.launch.place(parameters_at[self._indices], gradients_at[self._indices])
 
     def prepare(self, conditions: Conditions, zero_grads: bool) -> None:
         """Set the numbers of the next step, and have its machine code ready."""
-        numbers = self._launch.numbers
+        numbers = self.launch.numbers
         rates, scale, limit = conditions
         same = conditions == self._conditions  # and with them the numbers of weight decay
         for row, parameter in enumerate(self._classes):
@@ -76,12 +76,8 @@ class DenseUpdate:
         self._conditions = conditions
         if self._random:
             key = state.random_key
-            self._launch.set_keys([key(p.group.checked["seed"], p.step + 1) for p in self._classes])
-        self._launch.prepare(zero_grads)
-
-    def run(self) -> None:
-        """Make the step."""
-        self._launch.run()
+            self.launch.set_keys([key(p.group.checked["seed"], p.step + 1) for p in self._classes])
+        self.launch.prepare(zero_grads)
 
 
 def _work(parameter: Parameter, row: int) -> ArrayWork:

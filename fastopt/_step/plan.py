@@ -138,7 +138,7 @@ class Plan:
     def run(self, conditions: Conditions, zero_grads: bool) -> None:
         """Do what was prepared: the one place where a step changes parameters, state and counts."""
         for update in self._updates or ():
-            update.run()
+            update.launch.run()
         for launch in self._launches:
             launch.run()
         parameters = self._parameters

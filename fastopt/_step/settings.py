@@ -25,7 +25,8 @@ class StepInfo(NamedTuple):
 class Settings(NamedTuple):
     """The checked arguments of a step.
 
-    limit: what elements of gradients are clipped to, ``clip_value`` or infinity.
+    limit: what elements of gradients are clipped to, ``clip_value`` or infinity. need_norm: whether the norm
+    of all gradients has to be known.
     """
 
     clip_norm: float | None
@@ -33,13 +34,10 @@ class Settings(NamedTuple):
     grad_scale: float
     skip_nonfinite: bool
     zero_grads: bool
-
-    @property
-    def need_norm(self) -> bool:
-        return self.clip_norm is not None or self.skip_nonfinite
+    need_norm: bool
 
 
-_PLAIN = Settings(None, math.inf, 1.0, False, False)
+_PLAIN = Settings(None, math.inf, 1.0, False, False, False)
 
 
 def checked_settings(
@@ -66,4 +64,5 @@ def checked_settings(
     for name, flag in (("skip_nonfinite", skip_nonfinite), ("zero_grads", zero_grads)):
         if flag is not False and flag is not True:
             raise TypeError(f"{name} is {flag!r}: expected True or False")
-    return Settings(clip_norm, limit, grad_scale, skip_nonfinite, zero_grads)
+    need_norm = clip_norm is not None or skip_nonfinite
+    return Settings(clip_norm, limit, grad_scale, skip_nonfinite, zero_grads, need_norm)

@@ -79,11 +79,9 @@ class ArraysLaunch:
 
     def run(self) -> None:
         """Update the arrays."""
-        if not self._size:
-            return
-        if self._trust:
+        if self._trust and self._size:
             update_layers(self._size, *self._arguments)
-        else:
+        elif self._size:
             update_arrays_kernel.run(self._entry, self._serial, self._arguments)
 
 

@@ -12,6 +12,9 @@ from fastopt.kernels.cpu.headers import UNKNOWN, Headers
 DTYPES = tuple(map(np.dtype, (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)))
 
 
+_UNCHANGED = (False, False), (False, False)  # neither parameters nor gradients moved, or are unknown
+
+
 class Locator:
     """Finds the addresses of parameters and gradients in bulk: of NumPy arrays by a scan of their headers,
     of torch tensors by a scan of what torch says.
@@ -27,6 +30,7 @@ class Locator:
     def __init__(self, dtypes: Sequence[np.dtype], shapes: Sequence[tuple[int, ...]]) -> None:
         self._headers = Headers(dtypes, shapes)
         self._shapes = shapes
+        self._writeable = False
         self._tensors: list[_Tensors | None] = [None, None]
 
     def expect(self, dtypes: Sequence[np.dtype | None]) -> None:
@@ -37,9 +41,10 @@ class Locator:
     def unchanged(self, parameters: list | tuple, gradients: list | tuple, writeable: bool) -> bool:
         """Read all addresses; returns whether all arrays are recognised, and lie where they lay at the last
         read. ``writeable``: whether the gradients are going to be written."""
-        self._headers.expect_writeable(writeable)
-        (moved, unknown), (moved_gradients, unknown_gradients) = self._headers.read(parameters, gradients)
-        return not (moved or unknown or moved_gradients or unknown_gradients)
+        if writeable != self._writeable:
+            self._headers.expect_writeable(writeable)
+            self._writeable = writeable
+        return self._headers.read(parameters, gradients) == _UNCHANGED
 
     def parameters(self, values: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
         """The addresses last read of parameters, and the positions of those that neither scan recognised:
