@@ -7,8 +7,8 @@ import numpy as np
 
 from fastopt import arrays
 from fastopt.kernels.cpu import bags as kernels
+from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.rows import gather
-from fastopt.kernels.scratch import empty
 from fastopt.plan import Indices
 from fastopt.precision import LOW, widened
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastopt.arrays import ALL_DTYPES, NAMES
-from fastopt.kernels.scratch import ALIGNMENT, aligned
+from fastopt.kernels.cpu.memory import ALIGNMENT, aligned
 
 Shape = int | Sequence[int]
 

@@ -18,9 +18,9 @@ from fastopt.gradients import (
 )
 from fastopt.kernels.cpu import norms
 from fastopt.kernels.cpu.rows import coalesce
-from fastopt.kernels.elements import NORM_EPS
+from fastopt.kernels.element import NORM_EPS
 from fastopt.launch import sums_of_squares
-from fastopt.plan import group_all
+from fastopt.plan import find_segments_of
 
 SMALL, LARGE = 1e-140, 1e150  # norms beyond which squares lose digits or overflow
 
@@ -131,8 +131,8 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
             )
     for gradient, array, _ in prepared:
         if gradient is not None:
-            groups = gradient.indices.groups
-            coalesce(array.size, gradient.values, groups.order, groups.starts, groups.first_position)
+            segments = gradient.indices.segments
+            coalesce(array.size, gradient.values, segments.order, segments.starts, segments.first_position)
         if array.dtype in arrays.LOW_DTYPES:
             np.clip(array, array.dtype.type(-clip_value), array.dtype.type(clip_value), out=array)
         else:
@@ -172,7 +172,7 @@ def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
                 f"{label} is read-only: expected a gradient to change in place, pass a copy of it"
             )
         found.append((gradient, array, label))
-    group_all([gradient.indices for gradient, _, _ in found if gradient is not None])
+    find_segments_of([gradient.indices for gradient, _, _ in found if gradient is not None])
     if writable:
         arrays.check_apart([(array, label) for _, array, label in found])
     return found

@@ -6,14 +6,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt.kernels import rules
-from fastopt.kernels.cpu import formats, norms
+from fastopt.kernels import formats
+from fastopt.kernels.cpu import norms
+from fastopt.kernels.cpu.dense import update_arrays
 from fastopt.kernels.cpu.factored import update_matrices
-from fastopt.kernels.cpu.flat import GRADIENT, KEY, NUMBERS, PARAMETER, POSITION, STATE, update_arrays
-from fastopt.kernels.cpu.formats import RUN, Format
-from fastopt.kernels.cpu.layers import update_layers
-from fastopt.kernels.jit import thread_count
-from fastopt.kernels.scratch import empty
+from fastopt.kernels.cpu.memory import empty
+from fastopt.kernels.cpu.runs import RUN
+from fastopt.kernels.cpu.threads import runs_serial, thread_count
+from fastopt.kernels.cpu.trust import update_whole_arrays
+from fastopt.kernels.formats import Format
+from fastopt.kernels.layout import (
+    ARRAY_GRADIENT,
+    ARRAY_KEY,
+    ARRAY_NUMBERS,
+    ARRAY_PARAMETER,
+    ARRAY_POSITION,
+    ARRAY_STATE,
+)
+from fastopt.kernels.rule import Rule
 from fastopt.launch import PARTS_PER_THREAD
 from fastopt.precision import DOUBLE, SINGLE, computed_with, gradient_format, random_key
 
@@ -24,7 +34,7 @@ class Kind(NamedTuple):
     """What parameters of one launch have in common. ``decay``: the type of weight decay, in which there
     may be none; ``like``: the dtype that is computed with."""
 
-    rule: rules.Rule
+    rule: Rule
     decay: type
     like: np.dtype
     members: tuple[Format, ...]
@@ -65,9 +75,9 @@ class Squares:
         size = int(self._bases[-1])
         if not size:
             return 0.0
-        partials = empty(-(-size // norms.BLOCK), np.float64)
+        partials = empty(-(-size // norms.SUMMED), np.float64)
         args = self._like, self._kinds, addresses, self._bases, scale, partials
-        serial = norms.sum_squares_arrays.runs_serial(size)
+        serial = runs_serial(size)
         entry = self._entry
         if entry is None or serial != self._serial:
             entry = norms.sum_squares_arrays.entry(serial, args)
@@ -113,7 +123,7 @@ class Batch:
     @property
     def may_repeat(self) -> bool:
         """Whether all is dense, and updated in one pass."""
-        whole = all(isinstance(bundle, Bundle) and bundle.kind.rule.layer is None for bundle in self.bundles)
+        whole = all(isinstance(b, Bundle) and b.kind.rule.trust_ratio is None for b in self.bundles)
         return whole and self.placed and bool((self.kinds != ROWS).all())
 
     def sum_of_squares(self, scale: float) -> float:
@@ -127,19 +137,19 @@ class Bundle:
     def __init__(self, kind: Kind, members: Sequence[Member]) -> None:
         self.kind = kind
         self.indices = np.array([member.number for member in members])
-        self.table = np.zeros((len(members), STATE + 2 * (len(kind.members) - 2)), np.int64)
-        self.table[:, POSITION] = [member.position for member in members]
-        self.table[:, PARAMETER + 1] = [member.second for member in members]
-        self.table[:, STATE:] = [member.state for member in members]
+        self.table = np.zeros((len(members), ARRAY_STATE + 2 * (len(kind.members) - 2)), np.int64)
+        self.table[:, ARRAY_POSITION] = [member.position for member in members]
+        self.table[:, ARRAY_PARAMETER + 1] = [member.second for member in members]
+        self.table[:, ARRAY_STATE:] = [member.state for member in members]
         self.bases = np.cumsum([0, *(member.size for member in members)])
         self.size = int(self.bases[-1])
         # parameters of a group with the same number of steps have the same hyperparameters
         self._classes: dict[tuple[int, int, int], int] = {}
         for row, member in enumerate(members):
             key = member.group, member.step, member.seed
-            self.table[row, NUMBERS] = self._classes.setdefault(key, len(self._classes))
+            self.table[row, ARRAY_NUMBERS] = self._classes.setdefault(key, len(self._classes))
         self._steps = 0  # since then
-        self._random = any(kind in formats.RANDOM for kind in kind.members)
+        self._random = any(member.random for member in kind.members)
         self._kinds = formats.formats(*kind.members)
         self._like = kind.like.type(0)
         self._numbers = np.empty((0, 0))
@@ -148,8 +158,8 @@ class Bundle:
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
         """Take over where parameters and gradients are."""
-        self.table[:, PARAMETER] = parameters[self.indices]
-        self.table[:, GRADIENT] = gradients[self.indices]
+        self.table[:, ARRAY_PARAMETER] = parameters[self.indices]
+        self.table[:, ARRAY_GRADIENT] = gradients[self.indices]
 
     def prepare(self, fold: Fold, zero_grads: bool) -> None:
         """Set the hyperparameters of the next step, ``fold(group, decay, dtype, step)`` for each class, and
@@ -162,25 +172,25 @@ class Bundle:
                 self._prototypes = _prototype(h, kind.like), _prototype(c, kind.like)
             self._numbers[row] = (*h, *c)
         self._set_keys()
-        serial = update_arrays.runs_serial(self.size)
+        serial = runs_serial(self.size)
         parts = 1 if serial else PARTS_PER_THREAD * thread_count()
         launched = serial, zero_grads, parts
         if launched != self._launched:
             chunk = max(-(-self.size // (parts * RUN)), 1) * RUN
             given = self._like, self._kinds, self.table, self.bases, self._numbers, zero_grads, chunk
             self._arguments = *self._prototypes, *given
-            if kind.rule.layer is None:
+            if kind.rule.trust_ratio is None:
                 self._entry = update_arrays.entry(serial, self._arguments)
             self._launched = launched
 
     def prepare_again(self, options: list[dict[str, Any]]) -> bool:
         """Set what a step has that differs from the last one in nothing but its number, for the groups'
         options; returns whether the numbers fit."""
-        if update_arrays.runs_serial(self.size) is not self._launched[0]:
+        if runs_serial(self.size) is not self._launched[0]:
             return False
         fold, most = self.kind.rule.fold, self._most
         for row, (group, step, _) in enumerate(self._classes):
-            h = fold(step + self._steps + 1, options[group])
+            h = fold(step + self._steps + 1, options[group], self.kind.like)
             if max(h) > most:
                 return False
             self._numbers[row, : len(h)] = h
@@ -191,12 +201,12 @@ class Bundle:
         """Set the keys of the next step's random bits."""
         if self._random:
             keys = [random_key(seed, step + self._steps + 1) for _, step, seed in self._classes]
-            self.table[:, KEY] = np.array(keys)[self.table[:, NUMBERS]]
+            self.table[:, ARRAY_KEY] = np.array(keys)[self.table[:, ARRAY_NUMBERS]]
 
     def run(self) -> None:
         """Make the step that was prepared."""
-        if self.size and self.kind.rule.layer is not None:
-            update_layers(self.size, *self._arguments)
+        if self.size and self.kind.rule.trust_ratio is not None:
+            update_whole_arrays(self.size, *self._arguments)
         elif self.size:
             update_arrays.run(self._entry, self._launched[0], self._arguments)
         self._steps += 1
@@ -210,12 +220,12 @@ class Matrix:
         self._steps = 0
         self._shape = math.prod(shape[:-2]), shape[-2], shape[-1]
         self._state = [array.reshape(-1) for array in state]
-        self._places = np.array([[0, member.second], [0, 0]], np.int64)
+        self._places = np.array([0, member.second, 0, 0], np.int64)
         self._kinds = formats.formats(*kind.members)
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
         """Take over where the parameter and the gradient are."""
-        self._places[:, 0] = parameters[self._member.number], gradients[self._member.number]
+        self._places[::2] = parameters[self._member.number], gradients[self._member.number]
 
     def prepare(self, fold: Fold, zero_grads: bool) -> None:
         """Set the hyperparameters of the next step."""

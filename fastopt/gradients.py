@@ -8,9 +8,9 @@ import numpy as np
 
 from fastopt import arrays
 from fastopt.bags import Bags, checked_bags
-from fastopt.kernels.cpu import tables
+from fastopt.kernels import layout
 from fastopt.kernels.cpu.bags import take
-from fastopt.kernels.scratch import empty
+from fastopt.kernels.cpu.memory import empty
 from fastopt.plan import Indices
 from fastopt.precision import widened
 
@@ -124,7 +124,7 @@ class RowGradient:
     @property
     def rows_written(self) -> np.ndarray | None:
         """The rows that an update writes, None for all."""
-        return None if self.dense else self.indices.groups.own_rows()
+        return None if self.dense else self.indices.segments.own_rows()
 
     def clear(self) -> None:
         """Set the values to zero."""
@@ -136,44 +136,44 @@ class RowGradient:
         self.winners = self.bags.pool_max(table)[1]
 
     def describe(self, table: np.ndarray) -> np.ndarray:
-        """The gradient's and the table's columns of a row for kernels (see kernels/cpu/tables.py);
+        """The gradient's and the table's columns of a row for kernels (see kernels/layout.py);
         what they point to lives as long as the gradient."""
-        groups = self.indices.groups
-        row = np.zeros(tables.STATE, np.int64)
-        row[tables.PARAM] = arrays.address(table)
-        row[tables.DIM] = table.shape[1]
-        row[tables.VALUES] = arrays.address(self.values)
+        segments = self.indices.segments
+        row = np.zeros(layout.TABLE_STATE, np.int64)
+        row[layout.TABLE_PARAMETER] = arrays.address(table)
+        row[layout.TABLE_DIM] = table.shape[1]
+        row[layout.TABLE_VALUES] = arrays.address(self.values)
         if self.bags is None:
-            row[tables.SOURCE] = arrays.address(groups.order)
-            row[tables.SOURCE_BASE] = groups.first_position
+            row[layout.TABLE_SOURCE] = arrays.address(segments.order)
+            row[layout.TABLE_SOURCE_BASE] = segments.first_position
         else:
             source, weights = self._by_row()
-            row[tables.SOURCE] = arrays.address(source)
-            row[tables.SOURCE_ORIGIN] = groups.starts[0]
-            row[tables.WEIGHTS] = 0 if weights is None else arrays.address(weights)
-        row[tables.WINNERS] = 0 if self.winners is None else arrays.address(self.winners)
-        row[tables.ORDER] = arrays.address(groups.order)
-        row[tables.FIRST_POSITION] = groups.first_position
-        row[tables.ROWS] = arrays.address(groups.rows)
-        row[tables.FIRST_ROW] = groups.first_row
-        row[tables.STARTS] = arrays.address(groups.starts)
-        row[tables.GROUPS] = groups.rows.size
-        row[tables.SKIPPED] = self.skipped
+            row[layout.TABLE_SOURCE] = arrays.address(source)
+            row[layout.TABLE_SOURCE_ORIGIN] = segments.starts[0]
+            row[layout.TABLE_WEIGHTS] = 0 if weights is None else arrays.address(weights)
+        row[layout.TABLE_WINNERS] = 0 if self.winners is None else arrays.address(self.winners)
+        row[layout.TABLE_ORDER] = arrays.address(segments.order)
+        row[layout.TABLE_FIRST_POSITION] = segments.first_position
+        row[layout.TABLE_ROWS] = arrays.address(segments.rows)
+        row[layout.TABLE_FIRST_ROW] = segments.first_row
+        row[layout.TABLE_STARTS] = arrays.address(segments.starts)
+        row[layout.TABLE_SEGMENTS] = segments.rows.size
+        row[layout.TABLE_SKIPPED] = self.skipped
         return row
 
     def _by_row(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Bag and weight of each position, in the order of rows."""
         assert self.bags is not None
         if self._sorted is None:
-            groups = self.indices.groups
-            order = groups.order[groups.starts[0] : groups.starts[-1]]
+            segments = self.indices.segments
+            order = segments.order[segments.starts[0] : segments.starts[-1]]
             bags, scales = self.bags.of_positions(self.values.dtype)
             source = empty(order.size, np.int32)
-            take(order.size, bags, order, groups.first_position, source)
+            take(order.size, bags, order, segments.first_position, source)
             weights = None
             if scales is not None:
                 weights = empty(order.size, scales.dtype)
-                take(order.size, scales, order, groups.first_position, weights)
+                take(order.size, scales, order, segments.first_position, weights)
             self._sorted = source, weights
         return self._sorted
 
@@ -223,7 +223,7 @@ def checked_rows(gradient: IndexedSlices | BagGradient, label: str, rows: int | 
 def row_gradient(
     gradient: IndexedSlices | BagGradient, label: str, parameter: np.ndarray, parameter_label: str
 ) -> RowGradient:
-    """A sparse gradient checked against its parameter; it is not grouped yet."""
+    """A sparse gradient checked against its parameter; its segments are not known yet."""
     if parameter.ndim != 2:
         noun = "IndexedSlices" if isinstance(gradient, IndexedSlices) else "a BagGradient"
         raise ValueError(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fastopt import arrays, precision
-from fastopt.kernels import rules
 from fastopt.kernels.cpu.headers import Identities
+from fastopt.kernels.rule import Rule
 from fastopt.plan import Indices
 from fastopt.storage import Table
 from fastopt.tables import Counts, Tracking
@@ -95,7 +95,7 @@ class Group:
     params: Any
     parameters: list[Parameter]
     label: str
-    rule: rules.Rule
+    rule: Rule
     checked: dict[str, Any]
     number: int
     seen: dict[str, Any] | None = None  # the options that were checked, if they can only change by assignment

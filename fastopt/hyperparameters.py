@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from fastopt.kernels.formats import STATE_DTYPES
+
 
 class SharedOptions(TypedDict, total=False):
     """Options that all optimizers have (see :class:`Optimizer`)."""
@@ -109,17 +111,17 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
 
 
 def _state_dtype(value: Any, where: str) -> str:
-    """One of "float32", "bfloat16" and "8bit"."""
-    if isinstance(value, str) and value in ("float32", "bfloat16", "8bit"):
+    """One of the names in STATE_DTYPES."""
+    if isinstance(value, str) and value in STATE_DTYPES:
         return value
     name = str(value).removeprefix("torch.")  # as a torch dtype shows itself
     with suppress(TypeError):
         name = np.dtype(value).name
-    if name in ("float32", "bfloat16"):
-        return name
-    if name in ("int8", "uint8"):
-        return "8bit"
-    raise ValueError(f"{where}: expected None, 'float32', 'bfloat16' or '8bit'")
+    for state_dtype, meaning in STATE_DTYPES.items():
+        if name in meaning.dtypes:
+            return state_dtype
+    *others, last = map(repr, STATE_DTYPES)
+    raise ValueError(f"{where}: expected None, {', '.join(others)} or {last}")
 
 
 def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]) -> int | float:

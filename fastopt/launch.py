@@ -7,12 +7,16 @@ import numpy as np
 
 from fastopt import arrays
 from fastopt.gradients import RowGradient
-from fastopt.kernels.cpu import norms, tables
-from fastopt.kernels.cpu.formats import Format, formats
-from fastopt.kernels.cpu.norms import GROUPS_PER_BLOCK
-from fastopt.kernels.cpu.rows import buffer_rows, catch_up, update_tables
-from fastopt.kernels.jit import Kernel, thread_count
-from fastopt.kernels.scratch import empty
+from fastopt.kernels import layout
+from fastopt.kernels.cpu import norms
+from fastopt.kernels.cpu.catch_up import catch_up
+from fastopt.kernels.cpu.jit import Kernel
+from fastopt.kernels.cpu.memory import empty
+from fastopt.kernels.cpu.norms import SEGMENTS_PER_BLOCK
+from fastopt.kernels.cpu.rows import update_tables
+from fastopt.kernels.cpu.stored_rows import buffer_rows
+from fastopt.kernels.cpu.threads import runs_serial, thread_count
+from fastopt.kernels.formats import Format, formats
 from fastopt.tables import Tracking
 
 APART = 32  # elements: a multiple of a cache line, so that parts do not write to the same one
@@ -35,7 +39,7 @@ class Launch(NamedTuple):
         """Have the kernel compiled, by a call with empty arrays, if it has not been for such types."""
         if not self.work:
             return
-        key = self.kernel, self.kernel.runs_serial(self.work), tuple(map(_kind, self.arguments))
+        key = self.kernel, runs_serial(self.work), tuple(map(_kind, self.arguments))
         if key not in _compiled:
             self.kernel(self.work, *map(_emptied, self.arguments))
             _compiled.add(key)
@@ -78,12 +82,12 @@ class Stored(NamedTuple):
         """``row``, the columns of the gradient and the table, with those of the state."""
         row = np.concatenate([row, np.zeros(2 * len(self.state), np.int64)])
         wide = [slot for slot, _ in self.state if slot.ndim == 2]
-        row[tables.STATE_STRIDE] = wide[0].strides[0] // wide[0].itemsize if wide else 0
+        row[layout.TABLE_STATE_STRIDE] = wide[0].strides[0] // wide[0].itemsize if wide else 0
         for k, (slot, scales) in enumerate(self.state):
-            row[tables.STATE + 2 * k] = arrays.address(slot)
-            row[tables.STATE + 2 * k + 1] = 0 if scales is None else arrays.address(scales)
-        row[tables.MASTER] = 0 if self.master is None else arrays.address(self.master)
-        row[tables.POSITION], row[tables.KEY] = self.position, self.key
+            row[layout.TABLE_STATE + 2 * k] = arrays.address(slot)
+            row[layout.TABLE_STATE + 2 * k + 1] = 0 if scales is None else arrays.address(scales)
+        row[layout.TABLE_MASTER] = 0 if self.master is None else arrays.address(self.master)
+        row[layout.TABLE_POSITION], row[layout.TABLE_KEY] = self.position, self.key
         return row
 
 
@@ -108,42 +112,42 @@ class RowUpdate(NamedTuple):
     stored: Stored
 
     def describe(self) -> np.ndarray:
-        """The row of numbers that kernels see (see kernels/cpu/tables.py)."""
+        """The row of numbers that kernels see (see kernels/layout.py)."""
         row = self.stored.describe(self.gradient.describe(self.table))
-        row[tables.STEP] = self.step
+        row[layout.TABLE_STEP] = self.step
         if self.tracking is not None:
-            count = self.gradient.indices.groups.rows.size
+            count = self.gradient.indices.segments.rows.size
             _describe_tracking(row, self.tracking, count, self.stored.like)
         elif self.row_steps is not None and self.numbers is not None:
-            row[tables.ROW_STEPS] = arrays.address(self.row_steps)
+            row[layout.TABLE_ROW_STEPS] = arrays.address(self.row_steps)
             _describe_history(row, self.numbers)
         return row
 
 
 def _describe_history(row: np.ndarray, history: np.ndarray) -> None:
-    row[tables.HISTORY] = arrays.address(history)
-    row[tables.HISTORY_ROWS], row[tables.HISTORY_COLUMNS] = history.shape
+    row[layout.TABLE_HISTORY] = arrays.address(history)
+    row[layout.TABLE_HISTORY_ROWS], row[layout.TABLE_HISTORY_COLUMNS] = history.shape
 
 
 def _describe_tracking(row: np.ndarray, tracking: Tracking, rows: int, dtype: np.dtype) -> None:
     history = tracking.history
-    row[tables.ROW_STEPS] = arrays.address(tracking.last_step)
+    row[layout.TABLE_ROW_STEPS] = arrays.address(tracking.last_step)
     _describe_history(row, history.steps)
-    row[tables.HISTORY_BASE], row[tables.HISTORY_WINDOW] = history.base, history.window
+    row[layout.TABLE_HISTORY_BASE], row[layout.TABLE_HISTORY_WINDOW] = history.base, history.window
     tabulated = tracking.tabulated(rows, dtype)
-    row[tables.TABULATED] = arrays.address(tabulated)
-    row[tables.TABULATED_COLUMNS] = tabulated.shape[1]
-    row[tables.TABULATED_FROM] = history.now - len(tabulated) + 1
+    row[layout.TABLE_TABULATED] = arrays.address(tabulated)
+    row[layout.TABLE_TABULATED_COLUMNS] = tabulated.shape[1]
+    row[layout.TABLE_TABULATED_FROM] = history.now - len(tabulated) + 1
 
 
 def catch_up_launch(
     tracking: Tracking, table: np.ndarray, stored: Stored, h: Any, c: Any, step: int, rows: np.ndarray | None
 ) -> Launch:
     """Have rows, the different ones of ``rows`` or all, take the steps up to ``step`` that they missed."""
-    row = np.zeros(tables.STATE, np.int64)
-    row[tables.PARAM], row[tables.DIM] = arrays.address(table), table.shape[1]
+    row = np.zeros(layout.TABLE_STATE, np.int64)
+    row[layout.TABLE_PARAMETER], row[layout.TABLE_DIM] = arrays.address(table), table.shape[1]
     row = stored.describe(row)
-    row[tables.STEP] = step + 1
+    row[layout.TABLE_STEP] = step + 1
     count = table.shape[0] if rows is None else rows.size
     _describe_tracking(row, tracking, count, stored.like)
     listed = np.empty(0, np.int64) if rows is None else rows
@@ -212,7 +216,7 @@ def shares(works: list[int]) -> np.ndarray:
 def sums_of_squares(gradients: list[RowGradient], scale: float) -> float:
     """Of the summed gradients of all rows of tables of one dtype, times ``scale**2``, in one launch."""
     rows = np.stack([gradient.describe(gradient.values) for gradient in gradients])
-    counts = [-(-int(n) // GROUPS_PER_BLOCK) for n in rows[:, tables.GROUPS]]
+    counts = [-(-int(n) // SEGMENTS_PER_BLOCK) for n in rows[:, layout.TABLE_SEGMENTS]]
     blocks = np.array([(t, block) for t, count in enumerate(counts) for block in range(count)], np.int64)
     partials = np.zeros(len(blocks))
     work = sum(gradient.work for gradient in gradients)

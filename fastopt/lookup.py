@@ -150,6 +150,6 @@ def _make_ready(
             raise TypeError(f"optimizer is {optimizer!r}: expected one of fastopt's")
         optimizer._bring_up_to_date(table, indices)
     if max_norm is not None and not math.isinf(max_norm):
-        rows = indices.groups.own_rows()
+        rows = indices.segments.own_rows()
         arrays.before_writing(table, rows)
         limit_norms(rows.size * source.shape[1], source, rows, max_norm)

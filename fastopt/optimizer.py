@@ -15,13 +15,13 @@ from fastopt.clipping import check_limit, clip_factor, norm_of
 from fastopt.gradients import BagGradient, IndexedSlices, RowGradient, row_gradient, values_of
 from fastopt.groups import Group, Parameter, as_container, describe, entries_of, is_groups, paired
 from fastopt.hyperparameters import FIXED, SHARED, checked_options
-from fastopt.kernels import rules
-from fastopt.kernels.cpu import formats
+from fastopt.kernels import formats
 from fastopt.kernels.cpu.headers import UNKNOWN, Headers
+from fastopt.kernels.cpu.memory import ALIGNMENT, aligned
 from fastopt.kernels.cpu.rows import Lazy, PerRow
-from fastopt.kernels.scratch import ALIGNMENT, aligned
+from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 from fastopt.launch import Launch, RowUpdate, Stored, catch_up_launch, row_launches
-from fastopt.plan import Indices, group_all
+from fastopt.plan import Indices, find_segments_of
 from fastopt.precision import Slot
 from fastopt.state import state_arrays
 from fastopt.tables import ROW_STEPS, Tracking
@@ -79,7 +79,7 @@ class Optimizer:
             named or read (by ``fastopt.embedding(..., optimizer=)``), or by :meth:`flush`. Exact up to
             rounding but for Adam and its kin where eps is not small against the root of the second
             moment: there the movement missed is off by at most 3e-6 of itself for betas (0.9, 0.999), and
-            more the nearer 1 - beta2 comes to (1 - beta1) / 2, see ``fastopt.kernels.rest``. It costs
+            more the nearer 1 - beta2 comes to (1 - beta1) / 2, see ``fastopt.kernels.catch_up``. It costs
             no more for the steps missed than for one, but for an L2 ``weight_decay`` with a rule that
             divides by a root (AdaGrad, RMSProp, Adam, RAdam, NAdam) and for Lion, where steps are gone
             through one by one. Needs lr * weight_decay below 1.
@@ -91,7 +91,7 @@ class Optimizer:
         state_dtype: what the state that is shaped as the parameter is stored in, None, the default, standing
             for float64 for float64 parameters and for float32 for all others: "float32"; "bfloat16", with
             stochastic rounding; or "8bit", codes in blocks of 256 elements with their own scales (see
-            ``fastopt.kernels.cpu.formats``), rounded stochastically. A dtype of NumPy or torch will do.
+            ``fastopt.kernels.formats``), rounded stochastically. A dtype of NumPy or torch will do.
         master_weights: keep a float32 copy, made at the first step, of each float16 or bfloat16 parameter,
             update that, and round the parameter from it.
         seed: of the random bits of stochastic rounding, which depend on nothing but this, the step and the
@@ -177,7 +177,7 @@ class Optimizer:
 
     # What an optimizer defines
 
-    def rule(self, options: Mapping[str, Any]) -> rules.Rule:
+    def rule(self, options: Mapping[str, Any]) -> Rule:
         """The update rule that the options choose."""
         raise NotImplementedError
 
@@ -231,7 +231,7 @@ class Optimizer:
     def _check_combinations(self, checked: Mapping[str, Any], label: str) -> None:
         """Refuse combinations that can't be honoured."""
         rule = self.rule(checked)
-        if checked["rows"] == "dense" and rule.layer is not None:
+        if checked["rows"] == "dense" and rule.trust_ratio is not None:
             raise ValueError(
                 f"{label} has rows='dense': expected 'lazy', as the steps of {type(self).__name__} depend on "
                 "whole layers"
@@ -320,7 +320,7 @@ class Optimizer:
             self._forget()
         batch, rows = self._match(grads, checked, zero_grads)
         if rows:
-            group_all([update.gradient.indices for update in rows])
+            find_segments_of([update.gradient.indices for update in rows])
         if not same:
             for group, own in zip(self._groups, checked, strict=True):
                 self._adopt(group, own)
@@ -552,7 +552,7 @@ class Optimizer:
         if not isinstance(value, IndexedSlices | BagGradient):
             by_rows = self._takes_rows(parameter, group, checked[group.number])
             label, view = self._label(grads, i), parameter.view()
-            if by_rows and group.rule.layer is not None:
+            if by_rows and group.rule.trust_ratio is not None:
                 raise ValueError(
                     f"{label} is dense but is used row by row (clip_row_norm, step_per_row, or 8-bit state "
                     f"made for sparse gradients): {type(self).__name__} needs the whole array, expected "
@@ -708,9 +708,9 @@ class Optimizer:
             by_decay.setdefault(self._decay(options), []).append(member)
         bundles: list[dense.Bundle | dense.Matrix] = [*matrices]
         for (rule, like, kinds), by_decay in found.items():
-            if len(by_decay) > 1 and rules.Scaled in by_decay:  # none is a decay by 0
-                other = next(decay for decay in by_decay if decay is not rules.Scaled)
-                by_decay[other] = sorted(by_decay[other] + by_decay.pop(rules.Scaled))
+            if len(by_decay) > 1 and Scaled in by_decay:  # none is a decay by 0
+                other = next(decay for decay in by_decay if decay is not Scaled)
+                by_decay[other] = sorted(by_decay[other] + by_decay.pop(Scaled))
             for decay, members in by_decay.items():
                 bundles.append(dense.Bundle(dense.Kind(rule, decay, like, kinds), members))
         return bundles
@@ -789,7 +789,7 @@ class Optimizer:
             kinds = precision.state_formats(group.rule, parameter.dtype, group.checked)
             state = dict(parameter.state)
             for slot, kind in zip(group.rule.state_slots, kinds, strict=True):
-                if kind in formats.CODED:
+                if kind.coded:
                     scales = slot + precision.SCALES
                     state[slot], state[scales] = precision.by_rows(kind, state[slot], state[scales])
             parameter.state = state
@@ -879,7 +879,7 @@ class Optimizer:
                 parameter.step,
             )
             h, c = (_cast(numbers, dtype.type) for numbers in folded)
-            rows = None if indices is None else indices.groups.own_rows()
+            rows = None if indices is None else indices.segments.own_rows()
             # other random numbers than those of the update of that step
             stored = self._stored(parameter, group, -parameter.step - 1)
             launch = catch_up_launch(tracking, parameter.view(), stored, h, c, parameter.step, rows)
@@ -904,9 +904,9 @@ class Optimizer:
 
     def _decay(self, options: Mapping[str, Any]) -> type:
         """The type of weight decay."""
-        if not options["weight_decay"]:
-            return rules.Scaled
-        return rules.Decoupled if self.decoupled(options) else rules.L2
+        if self.rule(options).own_decay or not options["weight_decay"]:
+            return Scaled
+        return Decoupled if self.decoupled(options) else L2
 
     def _fold(
         self,
@@ -933,20 +933,20 @@ class Optimizer:
         limit: float,
         step: int,
     ) -> tuple[Any, Any]:
-        h = group.rule.fold(step, options if options["lr"] is lr else {**options, "lr": lr})
+        h = group.rule.fold(step, options if options["lr"] is lr else {**options, "lr": lr}, dtype)
         if options["maximize"]:
             scale = -scale
         c: Any
-        if decay is rules.Scaled:
-            c = rules.Scaled(scale, limit)
-        elif decay is rules.Decoupled:
-            c = rules.Decoupled(scale, limit, 1.0 - lr * options["weight_decay"])
+        if decay is Scaled:
+            c = Scaled(scale, limit)
+        elif decay is Decoupled:
+            c = Decoupled(scale, limit, 1.0 - lr * options["weight_decay"])
         else:
-            c = rules.L2(scale, limit, options["weight_decay"])
+            c = L2(scale, limit, options["weight_decay"])
         if (
             max(map(abs, h)) > _MOST[dtype]
             or not _LEAST[dtype] <= abs(scale) <= _MOST[dtype]
-            or (decay is not rules.Scaled and abs(c[-1]) > _MOST[dtype])
+            or (decay is not Scaled and abs(c[-1]) > _MOST[dtype])
         ):
             _check_range(h, dtype, group.label)
             _check_range(c, dtype, group.label)
@@ -1088,5 +1088,5 @@ def _cast(values: Any, dtype: type[np.floating]) -> Any:
     return type(values)(*(value if isinstance(value, bool) else dtype(value) for value in values))
 
 
-def _names(rule: rules.Rule) -> str:
+def _names(rule: Rule) -> str:
     return ", ".join((*rule.state_slots, *rule.row_slots)) or "none"

@@ -5,10 +5,9 @@ too, are those of :class:`fastopt.Optimizer`."""
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
-import numpy as np
-
 from fastopt.hyperparameters import SharedOptions
 from fastopt.kernels import rules
+from fastopt.kernels.rule import Rule
 from fastopt.optimizer import Optimizer
 
 LearningRate = float | Callable[[int], float]
@@ -53,7 +52,7 @@ class SGD(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
             raise ValueError(
                 f"nesterov is True with momentum {options['momentum']!r} and dampening "
@@ -98,7 +97,7 @@ class AdaGrad(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.ADAGRAD
 
     def initial_state(self, options: Options) -> dict[str, float]:
@@ -141,7 +140,7 @@ class RowwiseAdaGrad(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.ROWWISE_ADAGRAD
 
     def decoupled(self, options: Options) -> bool:
@@ -191,7 +190,7 @@ class RMSProp(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         if options["centered"]:
             if options["state_dtype"] in ("bfloat16", "8bit"):
                 raise ValueError(
@@ -240,7 +239,7 @@ class Adam(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.AMSGRAD if options["amsgrad"] else rules.ADAM
 
 
@@ -300,7 +299,7 @@ class AMSGrad(Adam):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.AMSGRAD
 
 
@@ -338,7 +337,7 @@ class RowwiseAdam(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.ROWWISE_ADAM
 
     def decoupled(self, options: Options) -> bool:
@@ -382,7 +381,7 @@ class RAdam(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.RADAM
 
     def decoupled(self, options: Options) -> bool:
@@ -431,7 +430,7 @@ class NAdam(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.NADAM
 
     def decoupled(self, options: Options) -> bool:
@@ -462,7 +461,7 @@ class Lion(Optimizer):
     ) -> None:
         super().__init__(params, shared, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.LION
 
     def decoupled(self, options: Options) -> bool:
@@ -509,11 +508,8 @@ class LAMB(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.LAMB
-
-    def _decay(self, options: Options) -> type:
-        return rules.Scaled  # what weight decay there is is the rule's
 
 
 class Adafactor(Optimizer):
@@ -566,13 +562,8 @@ class Adafactor(Optimizer):
             maximize=maximize,
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.ADAFACTOR
-
-    def _folded(self, group: Any, options: Options, decay: type, dtype: Any, *given: Any) -> Any:
-        smallest, relative = options["eps"]
-        smallest = float(np.finfo(dtype).eps) if smallest is None else smallest
-        return super()._folded(group, {**options, "eps": (smallest, relative)}, decay, dtype, *given)
 
     def decoupled(self, options: Options) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Indices checked, copied and grouped by row: what lookups and updates of a table start from."""
+"""Indices checked, copied and sorted by row: what lookups and updates of a table start from."""
 
 import operator
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 
 from fastopt import arrays
-from fastopt.kernels.cpu.index import Groups, check_bounds, group
+from fastopt.kernels.cpu.index import Segments, check_bounds, segments_of
 
 MOST_ROWS = 2**40
 SMALL = 4096  # indices; below, NumPy finds their bounds as fast as a kernel
 
 
 class IndexPlan:
-    """Indices of one table, grouped by row: made once, ahead if you like, used for lookup and update.
+    """Indices of one table, sorted by row: made once, ahead if you like, used for lookup and update.
 
     Wherever ``indices`` are taken (:func:`fastopt.embedding`, :func:`fastopt.embedding_bag`,
     :class:`fastopt.IndexedSlices`, :class:`fastopt.BagGradient`) a plan serves in their place, and
@@ -35,7 +35,7 @@ class IndexPlan:
             64 bits hold together with the rows).
         TypeError: another dtype.
 
-    The grouping is a stable radix sort: positions of equal indices keep their order, so that sums
+    They are sorted by a stable radix sort: positions of equal indices keep their order, so that sums
     over them are the same for any number of threads.
     """
 
@@ -46,7 +46,7 @@ class IndexPlan:
         if not 0 <= self.rows <= MOST_ROWS:
             raise ValueError(f"rows is {rows!r}: expected a whole number from 0 to 2**40")
         self._indices = np.array(checked_indices(indices, "indices", self.rows), order="C")
-        [self._groups] = group([(self._indices.reshape(-1), self.rows)])
+        [self._segments] = segments_of([(self._indices.reshape(-1), self.rows)])
 
     @property
     def indices(self) -> np.ndarray:
@@ -54,11 +54,11 @@ class IndexPlan:
 
     @property
     def distinct(self) -> np.ndarray:
-        return _read_only(self._groups.rows)
+        return _read_only(self._segments.rows)
 
     @property
     def counts(self) -> np.ndarray:
-        return np.diff(self._groups.starts)
+        return np.diff(self._segments.starts)
 
     def __repr__(self) -> str:
         sizes = f"{self.indices.size:,} indices, {self.distinct.size:,} distinct, of {self.rows:,} rows"
@@ -92,16 +92,16 @@ def checked_indices(indices: Any, label: str, rows: int | None) -> np.ndarray:
 
 
 class Indices:
-    """Checked indices of one table: a plan's, or an array's, which are grouped when needed."""
+    """Checked indices of one table: a plan's, or an array's, whose segments are found when needed."""
 
     def __init__(self, given: Any, label: str, rows: int | None) -> None:
-        self._groups: Groups | None = None
+        self._segments: Segments | None = None
         if isinstance(given, IndexPlan):
             if rows is not None and given.rows != rows:
                 raise ValueError(
                     f"{label} is a plan for a table of {given.rows} rows: expected one for {rows} rows"
                 )
-            self.array, self.rows, self._groups = given._indices, given.rows, given._groups
+            self.array, self.rows, self._segments = given._indices, given.rows, given._segments
             return
         array = checked_indices(given, label, rows)
         self.array = np.asarray(array, order="C")
@@ -112,16 +112,16 @@ class Indices:
         """Every row once, in order, which needs no sorting."""
         self = cls.__new__(cls)
         self.array, self.rows = np.arange(rows), rows
-        self._groups = Groups(
+        self._segments = Segments(
             self.array, np.arange(rows, dtype=np.int32), np.arange(rows + 1, dtype=np.int32)
         )
         return self
 
     @classmethod
     def of_rows(cls, array: np.ndarray) -> "Indices":
-        """Positions that need no check and are not grouped."""
+        """Positions that need no check and have no segments."""
         self = cls.__new__(cls)
-        self.array, self.rows, self._groups = array, array.size + 1, None
+        self.array, self.rows, self._segments = array, array.size + 1, None
         return self
 
     @property
@@ -129,16 +129,16 @@ class Indices:
         return self.array.reshape(-1)
 
     @property
-    def groups(self) -> Groups:
-        if self._groups is None:
-            [self._groups] = group([(self.flat, self.rows)])
-        return self._groups
+    def segments(self) -> Segments:
+        if self._segments is None:
+            [self._segments] = segments_of([(self.flat, self.rows)])
+        return self._segments
 
 
-def group_all(many: list[Indices]) -> None:
-    """Group, in one sort, those that are not grouped yet."""
-    missing = [indices for indices in many if indices._groups is None]
+def find_segments_of(many: list[Indices]) -> None:
+    """Find, in one sort, the segments of those that have none yet."""
+    missing = [indices for indices in many if indices._segments is None]
     if missing:
-        found = group([(indices.flat, indices.rows) for indices in missing])
-        for indices, groups in zip(missing, found, strict=True):
-            indices._groups = groups
+        found = segments_of([(indices.flat, indices.rows) for indices in missing])
+        for indices, segments in zip(missing, found, strict=True):
+            indices._segments = segments

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 from fastopt.history import History
-from fastopt.kernels import rest, rules
+from fastopt.kernels import catch_up
+from fastopt.kernels.cpu.catch_up import tabulate
+from fastopt.kernels.rule import Loop, Rule
 
 ROW_STEPS = "row_steps"  # with step_per_row: how often each row was updated
 LAST_STEP, LR_HISTORY = "last_step", "lr_history"  # with rows="dense", while rows are behind
@@ -29,7 +31,7 @@ class Tracking:
     """
 
     def __init__(
-        self, rule: rules.Rule, decay: type, options: Mapping[str, Any], step: int, last_step: np.ndarray
+        self, rule: Rule, decay: type, options: Mapping[str, Any], step: int, last_step: np.ndarray
     ) -> None:
         self.last_step = last_step
         self.options = options
@@ -37,21 +39,19 @@ class Tracking:
         self._tabulated = -1, np.empty((0, 0))
 
     def tabulated(self, rows: int, dtype: np.dtype) -> np.ndarray:
-        """Coefficients (see kernels/rest.py) for rows that were last updated in one of the latest steps;
+        """Coefficients (see kernels/catch_up.py) for rows that were last updated in one of the latest steps;
         computed for so few steps that it pays for this many rows."""
         history = self.history
         now, table = self._tabulated
         count = min(history.now - history.base + 1, rows // ROWS_PER_COEFFICIENTS)
-        if history.kind is rest.Loop:
+        if history.kind is Loop:
             count = 0
         if now != history.now or len(table) < count:
-            columns = rest.numbers(history.kind) if count else 0
+            columns = catch_up.coefficient_count(history.kind) if count else 0
             table = np.empty((count, columns), dtype)
             if count:
                 steps = history.kind(), history.steps, history.window, history.base
-                rest.tabulate(
-                    count * MOVES_PER_COEFFICIENTS, *steps, history.now - count + 1, history.now, table
-                )
+                tabulate(count * MOVES_PER_COEFFICIENTS, *steps, history.now - count + 1, history.now, table)
             self._tabulated = history.now, table
         return table
 
@@ -68,17 +68,17 @@ class Counts:
         self._size = 0
         self._key: tuple | None = None
 
-    def up_to(self, count: int, rule: rules.Rule, options: Mapping[str, Any]) -> np.ndarray:
+    def up_to(self, count: int, rule: Rule, options: Mapping[str, Any]) -> np.ndarray:
         """Row t - 1 is that of the t-th update; of fewer than ``count`` rows the last is for all later."""
         own = {**options, "lr": 1.0}
-        final = rule.fold(MOST_COUNTED, own)
-        key = rule.hyper, rule.fold(1, own), rule.fold(2, own), final
+        final = rule.fold(MOST_COUNTED, own, np.float64)
+        key = rule.hyper, rule.fold(1, own, np.float64), rule.fold(2, own, np.float64), final
         if key != self._key:
             self._key, self._size = key, 0
             self._numbers = np.empty((64, len(final)))
         while self._size < count and (not self._size or tuple(self._numbers[self._size - 1]) != tuple(final)):
             if self._size == len(self._numbers):
                 self._numbers = np.concatenate([self._numbers, np.empty_like(self._numbers)])
-            self._numbers[self._size] = rule.fold(self._size + 1, own)
+            self._numbers[self._size] = rule.fold(self._size + 1, own, np.float64)
             self._size += 1
         return self._numbers[: self._size]

@@ -12,10 +12,9 @@ import pytest
 
 import fastopt
 from fastopt.gradients import checked_rows
-from fastopt.kernels import jit
-from fastopt.kernels.cpu import norms, rows
-from fastopt.kernels.cpu.formats import PLAIN, formats
-from fastopt.kernels.cpu.index import group
+from fastopt.kernels.cpu import norms, rows, threads
+from fastopt.kernels.cpu.index import segments_of
+from fastopt.kernels.formats import PLAIN, formats
 
 
 def run(case, sparse, rows=9_001, width=33):
@@ -41,7 +40,7 @@ def test_steps_have_the_same_bits_for_any_number_of_threads_variant_and_run(
     assert run(case, sparse) == first
     numba.set_num_threads(1)
     assert run(case, sparse) == first
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 2**62)
     assert run(case, sparse) == first
 
 
@@ -51,7 +50,7 @@ def test_small_steps_have_the_same_bits_in_both_variants(case, sparse, monkeypat
     for size in ((1, 1), (5, 3), (65, 7)):
         serial = run(case, sparse, *size)
         with monkeypatch.context() as patch:
-            patch.setattr(jit, "PARALLEL_FROM", 0)
+            patch.setattr(threads, "PARALLEL_FROM", 0)
             assert run(case, sparse, *size) == serial
 
 
@@ -70,12 +69,12 @@ def test_norms_have_the_same_bits_for_any_number_of_threads_and_variant(dtype, r
     flat = g.reshape(-1)
     gradient = checked_rows(fastopt.IndexedSlices(indices, g), "grads", 500)
     table = np.stack([gradient.describe(gradient.values)])
-    blocks = np.array([[0, block] for block in range(-(-500 // norms.GROUPS_PER_BLOCK))])
+    blocks = np.array([[0, block] for block in range(-(-500 // norms.SEGMENTS_PER_BLOCK))])
     for kernel, args, count in (
         (
             norms.sum_squares_arrays,
             (dtype(0), formats(PLAIN), np.array([flat.ctypes.data]), np.array([0, flat.size])),
-            -(-flat.size // norms.BLOCK),
+            -(-flat.size // norms.SUMMED),
         ),
         (norms.sum_squares_tables, (dtype(0), table, blocks), len(blocks)),
     ):
@@ -106,9 +105,9 @@ def test_coalescing_and_lookups_have_the_same_bits_in_both_variants():
     serial = rng.standard_normal((5_001, 9)).astype(np.float32)
     parallel = serial.copy()
     indices = rng.integers(0, 700, 5_001)
-    [groups] = group([(indices, 700)])
-    rows.coalesce.serial(serial, groups.order, groups.starts, 0)
-    rows.coalesce.parallel(parallel, groups.order, groups.starts, 0)
+    [segments] = segments_of([(indices, 700)])
+    rows.coalesce.serial(serial, segments.order, segments.starts, 0)
+    rows.coalesce.parallel(parallel, segments.order, segments.starts, 0)
     assert serial.tobytes() == parallel.tobytes()
     found = np.empty((2, 5_001, 9), np.float32)
     rows.gather.serial(serial, indices, found[0])
@@ -129,8 +128,8 @@ def test_fresh_processes_have_the_same_bits_for_any_number_of_threads():
     expected = digest()
     folder = os.path.dirname(__file__)
     code = f"import sys; sys.path.insert(0, {folder!r}); import test_determinism as t; print(t.digest())"
-    for threads in ("1", "2"):
-        environment = {**os.environ, "NUMBA_NUM_THREADS": threads}
+    for count in ("1", "2"):
+        environment = {**os.environ, "NUMBA_NUM_THREADS": count}
         result = subprocess.run(
             [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True
         )
