@@ -9,7 +9,7 @@ import numpy as np
 from peers import torch, torch_optimizers, torch_parameters
 
 import fastopt
-from fastopt.kernels.cpu.formats import BLOCK
+from fastopt.kernels.formats import BLOCK
 
 SIZE = 1 << 25
 STATE = {"float32": 4, "bfloat16": 2, "8bit": 1 + 4 / BLOCK}  # bytes of an element, its share of a scale too

@@ -8,9 +8,8 @@ import numpy as np
 from numba import prange
 
 import fastopt
-from fastopt.kernels.cpu.memory import AHEAD, prefetch, view
-from fastopt.kernels.cpu.sums import sum_rows
-from fastopt.kernels.cpu.tables import add_row
+from fastopt.kernels.cpu.segments import add_row, sum_rows
+from fastopt.kernels.intrinsics import AHEAD, prefetch, view
 
 
 @numba.njit(parallel=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastopt._core.options import SHARED
-from fastopt.kernels import rules
+from fastopt.kernels.rule import COMPUTE_DTYPE, RULES, Rule, register
 from fastopt.optimizer import Optimizer
 
 
@@ -75,8 +75,8 @@ def register_rule(
         raise ValueError(f"slots is {slots!r}: expected a list of names")
     if len({*slots, "step"}) != len(slots) + 1:
         raise ValueError(f"slots is {slots!r}: expected names that differ, none of them 'step'")
-    rule = rules.Rule(hyper, update, tuple(slots))
-    if rules.RULES.get(hyper, rule) != rule:
+    rule = Rule(hyper, update, tuple(slots))
+    if RULES.get(hyper, rule) != rule:
         raise ValueError(
             f"hyper, {hyper.__qualname__}, belongs to another rule: define a NamedTuple for this one"
         )
@@ -92,7 +92,7 @@ def register_rule(
         )
     options |= {"weight_decay": 0.0, "maximize": False, **SHARED}
     by_step = hasattr(hyper, "fold")
-    rules.register(rule)
+    register(rule)
     keyword = inspect.Parameter.KEYWORD_ONLY
     signature = inspect.Signature(
         [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
@@ -116,7 +116,7 @@ def register_rule(
                     "first number is not lr"
                 )
 
-        def rule(self, options: Mapping[str, Any]) -> rules.Rule:
+        def rule(self, options: Mapping[str, Any]) -> Rule:
             return rule
 
         def decoupled(self, options: Mapping[str, Any]) -> bool:
@@ -134,6 +134,7 @@ def _options(hyper: type) -> dict[str, Any]:
     if hasattr(hyper, "fold"):
         parameters = inspect.signature(hyper.fold).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        options.pop(COMPUTE_DTYPE, None)
     else:
         defaults = hyper._field_defaults  # type: ignore[attr-defined]
         fields = hyper._fields  # type: ignore[attr-defined]
@@ -141,10 +142,10 @@ def _options(hyper: type) -> dict[str, Any]:
     return options
 
 
-def _try(rule: rules.Rule, options: Mapping[str, Any]) -> None:
+def _try(rule: Rule, options: Mapping[str, Any]) -> None:
     """Call the rule once on plain numbers, so that mistakes in it are reported at once and clearly."""
     lr = options["lr"]
-    h = rule.fold(1, {**options, "lr": lr(0) if callable(lr) else lr})
+    h = rule.fold(1, {**options, "lr": lr(0) if callable(lr) else lr}, np.float64)
     if not isinstance(h, rule.hyper):
         raise ValueError(
             f"fold of {rule.hyper.__qualname__} returned {h!r}: expected a {rule.hyper.__qualname__}"

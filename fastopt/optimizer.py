@@ -17,7 +17,7 @@ from fastopt._step.planner import Planner
 from fastopt._step.settings import StepInfo, checked_settings
 from fastopt.checkpoint import files
 from fastopt.checkpoint import state_dict as states
-from fastopt.kernels.rules import Rule
+from fastopt.kernels.rule import Rule
 from fastopt.tables import flushing
 
 _DONE = StepInfo()
@@ -46,7 +46,7 @@ class Optimizer:
             named or read (by ``fastopt.embedding(..., optimizer=)``), or by :meth:`flush`. Exact up to
             rounding but for Adam and its kin where eps is not small against the root of the second
             moment: there the movement missed is off by at most 3e-6 of itself for betas (0.9, 0.999), and
-            more the nearer 1 - beta2 comes to (1 - beta1) / 2, see ``fastopt.kernels.rest``. It costs
+            more the nearer 1 - beta2 comes to (1 - beta1) / 2, see ``fastopt.kernels.catch_up``. It costs
             no more for the steps missed than for one, but for an L2 ``weight_decay`` with a rule that
             divides by a root (AdaGrad, RMSProp, Adam, RAdam, NAdam) and for Lion, where steps are gone
             through one by one. Needs lr * weight_decay below 1.
@@ -58,7 +58,7 @@ class Optimizer:
         state_dtype: what the state that is shaped as the parameter is stored in, None, the default, standing
             for float64 for float64 parameters and for float32 for all others: "float32"; "bfloat16", with
             stochastic rounding; or "8bit", codes in blocks of 256 elements with their own scales (see
-            ``fastopt.kernels.cpu.formats``), rounded stochastically. A dtype of NumPy or torch will do.
+            ``fastopt.kernels.formats``), rounded stochastically. A dtype of NumPy or torch will do.
         master_weights: keep a float32 copy, made at the first step, of each float16 or bfloat16 parameter,
             update that, and round the parameter from it.
         seed: of the random bits of stochastic rounding, which depend on nothing but this, the step and the
@@ -120,7 +120,7 @@ class Optimizer:
     def check_options(self, options: Mapping[str, Any], label: str) -> None:
         """Refuse combinations of options that can't be honoured; ``label`` says whose they are."""
         rule = self.rule(options)
-        if options["rows"] == "dense" and rule.layer is not None:
+        if options["rows"] == "dense" and rule.trust_ratio is not None:
             raise ValueError(
                 f"{label} has rows='dense': expected 'lazy', as the steps of {type(self).__name__} depend on "
                 "whole layers"

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastopt.kernels.cpu.formats import Format
-from fastopt.kernels.rules import RULES, Rule
+from fastopt.kernels.formats import Format
+from fastopt.kernels.rule import RULES, Rule
 
 Slots = tuple[tuple[np.ndarray, np.ndarray | None], ...]  # state arrays, each with the scales of its codes
 

@@ -262,7 +262,7 @@ def peak(array):
 
 def code_levels(signed):
     """What 8-bit codes without a sign stand for, for the scale 1, as the docstring of
-    fastopt.kernels.cpu.formats describes them: roots of numbers where there is no sign."""
+    fastopt.kernels.formats describes them: roots of numbers where there is no sign."""
     fractions = 8 if signed else 16
     codes = np.arange(128 if signed else 256)
     logarithm = 2.0 ** (codes // fractions - 16) * (1 + codes % fractions / fractions)

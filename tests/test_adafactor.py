@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import reference
 
-from fastopt.kernels import jit, rules
-from fastopt.kernels.cpu import formats
+from fastopt.kernels import formats, rules
+from fastopt.kernels.cpu import threads
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.factored import LANES, TILE_COLUMNS, TILE_ROWS, update_matrices
+from fastopt.kernels.rule import Decoupled
 
 PLAIN, BFLOAT16 = formats.PLAIN, formats.BFLOAT16
 # around the ends of tiles and of what is worked on at a time
@@ -30,10 +31,10 @@ def update(p, g, state, step, options, members=(PLAIN, PLAIN), master=None, scal
     shape, row_var, col_var = state
     dtype = row_var.dtype.type
     lr, weight_decay = options["lr"], options["weight_decay"]
-    h = rules.ADAFACTOR.fold(step, options)
-    c = rules.Decoupled(-scale if options.get("maximize") else scale, np.inf, 1 - lr * weight_decay)
+    h = rules.ADAFACTOR.fold(step, options, dtype)
+    c = Decoupled(-scale if options.get("maximize") else scale, np.inf, 1 - lr * weight_decay)
     numbers = np.array([*h, *c])
-    places = np.array([[address(p), 0 if master is None else address(master)], [address(g), 0]])
+    places = np.array([address(p), 0 if master is None else address(master), address(g), 0])
     h, c = (type(t)(*map(dtype, t)) for t in (h, c))
     kinds = formats.formats(*members)
     update_matrices(h, c, dtype(0), kinds, places, shape, row_var, col_var, numbers, zero_grads)
@@ -117,7 +118,7 @@ def test_bits_do_not_depend_on_threads(restored_threads, monkeypatch):
     want = run()
     numba.set_num_threads(1)
     assert run() == want
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 2**62)
     assert run() == want
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
-from fastopt.kernels import jit
+from fastopt.kernels.cpu import threads
 
 SEEDS = st.integers(0, 2**32 - 1)
 DIMS = [0, 1, 3, 7, 8, 64, 100, 128, 1024]
@@ -458,14 +458,14 @@ def test_bags_have_the_same_bits_for_any_number_of_threads_variant_and_run(
     mode, weighted, restored_threads, monkeypatch
 ):
     numba.set_num_threads(2)
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 0)
     first = large(mode, weighted)
     assert large(mode, weighted) == first
     numba.set_num_threads(1)
     assert large(mode, weighted) == first
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 262_144)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 262_144)
     assert large(mode, weighted) == first
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 2**62)
     assert large(mode, weighted) == first
 
 

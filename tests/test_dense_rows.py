@@ -14,14 +14,14 @@ from signum import Signum
 
 import fastopt
 from fastopt import BagGradient, IndexedSlices, schedules
-from fastopt.kernels import jit
+from fastopt.kernels.cpu import threads
 from fastopt.kernels.cpu.backend.history import History
 
 ROWS, DIM = 12, 5
 F32, F64 = np.float32, np.float64
 SEEDS = st.integers(0, 2**32 - 1)
 
-# of the movement, with Adam and its kin: somewhat above what kernels/rest.py says
+# of the movement, with Adam and its kin: somewhat above what kernels/catch_up.py says
 ERRORS = {
     (0.9, 0.999): 5e-6,
     (0.9, 0.99): 1.5e-5,
@@ -241,7 +241,7 @@ def options_of_loop(name, rng):
         if name == "lion":  # betas with which directions are rounded, here by the same operations
             options["betas"] = 0.9, 0.99
         return lambda p, **more: case.make([p], {**options, **more})
-    if name == "far":  # betas that rest.py does not sum
+    if name == "far":  # betas that catch_up.py does not sum
         return lambda p, **more: fastopt.Adam([p], lr=0.03, betas=(0.9, 0.5), **more)
     if name == "signum":
         return lambda p, **more: Signum([p], lr=0.02, weight_decay=0.1, **more)
@@ -714,7 +714,7 @@ def test_large_tables_equal_dense_steps(name):
     rng = np.random.default_rng(13)
     case = cases.BY_NAME[name]
     options = drawn_options(case, rng, False, (0.9, 0.999))
-    assert rows * dim > jit.PARALLEL_FROM
+    assert rows * dim > threads.PARALLEL_FROM
     twin = Twin(case, options, F32, rng, schedules.cosine(20), (rows, dim))
     for _ in range(4):
         indices = np.minimum(rng.zipf(1.2, rows), rows) - 1

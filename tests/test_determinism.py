@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt.kernels import jit
-from fastopt.kernels.cpu import norms, rows
+from fastopt.kernels.cpu import norms, rows, threads
 from fastopt.kernels.cpu.index import segments_of
 
 RUNS = [(case, False) for case in cases.RULES] + [(case, True) for case in cases.PARALLEL_SPARSE]
@@ -43,7 +42,7 @@ def test_steps_have_the_same_bits_for_any_number_of_threads_variant_and_run(
     assert run(case, sparse) == first
     numba.set_num_threads(1)
     assert run(case, sparse) == first
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 2**62)
     assert run(case, sparse) == first
 
 
@@ -52,7 +51,7 @@ def test_small_steps_have_the_same_bits_in_both_variants(case, sparse, monkeypat
     for size in ((1, 1), (5, 3), (65, 7)):
         serial = run(case, sparse, *size)
         with monkeypatch.context() as patch:
-            patch.setattr(jit, "PARALLEL_FROM", 0)
+            patch.setattr(threads, "PARALLEL_FROM", 0)
             assert run(case, sparse, *size) == serial
 
 
@@ -68,7 +67,7 @@ def test_norms_have_the_same_bits_for_any_number_of_threads_and_variant(dtype, r
     numba.set_num_threads(1)
     assert fastopt.grad_norm(grads) == first
 
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)  # all on one thread
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 2**62)  # all on one thread
     assert fastopt.grad_norm(grads) == first
 
 
@@ -115,8 +114,8 @@ def test_fresh_processes_have_the_same_bits_for_any_number_of_threads():
     expected = digest()
     folder = os.path.dirname(__file__)
     code = f"import sys; sys.path.insert(0, {folder!r}); import test_determinism as t; print(t.digest())"
-    for threads in ("1", "2"):
-        environment = {**os.environ, "NUMBA_NUM_THREADS": threads}
+    for count in ("1", "2"):
+        environment = {**os.environ, "NUMBA_NUM_THREADS": count}
         result = subprocess.run(
             [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True
         )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
-from fastopt.kernels import jit
+from fastopt.kernels.cpu import threads as kernel_threads
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -184,7 +184,7 @@ def test_limits_and_lookups_have_the_same_bits_for_any_number_of_threads_and_var
         assert run() == first
     finally:
         numba.set_num_threads(threads)
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+    monkeypatch.setattr(kernel_threads, "PARALLEL_FROM", 2**62)
     assert run() == first
     assert first[1] != table.tobytes()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt.kernels.jit import Kernel
+from fastopt.kernels.cpu.jit import Kernel
 
 
 def snapshot(opt, arrays):

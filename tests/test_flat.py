@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
-from fastopt.kernels import jit
+from fastopt.kernels.cpu import threads as kernel_threads
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = [0, 1, 2, 7, 255, 256, 257, 511, 2047, 2048, 2049, 5000]
@@ -46,14 +46,14 @@ def bits(opt, params):
 @contextmanager
 def all_parallel():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jit, "PARALLEL_FROM", 0)
+        patch.setattr(kernel_threads, "PARALLEL_FROM", 0)
         yield
 
 
 @contextmanager
 def all_serial():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jit, "PARALLEL_FROM", 2**62)
+        patch.setattr(kernel_threads, "PARALLEL_FROM", 2**62)
         yield
 
 

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastopt._core.state import random_key
-from fastopt.kernels.cpu import formats
-from fastopt.kernels.cpu.formats import BLOCK, CODECS, random_bits, reader, writer
-from fastopt.kernels.jit import OPTIONS
+from fastopt.kernels import formats, intrinsics
+from fastopt.kernels.cpu.jit import OPTIONS
+from fastopt.kernels.cpu.runs import reader, writer
+from fastopt.kernels.formats import BLOCK
+from fastopt.kernels.intrinsics import random_bits
 
 SEEDS = st.integers(0, 2**32 - 1)
 MOST = 0xFFFFFFFF
@@ -40,8 +42,7 @@ def elementwise(function, result, *extra):
 
 
 def codec(kind):
-    own = CODECS[kind]
-    return elementwise(own.decode, np.float32), elementwise(own.encode, own.stored)
+    return elementwise(kind.decode, np.float32), elementwise(kind.encode, kind.stored)
 
 
 DECODE, ENCODE = {}, {}
@@ -76,7 +77,7 @@ def blockwise(kind, slot):
         read(stored, scales, out)
 
     def encode(values, key, position=0):
-        stored = np.empty(values.size, CODECS[kind].stored)
+        stored = np.empty(values.size, kind.stored)
         scales = np.empty(-(-values.size // BLOCK), np.float32)
         run_write(values, stored, scales, np.uint64(key), np.int64(position))
         return stored, scales
@@ -239,10 +240,11 @@ def test_rows_are_rounded_with_the_random_bits_of_their_slot_and_position():
 def test_random_bits_are_those_of_the_twin_for_plain_python():
     rng = np.random.default_rng(5)
     keys = [0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1, *rng.integers(0, 2**64, 50, np.uint64).tolist()]
+    twin = intrinsics._python_random_bits
     positions = [0, 1, 2**31, 2**32 - 1, 2**40 + 7, 2**62, *rng.integers(0, 2**62, 20).tolist()]
     got = bits_at(keys, positions)
     for row, key in zip(got, keys, strict=True):
-        want = [formats._python_random_bits(np.uint64(key), p, 0) for p in positions]
+        want = [twin(np.uint64(key), p, 0) for p in positions]
         np.testing.assert_array_equal(row, want)
 
     @jit
@@ -251,7 +253,7 @@ def test_random_bits_are_those_of_the_twin_for_plain_python():
 
     for position, k in ((5, 300), (2**32 - 2, 4), (2**40, 17)):
         assert split(np.uint64(keys[-1]), position, k) == bits_at(keys[-1:], [position + k])[0, 0]
-        assert formats._python_random_bits(keys[-1], position, k) == bits_at(keys[-1:], [position + k])[0, 0]
+        assert twin(keys[-1], position, k) == bits_at(keys[-1:], [position + k])[0, 0]
 
 
 CELLS = 16
@@ -307,6 +309,26 @@ def test_keys_of_steps_and_seeds_differ_in_half_of_their_bits():
         assert abs(np.mean(flips) - 32) < 6 * 4 / len(flips) ** 0.5
         assert 8 <= min(flips) <= max(flips) <= 56
     assert random_key(2**63 - 1, 2**62) != random_key(2**63 - 2, 2**62)
+
+
+# Formats of one's own
+
+
+@pytest.mark.parametrize("name", ["PLAIN", "A__B", "two words", ""])
+def test_a_format_that_could_be_taken_for_another_is_refused(name):
+    before = dict(formats.FORMATS)
+    with pytest.raises(ValueError, match=r"name is '.*': expected an identifier without '__' that no other"):
+        formats.register_format(formats.Format(name, np.dtype(np.uint16), np.uint16))
+    assert before == formats.FORMATS
+    assert formats.register_format(formats.HALF) is formats.HALF
+
+
+def test_the_type_of_a_kernels_argument_is_found_by_name():
+    marker = formats.formats(formats.PLAIN, formats.ROOT8)
+    assert getattr(formats, type(marker).__name__) is type(marker)
+    assert type(marker).members == (formats.PLAIN, formats.ROOT8)
+    with pytest.raises(AttributeError):
+        formats.Unknown  # noqa: B018
 
 
 # 8 bits
@@ -431,8 +453,7 @@ def all_scales(rng):
 
 @coded
 def test_no_random_bits_lead_beyond_the_last_code(kind):
-    own = CODECS[kind]
-    inverse, encode, scale_from = own.inverse, own.encode, formats.scale_from
+    inverse, encode, scale_from = kind.inverse, kind.encode, formats.scale_from
 
     @jit
     def run(bits, x, random, out):

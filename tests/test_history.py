@@ -9,9 +9,11 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastopt.kernels import rest, rules
+from fastopt.kernels import catch_up, rules
 from fastopt.kernels.cpu.backend.history import History
-from fastopt.kernels.elements import load, store
+from fastopt.kernels.element import load, store
+from fastopt.kernels.rule import L2, Adaptive, Decoupled, Linear, Loop, Rule, Scaled
+from fastopt.kernels.rules.sgd import SGDH, sgd
 
 ADAM = ("betas", "eps")
 RMSPROP = ("alpha", "eps")
@@ -31,12 +33,12 @@ CASES = {
     "radam": (rules.RADAM, reference.radam, ADAM),
     "nadam": (rules.NADAM, reference.nadam, (*ADAM, "momentum_decay")),
 }  # fmt: skip
-DECAYS = rules.Scaled, rules.L2, rules.Decoupled
+DECAYS = Scaled, L2, Decoupled
 VARIANTS = [(name, decay) for name, (rule, *_) in CASES.items() for decay in DECAYS
-            if rest.KINDS[rule.hyper][decay is rules.L2] is not rest.Loop]  # fmt: skip
+            if (rule.missed_l2 if decay is L2 else rule.missed) is not Loop]  # fmt: skip
 IDS = [f"{name}-{decay.__name__}" for name, decay in VARIANTS]
 
-# of the movement without weight decay: somewhat above what kernels/rest.py says, for t0 = 0 too
+# of the movement without weight decay: somewhat above what kernels/catch_up.py says, for t0 = 0 too
 TOLERANCE = {
     (0.9, 0.999): 5e-6,
     (0.9, 0.99): 1.5e-5,
@@ -72,9 +74,9 @@ ULPS = 16
 @numba.njit(error_model="numpy")
 def take(kind, steps, window, base, t0, t1, h, p, slots):
     """Take the steps t0 + 1 .. t1."""
-    k = rest.coefficients(kind, steps, window, base, t0, t1, p[0])
+    k = catch_up.coefficients(kind, steps, window, base, t0, t1, p[0])
     for i in range(p.size):
-        new = rest.rest(k, h, p[i], *load(slots, i))
+        new = catch_up.caught_up(k, h, p[i], *load(slots, i))
         p[i] = new[0]
         store(slots, i, new[1:])
 
@@ -82,13 +84,13 @@ def take(kind, steps, window, base, t0, t1, h, p, slots):
 @numba.njit(error_model="numpy")
 def take_row(kind, steps, window, base, t0, t1, h, p, slots, row_slots):
     """The same for a row with state of its own, arrays of one element."""
-    k = rest.coefficients(kind, steps, window, base, t0, t1, p[0])
+    k = catch_up.coefficients(kind, steps, window, base, t0, t1, p[0])
     old = load(row_slots, 0)
     for i in range(p.size):
-        new = rest.rest(k, h, p[i], *load(slots, i), *old)
+        new = catch_up.caught_up(k, h, p[i], *load(slots, i), *old)
         p[i] = new[0]
         store(slots, i, new[1:])
-    store(row_slots, 0, rest.rest_row(k, h, *old))
+    store(row_slots, 0, catch_up.row_caught_up(k, h, *old))
 
 
 def arrived(history, lrs):
@@ -102,7 +104,7 @@ def cast(h, dtype):
 
 
 def hyper(rule, options, dtype):
-    return cast(rule.fold(1, options), dtype)
+    return cast(rule.fold(1, options, np.float64), dtype)
 
 
 def place(history, t0, t1):
@@ -127,8 +129,8 @@ def went_through(name, decay, options, p, slots, lrs, t0):
     _, rule, names = CASES[name]
     given_options = {"centered": True, "amsgrad": True, **options}
     own = {key: given_options[key] for key in names}
-    own["weight_decay"] = options["weight_decay"] if decay is not rules.Scaled else 0.0
-    own["decoupled"] = decay is rules.Decoupled
+    own["weight_decay"] = options["weight_decay"] if decay is not Scaled else 0.0
+    own["decoupled"] = decay is Decoupled
     p, state = p.astype(np.float64), {slot: array.astype(np.float64) for slot, array in slots.items()}
     way = np.abs(p)
     for n, lr in enumerate(lrs):
@@ -153,15 +155,15 @@ def assert_same_as_going_through(name, decay, options, schedule, base, t0, gap, 
     # what is computed in dtype, and one rounding in float64 a step since base, in sums of logarithms
     unit = ULPS * np.finfo(dtype).eps + count * np.finfo(np.float64).eps
     allowed = unit * way
-    if history.kind is rest.Adaptive:
-        moved, *_ = went_through(name, rules.Scaled, options, np.zeros_like(p), slots, missed, t0)
+    if history.kind is Adaptive:
+        moved, *_ = went_through(name, Scaled, options, np.zeros_like(p), slots, missed, t0)
         allowed += TOLERANCE[options["betas"]] * np.abs(moved)
     assert got.dtype == dtype
     assert np.all(np.abs(got - want) <= allowed), np.max(np.abs(got - want) / allowed)
     for array, (slot, wanted) in zip(arrays, state.items(), strict=True):
         rtol = unit * 4 if dtype == np.float32 else 1e-12
         atol = np.finfo(dtype).tiny
-        if decay is rules.L2 and slot == "momentum_buffer":  # which p feeds
+        if decay is L2 and slot == "momentum_buffer":  # which p feeds
             atol = unit * options["weight_decay"] * way / (1 - options["momentum"])
         assert np.all(np.abs(array - wanted) <= rtol * np.abs(wanted) + atol), slot
     if not gap:
@@ -182,7 +184,7 @@ def assert_same_as_going_through(name, decay, options, schedule, base, t0, gap, 
 def test_missed_steps_are_steps_with_zero_gradient(
     name, decay, options, schedule, base, start, gap, later, dtype, seed
 ):
-    if rest.rest_kind(CASES[name][0], decay, options) is rest.Adaptive:
+    if catch_up.missed_kind(CASES[name][0], decay, options) is Adaptive:
         later = 0  # it keeps the sums up to its last step alone
     rng = np.random.default_rng(seed)
     assert_same_as_going_through(name, decay, options, schedule, base, base + start, gap, later, dtype, rng)
@@ -196,7 +198,7 @@ FIXED = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.9, "dampe
 def test_a_long_absence(name):
     rng = np.random.default_rng(1)
     for dtype in (np.float32, np.float64):
-        assert_same_as_going_through(name, rules.Decoupled, FIXED, "cosine", 0, 3, 20_000, 0, dtype, rng)
+        assert_same_as_going_through(name, Decoupled, FIXED, "cosine", 0, 3, 20_000, 0, dtype, rng)
 
 
 @pytest.mark.parametrize("t0", [1, 10, 1000])
@@ -204,7 +206,7 @@ def test_a_long_absence(name):
 def test_eps_of_any_size_against_the_second_moment(name, t0):
     rule, formula, _ = CASES[name]
     options = {**FIXED, "weight_decay": 0.0}
-    history = arrived(History(rule, rules.Scaled, options, 0), np.full(t0 + 200, 1e-2))
+    history = arrived(History(rule, Scaled, options, 0), np.full(t0 + 200, 1e-2))
     root = options["eps"] * 10.0 ** np.arange(-3, 6.1, 0.25)
     m, v = np.ones(root.size), root**2 * (1 - options["betas"][1] ** t0)
     state = {"exp_avg": m.copy(), "exp_avg_sq": v.copy(), "max_exp_avg_sq": v.copy()}
@@ -226,31 +228,31 @@ def test_rows_without_a_past_move_by_weight_decay_alone(name, decay, lr):
     slots = tuple(np.zeros(9, np.float32) for _ in rule.state_slots)
     got = p.copy()
     take(*place(history, 0, 400), hyper(rule, FIXED, np.float32), got, slots)
-    if decay is rules.Scaled or lr == 0:
+    if decay is Scaled or lr == 0:
         assert got.tobytes() == p.tobytes()
-    elif history.kind is not rest.Linear or decay is rules.Decoupled:
+    elif history.kind is not Linear or decay is Decoupled:
         np.testing.assert_allclose(got, p * (1 - 1e-4) ** 400, rtol=1e-6)
-    assert all(not slot.any() for slot in slots) or decay is rules.L2
+    assert all(not slot.any() for slot in slots) or decay is L2
 
 
-@pytest.mark.parametrize("decay", [rules.Scaled, rules.Decoupled])
+@pytest.mark.parametrize("decay", [Scaled, Decoupled])
 def test_rowwise_adagrad_keeps_its_sum(decay):
     history = arrived(History(rules.ROWWISE_ADAGRAD, decay, FIXED, 0), [0.1] * 10)
     p, total = np.ones(3, np.float32), np.full(1, 0.3, np.float32)
     take_row(*place(history, 0, 10), hyper(rules.ROWWISE_ADAGRAD, FIXED, np.float32), p, (), (total,))
     assert total[0] == np.float32(0.3)
-    np.testing.assert_allclose(p, (1 - 1e-3) ** 10 if decay is rules.Decoupled else 1.0, rtol=1e-6)
+    np.testing.assert_allclose(p, (1 - 1e-3) ** 10 if decay is Decoupled else 1.0, rtol=1e-6)
 
 
 def test_a_second_moment_for_a_row():
     rule = rules.ROWWISE_ADAM
-    history = arrived(History(rule, rules.Decoupled, FIXED, 0), [1e-2] * 60)
+    history = arrived(History(rule, Decoupled, FIXED, 0), [1e-2] * 60)
     rng = np.random.default_rng(2)
     for dtype in (np.float32, np.float64):
         p, m = rng.standard_normal((2, 8)).astype(dtype)
         v = np.full(1, 0.2, dtype)
         slots = {"exp_avg": m, "exp_avg_sq": np.repeat(v, 8)}
-        want, state, way = went_through("adam", rules.Decoupled, FIXED, p, slots, [1e-2] * 50, 10)
+        want, state, way = went_through("adam", Decoupled, FIXED, p, slots, [1e-2] * 50, 10)
         got = p.copy()
         take_row(*place(history, 10, 60), hyper(rule, FIXED, dtype), got, (m,), (v,))
         unit = ULPS * np.finfo(dtype).eps
@@ -262,8 +264,8 @@ def test_a_second_moment_for_a_row():
 def test_products_of_matrices_between_any_two_steps():
     options = {**FIXED, "nesterov": True, "momentum": 0.7, "weight_decay": 0.5}
     rng = np.random.default_rng(3)
-    history = arrived(History(rules.MOMENTUM, rules.L2, options, 5), rng.uniform(0, 0.5, 70))
-    own = history.steps[:, rest.OWN : rest.OWN + 4].reshape(-1, 2, 2)
+    history = arrived(History(rules.MOMENTUM, L2, options, 5), rng.uniform(0, 0.5, 70))
+    own = history.steps[:, catch_up.OWN : catch_up.OWN + 4].reshape(-1, 2, 2)
     h = hyper(rules.MOMENTUM, options, np.float64)
     for t0 in range(5, 76):
         want = np.eye(2)
@@ -277,7 +279,7 @@ def test_products_of_matrices_between_any_two_steps():
 
 def test_the_first_step_is_undampened():
     options = {**FIXED, "dampening": 0.5, "weight_decay": 0.1}
-    history = arrived(History(rules.MOMENTUM, rules.L2, options, 0), [1.0, 1.0])
+    history = arrived(History(rules.MOMENTUM, L2, options, 0), [1.0, 1.0])
     p, b = np.ones(1), np.zeros(1)
     take(*place(history, 0, 1), hyper(rules.MOMENTUM, options, np.float64), p, (b,))
     np.testing.assert_allclose((p[0], b[0]), (0.9, 0.1))
@@ -288,70 +290,70 @@ def test_the_first_step_is_undampened():
 
 @pytest.mark.parametrize(
     ("rule", "decay"),
-    [(rules.ADAM, rules.L2), (rules.RADAM, rules.L2), (rules.NADAM, rules.L2),
-     (rules.LION, rules.Scaled), (rules.LION, rules.Decoupled), (rules.ADAGRAD, rules.L2),
-     (rules.RMSPROP, rules.L2), (rules.CENTERED_RMSPROP_MOMENTUM, rules.L2),
-     (rules.ROWWISE_ADAGRAD, rules.L2)],
+    [(rules.ADAM, L2), (rules.RADAM, L2), (rules.NADAM, L2),
+     (rules.LION, Scaled), (rules.LION, Decoupled), (rules.ADAGRAD, L2),
+     (rules.RMSPROP, L2), (rules.CENTERED_RMSPROP_MOMENTUM, L2),
+     (rules.ROWWISE_ADAGRAD, L2)],
 )  # fmt: skip
 def test_other_steps_are_kept_as_they_are(rule, decay):
     options = {**FIXED, "lr_decay": 0.1}
     lrs = np.linspace(0.1, 0.2, 100)
     history = arrived(History(rule, decay, options, 4), lrs)
-    assert history.kind is rest.Loop
+    assert history.kind is Loop
     for i in (1, 2, 100):
-        h = rule.fold(4 + i, {**options, "lr": lrs[i - 1]})
-        kept = {rules.Scaled: [], rules.L2: [0.01], rules.Decoupled: [1.0 - lrs[i - 1] * 0.01]}
+        h = rule.fold(4 + i, {**options, "lr": lrs[i - 1]}, np.float64)
+        kept = {Scaled: [], L2: [0.01], Decoupled: [1.0 - lrs[i - 1] * 0.01]}
         assert history.steps[i].tolist() == [*map(float, h), *kept[decay]]
 
 
 def test_steps_that_do_not_settle_keep_their_weight_decay():
     options = {**FIXED, "betas": (0.9, 0.5)}
-    plain = arrived(History(rules.ADAM, rules.Scaled, options, 0), [0.1])
-    assert plain.steps[1].tolist() == list(rules.ADAM.fold(1, {**options, "lr": 0.1}))
-    decoupled = arrived(History(rules.ADAM, rules.Decoupled, options, 0), [0.1])
+    plain = arrived(History(rules.ADAM, Scaled, options, 0), [0.1])
+    assert plain.steps[1].tolist() == list(rules.ADAM.fold(1, {**options, "lr": 0.1}, np.float64))
+    decoupled = arrived(History(rules.ADAM, Decoupled, options, 0), [0.1])
     assert decoupled.steps[1].tolist() == [*plain.steps[1], 1 - 0.1 * 0.01]
 
 
 @pytest.mark.parametrize(
     ("rule", "betas", "kind"),
     [
-        (rules.ADAM, (0.9, 0.999), rest.Adaptive),
-        (rules.ADAM, (0.9, 0.95), rest.Adaptive),
-        (rules.ADAM, (0.9, 0.8), rest.Loop),
-        (rules.ADAM, (0.7, 0.5), rest.Loop),
-        (rules.ADAM, (0.9, 0.0), rest.Loop),
-        (rules.ADAM, (0.0, 0.0), rest.Adaptive),
-        (rules.ADAM, (0.9999, 0.99999), rest.Loop),
-        (rules.AMSGRAD, (0.9, 0.5), rest.Adaptive),
-        (rules.AMSGRAD, (0.9, 0.0), rest.Adaptive),
-        (rules.RADAM, (0.9, 0.5), rest.Loop),
+        (rules.ADAM, (0.9, 0.999), Adaptive),
+        (rules.ADAM, (0.9, 0.95), Adaptive),
+        (rules.ADAM, (0.9, 0.8), Loop),
+        (rules.ADAM, (0.7, 0.5), Loop),
+        (rules.ADAM, (0.9, 0.0), Loop),
+        (rules.ADAM, (0.0, 0.0), Adaptive),
+        (rules.ADAM, (0.9999, 0.99999), Loop),
+        (rules.AMSGRAD, (0.9, 0.5), Adaptive),
+        (rules.AMSGRAD, (0.9, 0.0), Adaptive),
+        (rules.RADAM, (0.9, 0.5), Loop),
     ],
 )
 def test_a_sum_that_does_not_settle_is_gone_through(rule, betas, kind):
-    assert rest.rest_kind(rule, rules.Scaled, {**FIXED, "betas": betas}) is kind
-    assert rest.rest_kind(rule, rules.L2, {**FIXED, "betas": betas}) is rest.Loop
+    assert catch_up.missed_kind(rule, Scaled, {**FIXED, "betas": betas}) is kind
+    assert catch_up.missed_kind(rule, L2, {**FIXED, "betas": betas}) is Loop
 
 
 def test_rules_from_elsewhere_are_gone_through():
-    class OtherH(rules.SGDH):
+    class OtherH(SGDH):
         __slots__ = ()
 
-    assert rest.rest_kind(rules.Rule(OtherH, rules.sgd), rules.Scaled, FIXED) is rest.Loop
+    assert catch_up.missed_kind(Rule(OtherH, sgd), Scaled, FIXED) is Loop
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.999), (0.5, 0.0)])
 def test_betas_of_zero_leave_no_nan(betas):
     options = {**FIXED, "betas": betas}
-    history = arrived(History(rules.AMSGRAD, rules.Scaled, options, 0), [0.1] * 50)
+    history = arrived(History(rules.AMSGRAD, Scaled, options, 0), [0.1] * 50)
     for gap in (1, 50):
-        start = History(rules.AMSGRAD, rules.Scaled, options, 0) if gap < 50 else history
+        start = History(rules.AMSGRAD, Scaled, options, 0) if gap < 50 else history
         p, m, v = np.ones(1), np.ones(1), np.ones(1)
         start = arrived(start, [0.1] * (gap - start.now))
         take(*place(start, 0, gap), hyper(rules.AMSGRAD, options, np.float64), p, (m, v, np.ones(1)))
         assert math.isfinite(p[0]) and (p[0] == 1) == (betas[0] == 0)
 
 
-@pytest.mark.parametrize(("name", "decay"), [*VARIANTS, ("adam", rules.L2)])
+@pytest.mark.parametrize(("name", "decay"), [*VARIANTS, ("adam", L2)])
 @given(seed=SEEDS, count=st.integers(0, 300))
 def test_the_learning_rates_are_enough_to_keep_it_anew(name, decay, seed, count):
     lrs = np.random.default_rng(seed).uniform(0, 0.1, count)
@@ -366,7 +368,7 @@ def test_the_learning_rates_are_enough_to_keep_it_anew(name, decay, seed, count)
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_a_weight_decay_that_takes_all_is_refused(name):
-    history = arrived(History(CASES[name][0], rules.Decoupled, {**FIXED, "weight_decay": 2.0}, 0), [0.1] * 5)
+    history = arrived(History(CASES[name][0], Decoupled, {**FIXED, "weight_decay": 2.0}, 0), [0.1] * 5)
     before = history.steps.copy()
     with pytest.raises(ValueError, match=r"lr is 0.5 and weight_decay 2.0: .* lr \* weight_decay below 1"):
         history.advance(0.5)
@@ -374,11 +376,17 @@ def test_a_weight_decay_that_takes_all_is_refused(name):
     assert history.steps.tobytes() == before.tobytes()
 
 
-@pytest.mark.parametrize("kind", [rest.StillRest, rest.LinearRest, rest.AdaptiveRest])
+@pytest.mark.parametrize(
+    "kind", [catch_up.StillCoefficients, catch_up.LinearCoefficients, catch_up.AdaptiveCoefficients]
+)
 def test_coefficients_have_the_type_of_the_parameter(kind):
-    name = {rest.StillRest: "rmsprop", rest.LinearRest: "momentum", rest.AdaptiveRest: "adam"}[kind]
-    history = arrived(History(CASES[name][0], rules.Scaled, FIXED, 0), [0.1] * 5)
+    name = {
+        catch_up.StillCoefficients: "rmsprop",
+        catch_up.LinearCoefficients: "momentum",
+        catch_up.AdaptiveCoefficients: "adam",
+    }[kind]
+    history = arrived(History(CASES[name][0], Scaled, FIXED, 0), [0.1] * 5)
     for dtype in (np.float32, np.float64):
-        k = rest.coefficients(*place(history, 2, 5), dtype(0))
+        k = catch_up.coefficients(*place(history, 2, 5), dtype(0))
         assert type(k) is kind
         assert {type(number) for number in k} == {dtype}

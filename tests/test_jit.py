@@ -1,5 +1,6 @@
 """The compilation cache, imports, forks and threads: each case in processes of its own."""
 
+import ast
 import importlib
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 import fastopt
 import fastopt.kernels
+from fastopt.kernels.cpu import cache as cache_on_disk
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {"omp": "omppool", "tbb": "tbbpool", "workqueue": "workqueue"}
@@ -22,7 +24,7 @@ COMMON = """
 import os, sys, threading
 import numpy as np
 import fastopt
-from fastopt.kernels.cpu.flat import update_arrays
+from fastopt.kernels.cpu.dense import update_arrays
 
 def dense(size, rule=fastopt.SGD):
     p, g = np.arange(size, dtype=np.float32) % 64, np.full(size, 4, np.float32)
@@ -118,9 +120,10 @@ def test_an_edited_rule_is_compiled_again_and_an_unchanged_one_is_not(tmp_path):
     package = copy_package(tmp_path)
     env = {"PYTHONPATH": tmp_path, "NUMBA_CACHE_DIR": tmp_path / "cache"}
     where = "\nimport fastopt.kernels.rules\nprint(fastopt.__file__, fastopt.kernels.rules.__file__)"
-    assert run(where, tmp_path, **env) == [str(package / n) for n in ("__init__.py", "kernels/rules.py")]
+    names = "__init__.py", "kernels/rules/__init__.py"
+    assert run(where, tmp_path, **env) == [str(package / name) for name in names]
     assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
-    edit(package / "kernels" / "rules.py", "(p - h.lr * g,)", "(p + h.lr * g,)")
+    edit(package / "kernels" / "rules" / "sgd.py", "(p - h.lr * g,)", "(p + h.lr * g,)")
     assert run(STEP, tmp_path, **env) == ["0.5", "1", "0"]
     before = files(tmp_path / "cache")
     assert run(STEP, tmp_path, **env) == ["0.5", "0", "1"]
@@ -205,6 +208,78 @@ def test_a_rule_from_outside_is_compiled_again_when_any_of_its_code_changed(tmp_
     kept = files(tmp_path / "cache")
     assert run(OWN_STEP, tmp_path, **env) == [want, "0", "1"]
     assert files(tmp_path / "cache") == kept
+
+
+OWN_FORMAT = """
+import numpy as np
+from numba.extending import register_jitable
+from fastopt.kernels import formats
+
+UNIT = np.float32(64)
+
+@register_jitable
+def decode(stored):
+    return np.float32(stored) / UNIT
+
+@register_jitable
+def encode(x, random):
+    return np.int16(np.float32(x) * UNIT)
+
+OWN = formats.register_format(formats.Format("OWN", np.dtype(np.int16), np.int16, decode, encode))
+formats.register_state_dtype("own", formats.StateFormats(OWN, OWN))
+"""
+OWN_FORMAT_STEPS = (
+    COMMON
+    + """
+import own_format
+p = np.zeros(3, np.float32)
+opt = fastopt.SGD(p, lr=0.5, momentum=0.5, state_dtype="own")
+for _ in range(2):
+    opt.step(np.ones(3, np.float32))
+print(p[0], opt.state_dict()["state"][0]["momentum_buffer"].dtype, *compiled_and_loaded())
+"""
+)
+
+
+def test_a_format_from_outside_is_compiled_again_when_its_code_changed(tmp_path):
+    env = {"PYTHONPATH": tmp_path, "NUMBA_CACHE_DIR": tmp_path / "cache"}
+    path = tmp_path / "own_format.py"
+    path.write_text(OWN_FORMAT)
+    assert run(OWN_FORMAT_STEPS, tmp_path, **env) == ["-1.25", "int16", "1", "0"]
+    for before, after, want in [
+        ("float32(stored) /", "float32(stored) * 0.5 /", "-1.125"),
+        ("stored) * 0.5 /", "stored) /", "-1.25"),
+        ("float32(x) *", "float32(x) * 0.5 *", "-1.125"),
+    ]:
+        edit(path, before, after)
+        counts = ["1", "0"] if want != "-1.25" else ["0", "1"]
+        assert run(OWN_FORMAT_STEPS, tmp_path, **env) == [want, "int16", *counts], f"{before} -> {after}"
+
+
+COMPILES = {"Kernel", "Direct", "helper", "restricted_helper", "register_jitable", "overload", "intrinsic"}
+COMPILES |= {"njit", "jit", "vectorize", "generated_jit", "define"}
+
+
+def test_files_that_the_digest_leaves_out_define_nothing_compiled_for_the_cpu():
+    folder = Path(fastopt.kernels.__file__).parent
+    left_out = [folder / name for name in cache_on_disk.HOST_ONLY]
+    files = [file for path in left_out for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    files = [file for file in files if file.exists()]
+    assert {"threads.py", "cache.py", "memory.py"} < {file.name for file in files}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "numba":
+                names.append(node.attr)
+            assert not COMPILES & set(names), file
+
+
+def test_an_edit_of_a_file_that_the_digest_leaves_out_compiles_nothing_again(tmp_path):
+    package = copy_package(tmp_path)
+    env = {"PYTHONPATH": tmp_path, "NUMBA_CACHE_DIR": tmp_path / "cache"}
+    assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
+    edit(package / "kernels" / "cpu" / "threads.py", "PARALLEL_FROM = 131_072", "PARALLEL_FROM = 262_144")
+    assert run(STEP, tmp_path, **env) == ["-0.5", "0", "1"]
 
 
 def test_a_rule_of_the_main_module_works_without_the_cache(tmp_path):
@@ -390,7 +465,7 @@ def layer(request):
     return request.param
 
 
-# Above and below fastopt.kernels.jit.PARALLEL_FROM.
+# Above and below fastopt.kernels.cpu.threads.PARALLEL_FROM.
 STEP_ALL = """
 def step_all():
     dense(300_000)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import reference
 
-from fastopt.kernels import rules
-from fastopt.kernels.cpu import flat, formats, layers
+from fastopt.kernels import formats, layout, rules
+from fastopt.kernels.cpu import trust
 from fastopt.kernels.cpu.backend.addresses import address
-from fastopt.kernels.cpu.rows import update_apart
+from fastopt.kernels.cpu.stored_rows import update_apart
+from fastopt.kernels.rule import Scaled
 
 # around the ends of runs, of what is gathered and of blocks of sums
-SIZES = [0, 1, 255, 257, 1_023, 1_025, 0, layers.SUMMED - 1, layers.SUMMED, layers.SUMMED + 1, 20_000, 3]
+SIZES = [0, 1, 255, 257, 1_023, 1_025, 0, trust.SUMMED - 1, trust.SUMMED, trust.SUMMED + 1, 20_000, 3]
 OPTIONS = {"lr": 0.02, "betas": (0.85, 0.97), "eps": 1e-4, "weight_decay": 0.3}
 SCALE, LIMIT = -0.5, 0.9  # of the gradient: maximised, unscaled and clipped
 MANY = 2**40  # elements, that a launch is parallel
@@ -35,7 +36,7 @@ class Stored:
         self.second = None
         if kind is PLAIN:
             self.first = np.array(x, dtype)
-        elif kind in formats.CODED:
+        elif kind.coded:
             assert not np.any(x)
             self.first = np.zeros(np.size(x), np.uint8)
             self.second = np.zeros(-(-np.size(x) // formats.BLOCK), np.float32)
@@ -51,7 +52,7 @@ class Stored:
             return self.first
         if self.kind is formats.BFLOAT16_OF:
             return self.second
-        if self.kind in formats.CODED:
+        if self.kind.coded:
             return self._decoded()
         return self.first.view(ml_dtypes.bfloat16).astype(self.dtype)
 
@@ -79,20 +80,20 @@ class Table:
         self.states = [[Stored(np.zeros_like(p), kind, dtype) for kind in members[2:]] for p in ps]
 
     def arguments(self, grads, step, options, zero_grads=False, chunk=512, first=0):
-        h, c = self.rule.fold(step, options), rules.Scaled(SCALE, LIMIT)
+        h, c = self.rule.fold(step, options, self.dtype), Scaled(SCALE, LIMIT)
         numbers = np.array([[*h, *c]])
-        table = np.zeros((len(self.ps), flat.PLACES + 2 * len(self.members)), np.int64)
+        table = np.zeros((len(self.ps), layout.ARRAY_PLACES + 2 * len(self.members)), np.int64)
         for row, p, g, state in zip(table, self.ps, grads, self.states, strict=True):
-            row[flat.PLACES :] = np.array([array.places() for array in (p, g, *state)]).reshape(-1)
-        table[:, flat.KEY] = step
+            row[layout.ARRAY_PLACES :] = np.array([array.places() for array in (p, g, *state)]).reshape(-1)
+        table[:, layout.ARRAY_KEY] = step
         bases = np.cumsum([0, *(p.first.size for p in self.ps)])
-        table[:, flat.POSITION] = bases[:-1] + first
+        table[:, layout.ARRAY_POSITION] = bases[:-1] + first
         h, c = (type(t)(*map(self.dtype, t)) for t in (h, c))
         kinds = formats.formats(*self.members)
         return h, c, self.dtype(0), kinds, table, bases, numbers, zero_grads, chunk
 
     def step(self, grads, step, options, work=0, **others):
-        layers.update_layers(work, *self.arguments(grads, step, options, **others))
+        trust.update_whole_arrays(work, *self.arguments(grads, step, options, **others))
 
     def gradients(self, rng):
         return [Stored(rng.standard_normal(p.first.size), self.members[1], self.dtype) for p in self.ps]
@@ -135,7 +136,7 @@ def test_lamb_follows_the_formula(name):
                 np.testing.assert_array_equal(p.first.view(ml_dtypes.bfloat16), rounded)
             for stored, value in zip(state, want_state.values(), strict=True):
                 error = ERRORS.get(stored.kind, 0) * np.abs(value)
-                error += 2.0**-18 * reference.peak(value) * (stored.kind in formats.CODED)
+                error += 2.0**-18 * reference.peak(value) * (stored.kind.coded)
                 assert np.all(np.abs(stored.values - value) <= unit * reference.peak(value) + error)
 
 
@@ -239,7 +240,7 @@ def test_rows_of_sparse_tables_are_layers():
         tracked = reference.Tracked(reference.lamb, p, OPTIONS)
         for step in range(1, 4):
             g = np.asarray(rng.standard_normal((9, width)), dtype)
-            h, c = rules.LAMB.fold(step, OPTIONS), rules.Scaled(SCALE, LIMIT)
+            h, c = rules.LAMB.fold(step, OPTIONS, dtype), Scaled(SCALE, LIMIT)
             update_rows(*(type(t)(*map(dtype, t)) for t in (h, c)), p, g, (m, v))
             tracked.step((np.arange(9), scaled(g)))
         np.testing.assert_allclose(p, tracked.p, rtol=0, atol=32 * np.finfo(dtype).eps * tracked.scale)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import fastopt
 from fastopt import IndexPlan
-from fastopt.kernels import jit, scratch
+from fastopt.kernels.cpu import memory, threads
 
 SEEDS = st.integers(0, 2**32 - 1)
 ROWS = [1, 5, 2048, 2049, 5_000_011, 2**31 + 7, 2**40]
@@ -36,7 +36,7 @@ def some_indices(rng, shape, rows, kind, dtype=np.int64):
     return np.asarray(drawn, dtype)
 
 
-def assert_groups(plan, indices, rows):
+def assert_segments(plan, indices, rows):
     flat = indices.reshape(-1)
     distinct, counts = np.unique(flat, return_counts=True)
     assert plan.rows == rows
@@ -50,8 +50,8 @@ def assert_groups(plan, indices, rows):
 
 
 def contents(plan):
-    groups = plan._segments
-    return [a.tobytes() for a in (plan.indices, plan.distinct, plan.counts, groups.order, groups.starts)]
+    segments = plan._segments
+    return [a.tobytes() for a in (plan.indices, plan.distinct, plan.counts, segments.order, segments.starts)]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -63,7 +63,7 @@ def contents(plan):
 )
 def test_indices_are_grouped_as_by_a_stable_sort(dtype, rows, shape, kind, seed):
     indices = some_indices(np.random.default_rng(seed), shape, rows, kind, dtype)
-    assert_groups(IndexPlan(indices, rows), indices, rows)
+    assert_segments(IndexPlan(indices, rows), indices, rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,34 +72,34 @@ def test_many_indices_are_grouped_as_by_a_stable_sort(rows, kind):
     rng = np.random.default_rng(1)
     for dtype in (np.int32, np.int64):
         indices = some_indices(rng, (100, 1_000), rows, kind, dtype)
-        assert_groups(IndexPlan(indices, rows), indices, rows)
+        assert_segments(IndexPlan(indices, rows), indices, rows)
 
 
 @pytest.mark.parametrize("size", [32_767, 32_768, 32_769, 65_536, 65_537])
 def test_sizes_about_those_of_blocks_are_grouped(size):
     indices = np.random.default_rng(size).integers(0, 3_000, size)
-    assert_groups(IndexPlan(indices, 3_000), indices, 3_000)
+    assert_segments(IndexPlan(indices, 3_000), indices, 3_000)
 
 
 def test_no_indices_of_no_rows_are_grouped():
     for dtype in (np.int32, np.int64):
         for shape in ((0,), (3, 0)):
-            assert_groups(IndexPlan(np.zeros(shape, dtype), 0), np.zeros(shape, dtype), 0)
+            assert_segments(IndexPlan(np.zeros(shape, dtype), 0), np.zeros(shape, dtype), 0)
 
 
 @pytest.mark.parametrize("rows", [5, 2049, 2**40])
 @cases.needs_two_threads
-def test_groups_are_the_same_for_any_number_of_threads_and_variant(rows, restored_threads, monkeypatch):
+def test_segments_are_the_same_for_any_number_of_threads_and_variant(rows, restored_threads, monkeypatch):
     rng = np.random.default_rng(2)
     for size, kind in ((300_001, "skewed"), (300_001, "uniform"), (70, "uniform")):
         indices = some_indices(rng, size, rows, kind)
-        monkeypatch.setattr(jit, "PARALLEL_FROM", 0)
+        monkeypatch.setattr(threads, "PARALLEL_FROM", 0)
         numba.set_num_threads(2)
         two = IndexPlan(indices, rows)
-        assert_groups(two, indices, rows)
+        assert_segments(two, indices, rows)
         numba.set_num_threads(1)
         assert contents(IndexPlan(indices, rows)) == contents(two)
-        monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+        monkeypatch.setattr(threads, "PARALLEL_FROM", 2**62)
         assert contents(IndexPlan(indices, rows)) == contents(two)
 
 
@@ -110,11 +110,11 @@ def test_strided_read_only_and_torch_indices_serve():
     fixed.flags.writeable = False
     misaligned = np.empty(indices.nbytes + 1, np.uint8)[1:].view(np.int64).reshape(indices.shape)
     misaligned[:] = indices
-    assert_groups(IndexPlan(fixed, 7), indices, 7)
-    assert_groups(IndexPlan(misaligned, 7), indices, 7)
-    assert_groups(IndexPlan(torch.from_numpy(indices), 7), indices, 7)
-    assert_groups(IndexPlan(indices.T[::-2], 7), indices.T[::-2], 7)
-    assert_groups(IndexPlan(np.broadcast_to(np.int32(3), (50, 100)), 7), np.full((50, 100), 3, np.int32), 7)
+    assert_segments(IndexPlan(fixed, 7), indices, 7)
+    assert_segments(IndexPlan(misaligned, 7), indices, 7)
+    assert_segments(IndexPlan(torch.from_numpy(indices), 7), indices, 7)
+    assert_segments(IndexPlan(indices.T[::-2], 7), indices.T[::-2], 7)
+    assert_segments(IndexPlan(np.broadcast_to(np.int32(3), (50, 100)), 7), np.full((50, 100), 3, np.int32), 7)
 
 
 def test_indices_are_a_copy_that_can_not_be_written():
@@ -135,7 +135,7 @@ def test_indices_are_a_copy_that_can_not_be_written():
 def test_copied_and_pickled_plans_are_as_good(again, shape):
     indices = some_indices(np.random.default_rng(3), shape, 2_049, "skewed", np.int32)
     plan = again(IndexPlan(indices, 2_049))
-    assert_groups(plan, indices, 2_049)
+    assert_segments(plan, indices, 2_049)
     table = np.random.default_rng(4).standard_normal((2_049, 3))
     np.testing.assert_array_equal(fastopt.embedding(table, plan), table[indices])
     assert not plan.indices.flags.writeable
@@ -273,7 +273,7 @@ def test_plans_stay_right_while_memory_is_used_again():
             del kept[rng.integers(len(kept))]
     assert len(kept) > 4
     for plan, indices, rows in kept:
-        assert_groups(plan, indices, rows)
+        assert_segments(plan, indices, rows)
 
 
 def test_parts_of_a_plan_outlive_it():
@@ -288,7 +288,7 @@ def test_memory_does_not_grow_with_the_table(monkeypatch):
     indices = np.random.default_rng(10).integers(0, 1_000, 10_000)
     peaks = []
     for rows in (1_000, 1_000, 2**40):  # the first one compiles
-        monkeypatch.setattr(scratch, "_waiting", {})
+        monkeypatch.setattr(memory, "_waiting", {})
         tracemalloc.start()
         plan = IndexPlan(indices, rows)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -301,43 +301,43 @@ def test_memory_does_not_grow_with_the_table(monkeypatch):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float64])
 @pytest.mark.parametrize("size", [0, 1, 1_000, 8_191, 8_192, 65_535, 65_536, 65_537, 300_001])
 def test_scratch_arrays_are_as_numpys(size, dtype):
-    array = scratch.empty(size, dtype)
+    array = memory.empty(size, dtype)
     assert (array.shape, array.dtype) == ((size,), np.dtype(dtype))
     assert array.flags.c_contiguous and array.flags.aligned and array.flags.writeable
-    assert array.nbytes < scratch.SMALLEST or array.ctypes.data % scratch.ALIGNMENT == 0
+    assert array.nbytes < memory.SMALLEST or array.ctypes.data % memory.ALIGNMENT == 0
     array[:] = 1
     assert array.sum() == size
 
 
 def test_scratch_memory_is_used_again_once_nothing_sees_it(monkeypatch):
-    monkeypatch.setattr(scratch, "_waiting", {})
-    monkeypatch.setattr(scratch, "_waiting_bytes", 0)
-    first = scratch.empty(20_000, np.int64)
+    monkeypatch.setattr(memory, "_waiting", {})
+    monkeypatch.setattr(memory, "_waiting_bytes", 0)
+    first = memory.empty(20_000, np.int64)
     view, where = first[5:9], first.ctypes.data
     view[:] = 7
     del first
-    second = scratch.empty(20_000, np.int64)
+    second = memory.empty(20_000, np.int64)
     second[:] = 1
     np.testing.assert_array_equal(view, 7)
     del view
-    third = scratch.empty(39_900, np.int32)
+    third = memory.empty(39_900, np.int32)
     assert third.ctypes.data == where
     assert not np.shares_memory(second, third)
 
 
 def test_little_scratch_memory_waits(monkeypatch):
-    monkeypatch.setattr(scratch, "_waiting", {})
-    monkeypatch.setattr(scratch, "_waiting_bytes", 0)
-    monkeypatch.setattr(scratch, "MOST_WAITING", 500_000)
-    alive = [scratch.empty(98_304 + 16_384 * (k % 2), np.uint8) for k in range(9)]
+    monkeypatch.setattr(memory, "_waiting", {})
+    monkeypatch.setattr(memory, "_waiting_bytes", 0)
+    monkeypatch.setattr(memory, "MOST_WAITING", 500_000)
+    alive = [memory.empty(98_304 + 16_384 * (k % 2), np.uint8) for k in range(9)]
     for k, array in enumerate(alive):
         array[:] = k
     assert [int(array[-1]) for array in alive] == list(range(9))
     del alive, array
-    waiting = [memory.size for same in scratch._waiting.values() for memory in same]
-    assert 0 < sum(waiting) == scratch._waiting_bytes <= 500_000
-    scratch.empty(2_000_000, np.uint8)
-    assert scratch._waiting_bytes == 0
+    waiting = [memory.size for same in memory._waiting.values() for memory in same]
+    assert 0 < sum(waiting) == memory._waiting_bytes <= 500_000
+    memory.empty(2_000_000, np.uint8)
+    assert memory._waiting_bytes == 0
 
 
 def test_threads_do_not_share_scratch_memory():
@@ -347,7 +347,7 @@ def test_threads_do_not_share_scratch_memory():
         rng = np.random.default_rng(number)
         alive = []
         for turn in range(300):
-            array = scratch.empty(int(rng.integers(70_000, 200_000)), np.uint8)
+            array = memory.empty(int(rng.integers(70_000, 200_000)), np.uint8)
             mark = (number * 64 + turn % 64) % 256
             array[::1_000] = mark
             alive.append((array, mark))
@@ -371,7 +371,7 @@ def test_threads_build_plans_at_once():
         for _ in range(20):
             indices = rng.integers(0, 5_000, 20_000)
             try:
-                assert_groups(IndexPlan(indices, 5_000), indices, 5_000)
+                assert_segments(IndexPlan(indices, 5_000), indices, 5_000)
             except AssertionError as error:
                 wrong.append(error)
 
@@ -387,7 +387,7 @@ def test_a_child_forked_while_another_thread_takes_memory_does_not_hang():
     held, done = threading.Event(), threading.Event()
 
     def hold():
-        with scratch._lock:
+        with memory._lock:
             held.set()
             done.wait()
 
@@ -398,7 +398,7 @@ def test_a_child_forked_while_another_thread_takes_memory_does_not_hang():
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(3)
-        scratch.empty(100_000, np.uint8)
+        memory.empty(100_000, np.uint8)
         os._exit(0)
     done.set()
     thread.join()

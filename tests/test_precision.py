@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import fastopt
 from fastopt import BagGradient, IndexedSlices
-from fastopt.kernels import jit
+from fastopt.kernels.cpu import threads
 
 BFLOAT16 = ml_dtypes.bfloat16
 SOME = settings(max_examples=settings().max_examples // 2)
@@ -301,7 +301,7 @@ def test_sparse_steps_have_the_same_bits_for_any_number_of_threads_and_variant(
     first = trained(of, 1, "sparse", (3_001, 67))
     numba.set_num_threads(1)
     assert trained(of, 1, "sparse", (3_001, 67)) == first
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 2**62)
     assert trained(of, 1, "sparse", (3_001, 67)) == first
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
-from fastopt.kernels import rules
+from fastopt.kernels.rules import nadam
 
 SHAPES = [(), (0,), (1,), (7,), (64,), (101,), (0, 4), (3, 0), (1, 1), (5, 3), (17, 8), (2, 3, 5)]
 WIDTHS = [0, 1, 3, 7, 8, 64, 100]
@@ -232,9 +232,9 @@ def test_the_product_of_nadams_momenta(beta1, momentum_decay):
     product = 1.0
     for step in range(1, 1001):
         product *= beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay))
-        got = rules.mu_product(step, beta1, momentum_decay)
+        got = nadam.mu_product(step, beta1, momentum_decay)
         np.testing.assert_allclose(got, product, rtol=2e-14, atol=1e-20)
-    assert rules.mu_product(2**53, beta1, momentum_decay) == 0
+    assert nadam.mu_product(2**53, beta1, momentum_decay) == 0
 
 
 def test_lion_by_hand():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fastopt
 from fastopt import BagGradient, IndexedSlices, schedules
-from fastopt.kernels import jit
+from fastopt.kernels.cpu import threads
 from fastopt.kernels.cpu.backend import rows as row_launches
 from fastopt.kernels.cpu.rows import update_tables
 
@@ -544,11 +544,11 @@ def run(options, rows=9_001, width=33, small=3):
 )
 @cases.needs_two_threads
 def test_the_same_bits_for_any_number_of_threads_and_variant(options, restored_threads, monkeypatch):
-    assert jit.PARALLEL_FROM < 9_001 * 33
+    assert threads.PARALLEL_FROM < 9_001 * 33
     first = run(options)
     numba.set_num_threads(1)
     assert run(options) == first
-    monkeypatch.setattr(jit, "PARALLEL_FROM", 2**62)
+    monkeypatch.setattr(threads, "PARALLEL_FROM", 2**62)
     assert run(options) == first
 
 
@@ -556,5 +556,5 @@ def test_small_tables_have_the_same_bits_in_both_variants(monkeypatch):
     for options in ({"rows": "dense"}, {"step_per_row": True}):
         serial = run(options, 40, 5, 9)
         with monkeypatch.context() as patch:
-            patch.setattr(jit, "PARALLEL_FROM", 0)
+            patch.setattr(threads, "PARALLEL_FROM", 0)
             assert run(options, 40, 5, 9) == serial

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastopt.kernels.rules import Rule
+from fastopt.kernels.rule import Rule
 from fastopt.kernels.work import (
     ArrayWork,
     RowSteps,
@@ -149,6 +149,7 @@ class Backend(Protocol):
 
     # Rows
     widen: Callable[[np.ndarray], np.ndarray]
+    reblock: Callable[..., None]
     gather: Callable[[np.ndarray, np.ndarray], np.ndarray]
     pool: Callable[..., np.ndarray]
     pool_max: Callable[..., tuple[np.ndarray, np.ndarray]]

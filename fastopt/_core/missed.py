@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastopt._core.backend import History, host
-from fastopt.kernels.rules import Rule
+from fastopt.kernels.rule import Rule
 
 ROW_STEPS = "row_steps"  # with step_per_row: how often each row was updated
 LAST_STEP, LR_HISTORY = "last_step", "lr_history"  # with rows="dense", while rows are behind
@@ -44,14 +44,14 @@ class Counts:
     def up_to(self, count: int, rule: Rule, options: Mapping[str, Any]) -> np.ndarray:
         """Row t - 1 is that of the t-th update; of fewer than ``count`` rows the last is for all later."""
         own = {**options, "lr": 1.0}
-        final = rule.fold(MOST_COUNTED, own)
-        key = rule.hyper, rule.fold(1, own), rule.fold(2, own), final
+        final = rule.fold(MOST_COUNTED, own, np.float64)
+        key = rule.hyper, rule.fold(1, own, np.float64), rule.fold(2, own, np.float64), final
         if key != self._key:
             self._key, self._size = key, 0
             self._numbers = np.empty((64, len(final)))
         while self._size < count and (not self._size or tuple(self._numbers[self._size - 1]) != tuple(final)):
             if self._size == len(self._numbers):
                 self._numbers = np.concatenate([self._numbers, np.empty_like(self._numbers)])
-            self._numbers[self._size] = rule.fold(self._size + 1, own)
+            self._numbers[self._size] = rule.fold(self._size + 1, own, np.float64)
             self._size += 1
         return self._numbers[: self._size]

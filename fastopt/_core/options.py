@@ -9,6 +9,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from fastopt.kernels.formats import STATE_DTYPES
+
 
 class SharedOptions(TypedDict, total=False):
     """The options that all optimizers share, which :class:`fastopt.Optimizer` explains."""
@@ -111,17 +113,17 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
 
 
 def _state_dtype(value: Any, where: str) -> str:
-    """The name of the storage format that ``value`` stands for: "float32", "bfloat16" or "8bit"."""
-    if isinstance(value, str) and value in ("float32", "bfloat16", "8bit"):
+    """The name of the storage formats that ``value``, one of these names or a dtype, stands for."""
+    if isinstance(value, str) and value in STATE_DTYPES:
         return value
     name = str(value).removeprefix("torch.")  # The text of a torch dtype is torch.bfloat16, for example.
     with suppress(TypeError):
         name = np.dtype(value).name
-    if name in ("float32", "bfloat16"):
-        return name
-    if name in ("int8", "uint8"):
-        return "8bit"
-    raise ValueError(f"{where}: expected None, 'float32', 'bfloat16' or '8bit'")
+    for state_dtype, meaning in STATE_DTYPES.items():
+        if name in meaning.dtypes:
+            return state_dtype
+    *others, last = map(repr, STATE_DTYPES)
+    raise ValueError(f"{where}: expected None, {', '.join(others)} or {last}")
 
 
 def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]) -> int | float:

@@ -25,9 +25,8 @@ from fastopt._core.state import (
 )
 from fastopt._core.state import state_formats as chosen_formats
 from fastopt._core.structure import Structure, as_container, is_groups, named_values
-from fastopt.kernels import rules
-from fastopt.kernels.cpu import formats
-from fastopt.kernels.rules import Rule
+from fastopt.kernels import formats
+from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 from fastopt.kernels.work import StoredTable
 
 _IMMUTABLE = int, float, str, tuple, np.generic, np.dtype
@@ -217,7 +216,7 @@ class Parameter:
         elif by_row and not self.codes_by_row:
             own = dict(self.state)
             for slot, kind in zip(rule.state_slots, self.state_formats, strict=True):
-                if kind in formats.CODED:
+                if kind.coded:
                     scales = slot + SCALES
                     own[slot], own[scales] = by_rows(kind, own[slot], own[scales])
             self.state = own
@@ -262,8 +261,8 @@ class Snapshot(NamedTuple):
 def decay_type(definition: Definition, checked: Mapping[str, Any]) -> type:
     """The type of weight decay that kernels see."""
     if not checked["weight_decay"] or definition.rule(checked).own_decay:
-        return rules.Scaled
-    return rules.Decoupled if definition.decoupled(checked) else rules.L2
+        return Scaled
+    return Decoupled if definition.decoupled(checked) else L2
 
 
 class Parameters:
@@ -325,7 +324,7 @@ class Parameters:
         checked = checked_group(options, label, definition)
         definition.check_options(checked, label)
         rule, number = definition.rule(checked), len(self.groups)
-        group = ParameterGroup(options, params, label, number, parameters, checked, rule, rules.Scaled, {})
+        group = ParameterGroup(options, params, label, number, parameters, checked, rule, Scaled, {})
         group.adopt(checked, definition)
         for parameter in parameters:
             parameter.group = group

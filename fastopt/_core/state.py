@@ -10,23 +10,15 @@ import numpy as np
 from fastopt._core.arrays import DTYPES
 from fastopt._core.arrays import LOW_DTYPES as LOW
 from fastopt._core.backend import host
-from fastopt.kernels.cpu import formats
-from fastopt.kernels.cpu.formats import BLOCK, Format
-from fastopt.kernels.rules import Rule
+from fastopt.kernels import formats
+from fastopt.kernels.formats import BLOCK, Format
+from fastopt.kernels.rule import Rule
 
 SINGLE, DOUBLE = DTYPES
 HALF, BFLOAT16 = LOW
 
 MASTER = "master"  # the float32 copy of a parameter of 16 bits
 SCALES = "_scale"  # ends the names of the scales of 8-bit codes
-
-_STORED = {
-    formats.SINGLE: SINGLE,
-    formats.STOCHASTIC: BFLOAT16,
-    formats.SIGNED8: np.dtype(np.uint8),
-    formats.ROOT8: np.dtype(np.uint8),
-}
-_LARGEST_CODE = 255  # of a format without signs: the scale itself
 
 
 class Slot(NamedTuple):
@@ -60,18 +52,8 @@ def gradient_format(dtype: np.dtype) -> Format:
 
 def state_formats(rule: Rule, dtype: np.dtype, options: Mapping[str, Any]) -> tuple[Format, ...]:
     """Of each of the rule's slots that are shaped as the parameter."""
-    chosen = options["state_dtype"]
-    if chosen == "8bit":
-        return tuple(
-            formats.ROOT8 if slot in rule.not_negative else formats.SIGNED8 for slot in rule.state_slots
-        )
-    if chosen == "bfloat16":
-        kind = formats.STOCHASTIC
-    elif chosen == "float32" and dtype == DOUBLE:
-        kind = formats.SINGLE
-    else:
-        kind = formats.PLAIN
-    return (kind,) * len(rule.state_slots)
+    chosen, like = options["state_dtype"], computed_with(dtype)
+    return tuple(formats.state_format(chosen, slot in rule.not_negative, like) for slot in rule.state_slots)
 
 
 def state_slots(
@@ -113,11 +95,12 @@ def _element_slots(
     slots = {}
     for name, kind in zip(rule.state_slots, state_formats(rule, dtype, options), strict=True):
         value = first.get(name, 0.0)
-        if kind in formats.CODED:
-            slots[name] = Slot(shape, _STORED[kind], _LARGEST_CODE if value else 0)
+        own = like if kind.dtype is None else kind.dtype
+        if kind.coded:
+            slots[name] = Slot(shape, own, kind.largest_code if value else 0)
             slots[name + SCALES] = Slot(scale_shape(shape, by_row), SINGLE, value)
         else:
-            slots[name] = Slot(shape, _STORED.get(kind, like), value)
+            slots[name] = Slot(shape, own, value)
     for name in rule.row_slots:
         slots[name] = Slot((shape[0] if shape else 1,), like, first.get(name, 0.0))
     return slots
@@ -150,30 +133,8 @@ def scale_shape(shape: tuple[int, ...], by_row: bool) -> tuple[int, ...]:
 def by_rows(kind: Format, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes of a table whose blocks go on over its rows, with their scales, as those of blocks that end with
     its rows, rounded to the nearest."""
-    signed = kind is formats.SIGNED8
-    shift = formats.SIGNED_SHIFT if signed else formats.ROOT_SHIFT
-    span = formats.SIGNED_SPAN if signed else formats.ROOT_SPAN
-    values = np.empty(codes.shape, np.float32)
-    flat, out = codes.reshape(-1), values.reshape(-1)
-    for block, scale in enumerate(scales):
-        part = slice(block * BLOCK, (block + 1) * BLOCK)
-        magnitude = (flat[part] & 127 if signed else flat[part]).astype(np.uint32)
-        z = ((magnitude << shift) + formats.LOWEST_BITS).view(np.float32) - formats.LOWEST
-        out[part] = np.where(flat[part] & 128, -z, z) / span * scale if signed else (z / span) ** 2 * scale
     new, own = np.empty_like(codes), np.empty(scale_shape(codes.shape, True), np.float32)
-    for block in range(own.shape[1]):
-        columns = values[:, block * BLOCK : (block + 1) * BLOCK]
-        largest = np.abs(columns).max(axis=1, initial=0.0)
-        scale = np.where(np.isfinite(largest), np.maximum(largest, formats.SMALLEST_SCALE), np.nan)
-        own[:, block] = scale
-        z = np.abs(columns) / scale[:, None].astype(np.float32)
-        z = (z if signed else np.sqrt(z)) * span + formats.LOWEST
-        code = (z.view(np.uint32) + (np.uint32(1) << (shift - 1)) - formats.LOWEST_BITS) >> shift
-        if signed:
-            code = code.astype(np.uint8) | np.signbit(columns) * np.uint8(128)
-        else:  # what is above 0 does not become 0
-            code = np.maximum(code, columns > 0).astype(np.uint8)
-        new[:, block * BLOCK : (block + 1) * BLOCK] = code
+    host().reblock(kind, codes, scales, new, own)
     return new, own
 
 

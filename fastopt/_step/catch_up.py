@@ -9,7 +9,7 @@ from fastopt._core.indices import Indices
 from fastopt._core.missed import Tracking
 from fastopt._core.parameters import Parameter
 from fastopt._step.numbers import decay_numbers, rule_numbers
-from fastopt.kernels.cpu import formats
+from fastopt.kernels import formats
 from fastopt.kernels.work import Spec
 
 

@@ -8,8 +8,8 @@ from fastopt._core import state
 from fastopt._core.backend import DenseLaunch, host
 from fastopt._core.parameters import Parameter
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
-from fastopt.kernels import rules
-from fastopt.kernels.cpu.formats import RANDOM, Format
+from fastopt.kernels.formats import Format
+from fastopt.kernels.rule import L2, Decoupled, Scaled
 from fastopt.kernels.work import ArrayWork, Spec
 
 
@@ -30,7 +30,7 @@ class DenseUpdate:
     def __init__(
         self, parameters: Sequence[Parameter], formats: tuple[Format, ...], conditions: Conditions
     ) -> None:
-        decaying = next((p for p in parameters if p.group.decay is not rules.Scaled), parameters[0])
+        decaying = next((p for p in parameters if p.group.decay is not Scaled), parameters[0])
         self._compute = decaying.compute
         self._decay = decaying.group.decay
         self._indices = np.array([parameter.index for parameter in parameters])
@@ -44,7 +44,7 @@ class DenseUpdate:
                 self._classes.append(parameter)
             works.append(_work(parameter, row))
         self._conditions: Conditions | None = None
-        self._random = any(kind in RANDOM for kind in formats)
+        self._random = any(kind.random for kind in formats)
         group, lr = decaying.group, conditions.rates[decaying.group.number]
         h = rule_numbers(group, group.checked, lr, decaying.step + 1, self._compute)
         scale, limit = conditions.scale, conditions.limit
@@ -106,9 +106,9 @@ def dense_updates(
             key = rule, parameter.compute, decay, formats
         alike.setdefault(key, []).append(parameter)
     for rule, compute, decay, formats in [key for key in alike if len(key) == 4]:
-        others = [(rule, compute, other, formats) for other in (rules.Decoupled, rules.L2)]
+        others = [(rule, compute, other, formats) for other in (Decoupled, L2)]
         other = next((key for key in others if key in alike), None)
-        if decay is rules.Scaled and other is not None:
+        if decay is Scaled and other is not None:
             joined = alike.pop((rule, compute, decay, formats)) + alike[other]
             alike[other] = sorted(joined, key=lambda parameter: parameter.index)
     return [DenseUpdate(own, key[-1] if len(key) == 4 else key[1:], conditions) for key, own in alike.items()]

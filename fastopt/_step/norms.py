@@ -9,7 +9,7 @@ from fastopt._core.arrays import DTYPES
 from fastopt._core.backend import host
 from fastopt._core.state import computed_with, gradient_format
 from fastopt.gradients.protocol import RowGradient
-from fastopt.kernels.elements import NORM_EPS
+from fastopt.kernels.element import NORM_EPS
 
 SMALL, LARGE = 1e-140, 1e150  # norms beyond which squares of float64 lose digits or overflow
 

@@ -10,7 +10,7 @@ import numpy as np
 from fastopt._core.arrays import DTYPES
 from fastopt._core.options import checked_options
 from fastopt._core.parameters import ParameterGroup
-from fastopt.kernels import rules
+from fastopt.kernels.rule import L2, Decoupled, Scaled
 
 LEAST = {dtype: float(np.finfo(dtype).smallest_subnormal) for dtype in DTYPES}
 MOST = {dtype: float(np.finfo(dtype).max) for dtype in DTYPES}
@@ -78,12 +78,12 @@ def decay_numbers(
     if options["maximize"]:
         scale = -scale
     c: Any
-    if decay is rules.Scaled:
-        c = rules.Scaled(scale, limit)
-    elif decay is rules.Decoupled:
-        c = rules.Decoupled(scale, limit, 1.0 - lr * options["weight_decay"])
+    if decay is Scaled:
+        c = Scaled(scale, limit)
+    elif decay is Decoupled:
+        c = Decoupled(scale, limit, 1.0 - lr * options["weight_decay"])
     else:
-        c = rules.L2(scale, limit, options["weight_decay"])
+        c = L2(scale, limit, options["weight_decay"])
     _check_range(c, compute, group.label)
     if 0 < abs(scale) < LEAST[compute]:
         raise ValueError(

@@ -148,7 +148,7 @@ def _checked(parameter: Parameter, gradients: Gradients, options: Options) -> np
             )
         return value.for_parameter(label, view, parameter.label)
     by_rows = parameter.takes_rows(options)
-    if by_rows and rule.layer is not None:
+    if by_rows and rule.trust_ratio is not None:
         raise ValueError(
             f"{label} is dense but is used row by row (clip_row_norm, step_per_row, or 8-bit state made for "
             "sparse gradients): the optimizer needs the whole array, expected IndexedSlices"

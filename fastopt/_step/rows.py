@@ -10,7 +10,7 @@ from fastopt._core.parameters import Parameter
 from fastopt._step.catch_up import begin_tracking, catch_up
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
 from fastopt.gradients.protocol import RowGradient
-from fastopt.kernels.cpu.formats import PLAIN
+from fastopt.kernels.formats import PLAIN
 from fastopt.kernels.work import RowSteps, Spec, TableWork
 
 

@@ -4,6 +4,7 @@ from typing import Any, Unpack
 
 from fastopt._core.options import SharedOptions
 from fastopt.kernels import rules
+from fastopt.kernels.rule import Rule
 from fastopt.optimizer import Optimizer
 from fastopt.optimizers.options import LearningRate, Options
 
@@ -41,7 +42,7 @@ class AdaGrad(Optimizer):
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize,
         )  # fmt: skip
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.ADAGRAD
 
     def initial_state(self, options: Options) -> dict[str, float]:
@@ -82,7 +83,7 @@ class RowwiseAdaGrad(Optimizer):
             decoupled_weight_decay=decoupled_weight_decay, maximize=maximize,
         )  # fmt: skip
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.ROWWISE_ADAGRAD
 
     def decoupled(self, options: Options) -> bool:

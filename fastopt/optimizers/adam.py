@@ -4,6 +4,7 @@ from typing import Any, Unpack
 
 from fastopt._core.options import SharedOptions
 from fastopt.kernels import rules
+from fastopt.kernels.rule import Rule
 from fastopt.optimizer import Optimizer
 from fastopt.optimizers.options import LearningRate, Options
 
@@ -42,7 +43,7 @@ class Adam(Optimizer):
             maximize=maximize,
         )  # fmt: skip
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.AMSGRAD if options["amsgrad"] else rules.ADAM
 
 
@@ -106,7 +107,7 @@ class AMSGrad(Optimizer):
             params, shared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.AMSGRAD
 
 
@@ -142,7 +143,7 @@ class RowwiseAdam(Optimizer):
             decoupled_weight_decay=decoupled_weight_decay, maximize=maximize,
         )  # fmt: skip
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.ROWWISE_ADAM
 
     def decoupled(self, options: Options) -> bool:

@@ -4,6 +4,7 @@ from typing import Any, Unpack
 
 from fastopt._core.options import SharedOptions
 from fastopt.kernels import rules
+from fastopt.kernels.rule import Rule
 from fastopt.optimizer import Optimizer
 from fastopt.optimizers.options import LearningRate, Options
 
@@ -43,5 +44,5 @@ class LAMB(Optimizer):
             params, shared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize
         )
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.LAMB

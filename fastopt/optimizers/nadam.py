@@ -4,6 +4,7 @@ from typing import Any, Unpack
 
 from fastopt._core.options import SharedOptions
 from fastopt.kernels import rules
+from fastopt.kernels.rule import Rule
 from fastopt.optimizer import Optimizer
 from fastopt.optimizers.options import LearningRate, Options
 
@@ -47,7 +48,7 @@ class NAdam(Optimizer):
             maximize=maximize,
         )  # fmt: skip
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         return rules.NADAM
 
     def decoupled(self, options: Options) -> bool:

@@ -4,6 +4,7 @@ from typing import Any, Unpack
 
 from fastopt._core.options import SharedOptions
 from fastopt.kernels import rules
+from fastopt.kernels.rule import Rule
 from fastopt.optimizer import Optimizer
 from fastopt.optimizers.options import LearningRate, Options
 
@@ -43,7 +44,7 @@ class SGD(Optimizer):
             nesterov=nesterov, maximize=maximize,
         )  # fmt: skip
 
-    def rule(self, options: Options) -> rules.Rule:
+    def rule(self, options: Options) -> Rule:
         if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
             raise ValueError(
                 f"nesterov is True with momentum {options['momentum']!r} and dampening "

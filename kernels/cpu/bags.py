@@ -3,14 +3,13 @@
 import numpy as np
 from numba import prange
 
-from fastopt.kernels.cpu.memory import AHEAD, prefetch, view
-from fastopt.kernels.cpu.sums import sum_rows
-from fastopt.kernels.cpu.tables import add_row, add_weighted_row
-from fastopt.kernels.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.segments import add_row, add_weighted_row, sum_rows
+from fastopt.kernels.intrinsics import AHEAD, prefetch, view
 
 BAGS_PER_CHUNK = 64
 POSITIONS_PER_CHUNK = 8_192
-GROUPS_PER_CHUNK = 256
+ROWS_PER_CHUNK = 256
 
 
 @Kernel
@@ -130,9 +129,9 @@ def take(values, order, first_position, out):
 def dots(table, indices, bags, scales, padding, grad_output, out):
     """``out[k]``: ``scales[k]`` (1 if it is empty) times the product of row ``indices[k]`` with
     ``grad_output[bags[k]]``; 0 for the row ``padding``."""
-    for chunk in prange((out.size + GROUPS_PER_CHUNK - 1) // GROUPS_PER_CHUNK):
-        first = chunk * GROUPS_PER_CHUNK
-        last = min(first + GROUPS_PER_CHUNK, out.size)
+    for chunk in prange((out.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK):
+        first = chunk * ROWS_PER_CHUNK
+        last = min(first + ROWS_PER_CHUNK, out.size)
         dots_chunk(table, indices, bags, scales, padding, grad_output, out, first, last)
 
 
@@ -174,9 +173,9 @@ def dot(a, b):
 def limit_norms(table, rows, max_norm):
     """Scale those of the different ``rows`` whose norm is above ``max_norm``
     to that norm: by ``max_norm / (norm + 1e-7)``, as torch's ``embedding_renorm_``."""
-    for chunk in prange((rows.size + GROUPS_PER_CHUNK - 1) // GROUPS_PER_CHUNK):
-        first = chunk * GROUPS_PER_CHUNK
-        for k in range(first, min(first + GROUPS_PER_CHUNK, rows.size)):
+    for chunk in prange((rows.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK):
+        first = chunk * ROWS_PER_CHUNK
+        for k in range(first, min(first + ROWS_PER_CHUNK, rows.size)):
             limit_norm(table[rows[k]], max_norm)
 
 

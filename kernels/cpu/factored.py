@@ -9,7 +9,6 @@ of squares, those of the update, and the update. Bytes moved for an element of f
 p and g read and p written, 24.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,20 @@ from numba import prange
 from numba.extending import overload
 from numba.np.numpy_support import as_dtype
 
-from fastopt.kernels.cpu.formats import CODECS, MASTERED, PLAIN, Format, gradient_itemsize, itemsize
-from fastopt.kernels.cpu.layers import add_one
-from fastopt.kernels.cpu.memory import view
-from fastopt.kernels.cpu.norms import add_sums, total_of
-from fastopt.kernels.elements import decayed, define, layer_factor, scaled, unpack
-from fastopt.kernels.jit import Kernel, helper, restricted_helper
-from fastopt.kernels.rules import adafactor_direction, lerp
-from fastopt.kernels.scratch import empty
+from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.memory import empty
+from fastopt.kernels.cpu.norms import add_squares, add_sums, total_of
+from fastopt.kernels.cpu.runs import (
+    close_parameter,
+    gradient_itemsize,
+    new_array,
+    open_gradient,
+    open_parameter,
+)
+from fastopt.kernels.element import decayed, scaled, trust_ratio, unpack
+from fastopt.kernels.intrinsics import view
+from fastopt.kernels.rules.adafactor import adafactor_direction
+from fastopt.kernels.rules.lerp import lerp
 
 TILE_ROWS, TILE_COLUMNS = 32, 4_096  # rows long enough for the processor to fetch ahead
 LANES = 512  # elements of a row that are worked on at a time, a divisor of TILE_COLUMNS
@@ -46,7 +51,7 @@ def update_matrices(
     """Update an array, a stack of matrices, and its state with its gradient.
 
     h, c: AdafactorH, and Scaled or Decoupled; their types count. like: a number of the type that is computed
-    with. kinds: formats of parameter and gradient. places: [array, 2], their addresses (see formats.py).
+    with. kinds: formats of parameter and gradient. places: two addresses of each (see layout.py).
     shape: matrices, rows, columns. row_var, col_var: [matrices * rows] and [matrices * columns], of the
     type of ``like``. numbers: fields of h and of c, float64. zero_grads: whether gradients become 0.
     """
@@ -56,24 +61,14 @@ def update_matrices(
         return
     bands, stripes = _pieces(rows, TILE_ROWS), _pieces(columns, TILE_COLUMNS)
     chunk = max(1, CHUNK // (min(rows, TILE_ROWS) * min(columns, TILE_COLUMNS)))
-    update_tiles(
-        work,
-        h,
-        c,
-        like,
-        kinds,
-        places,
-        shape,
-        row_var,
-        col_var,
-        numbers,
-        zero_grads,
-        chunk,
+    memory = (
         empty((matrices * stripes, rows), np.float64),
         empty((matrices * bands, columns), np.float64),
         empty(matrices, np.float64),
         empty((2, matrices * bands * stripes), np.float64),
     )
+    given = h, c, like, kinds, places, shape, row_var, col_var, numbers, zero_grads, chunk
+    update_tiles(work, *given, *memory)
 
 
 def _pieces(size: int, most: int) -> int:
@@ -81,23 +76,8 @@ def _pieces(size: int, most: int) -> int:
 
 
 @Kernel
-def update_tiles(
-    h,
-    c,
-    like,
-    kinds,
-    places,
-    shape,
-    row_var,
-    col_var,
-    numbers,
-    zero_grads,
-    chunk,
-    row_sums,
-    col_sums,
-    means,
-    sums,
-):
+def update_tiles(h, c, like, kinds, places, shape, row_var, col_var, numbers, zero_grads, chunk,
+                 row_sums, col_sums, means, sums):  # fmt: skip
     """:func:`update_matrices`, with memory for sums of squares: row_sums: [matrix and stripe, row].
     col_sums: [matrix and band, column]. means: [matrix], of row_var. sums: [2, tile], of p and the update.
     chunk: tiles a thread takes at a time."""
@@ -114,22 +94,8 @@ def update_tiles(
     factor = factor_of(h, shape, numbers, sums)
     for k in prange(chunks):
         last = min((k + 1) * chunk, tiles)
-        take_step(
-            h,
-            c,
-            like,
-            kinds,
-            places,
-            shape,
-            numbers,
-            k * chunk,
-            last,
-            row_var,
-            col_var,
-            means,
-            factor,
-            zero_grads,
-        )
+        take_step(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means,
+                  factor, zero_grads)  # fmt: skip
 
 
 @helper
@@ -147,7 +113,7 @@ def tile_at(shape, tile):
 def add_tiles(h, c, like, kinds, places, shape, numbers, first, last, row_sums, col_sums, sums):
     """The squares of the parameter and, by row and by column, of the gradient."""
     c = unpack(c, numbers[len(h) :], like)
-    buffers = new_buffers(like)
+    buffers = new_array((2, LANES), like)
     lanes = np.empty((2, LANES))
     for tile in range(first, last):
         matrix, band, stripe, top, bottom, left, right = tile_at(shape, tile)
@@ -161,15 +127,15 @@ def add_tiles(h, c, like, kinds, places, shape, numbers, first, last, row_sums, 
             for column in range(left, right, LANES):
                 width = min(LANES, right - column)
                 at = first_of_row + column
-                p = opened_parameter(kinds, like, places, at, width, buffers[0])
-                g = opened_gradient(kinds, like, places, at, width, buffers[1])
-                add_squares(c, p, g, col_sums[band, column : column + width], g_lanes, p_lanes)
+                p = open_parameter(kinds, like, places, at, width, buffers[0])
+                g = open_gradient(kinds, like, places, at, width, buffers[1])
+                add_tile_squares(c, p, g, col_sums[band, column : column + width], g_lanes, p_lanes)
             row_sums[stripe, row] = total_of(g_lanes)
         sums[0, tile] = total_of(p_lanes)
 
 
 @restricted_helper
-def add_squares(c, p, g, columns, g_lanes, p_lanes):
+def add_tile_squares(c, p, g, columns, g_lanes, p_lanes):
     for j in range(p.size):
         x, y = np.float64(scaled(c, g[j])), np.float64(p[j])
         columns[j] += x * x
@@ -215,7 +181,7 @@ def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var,
     """The squares of the update."""
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)
-    buffers = new_buffers(like)
+    buffers = new_array((2, LANES), like)
     memory = np.empty(LANES)
     for tile in range(first, last):
         matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
@@ -228,10 +194,10 @@ def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var,
             for column in range(left, right, LANES):
                 width = min(LANES, right - column)
                 at = own_row * shape[2] + column
-                g = opened_gradient(kinds, like, places, at, width, buffers[1])
+                g = open_gradient(kinds, like, places, at, width, buffers[1])
                 updates = buffers[0, :width]
                 find_updates(h, c, g, share, columns[column : column + width], updates)
-                add_one(updates, lanes)
+                add_squares(updates, 1.0, lanes)
         sums[1, tile] = total_of(lanes)
 
 
@@ -249,7 +215,7 @@ def take_step(
     rate = cast(like, numbers[0] * factor)
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)
-    buffers = new_buffers(like)
+    buffers = new_array((2, LANES), like)
     for tile in range(first, last):
         matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
         columns = col_var[matrix * shape[2] :]
@@ -259,13 +225,13 @@ def take_step(
             for column in range(left, right, LANES):
                 width = min(LANES, right - column)
                 at = own_row * shape[2] + column
-                p = opened_parameter(kinds, like, places, at, width, buffers[0])
-                g = opened_gradient(kinds, like, places, at, width, buffers[1])
+                p = open_parameter(kinds, like, places, at, width, buffers[0])
+                g = open_gradient(kinds, like, places, at, width, buffers[1])
                 update_row(h, c, p, g, share, columns[column : column + width], rate)
                 close_parameter(kinds, like, places, at, p)
                 if zero_grads:
                     size = gradient_itemsize(kinds, like)
-                    view(places[1, 0] + at * size, width * size, np.uint8(0))[:] = 0
+                    view(places[2] + at * size, width * size, np.uint8(0))[:] = 0
 
 
 @restricted_helper
@@ -281,10 +247,7 @@ def factor_of(h, shape, numbers, sums):
     for tile in range(sums.shape[1]):
         p_sq += sums[0, tile]
         u_sq += sums[1, tile]
-    return layer_factor(unpack(h, numbers, np.float64(0)), p_sq, u_sq, shape[0] * shape[1] * shape[2])
-
-
-# Rows in their formats
+    return trust_ratio(unpack(h, numbers, np.float64(0)), p_sq, u_sq, shape[0] * shape[1] * shape[2])
 
 
 def cast(like, x):
@@ -296,99 +259,3 @@ def cast(like, x):
 def _cast(like, x):
     dtype = as_dtype(like).type
     return lambda like, x: dtype(x)
-
-
-def new_buffers(like):
-    """Memory for numbers of the parameter, and for as many of the gradient."""
-    return np.empty((2, LANES), type(like))
-
-
-@overload(new_buffers)
-def _new_buffers(like):
-    dtype = as_dtype(like)
-    return lambda like: np.empty((2, LANES), dtype)
-
-
-def _opener(members: tuple[Format, ...], k: int, like: np.dtype) -> Callable:
-    """A function ``(kinds, like, places, at, size, buffer)`` that returns the numbers of array ``k`` from the
-    element ``at`` on: in place, or in ``buffer``."""
-    kind = members[k]
-    arguments = "kinds, like, places, at, size, buffer"
-    if kind is PLAIN or kind in MASTERED:
-        place = f"places[{k}, {int(kind in MASTERED)}] + at * {like.itemsize}"
-        return define("opened", arguments, f"return view({place}, size, like)", view=view)
-    codec = CODECS[kind]
-    return define(
-        "opened",
-        arguments,
-        f"stored = view(places[{k}, 0] + at * {itemsize(kind, like.itemsize)}, size, zero)",
-        "decode_row(stored, buffer[:size])",
-        "return buffer[:size]",
-        view=view,
-        zero=codec.stored(0),
-        decode_row=restricted_helper(
-            define(
-                "decode_row",
-                "stored, numbers",
-                "for j in range(stored.size):",
-                "    numbers[j] = decode(stored[j])",
-                decode=codec.decode,
-            )
-        ),
-    )
-
-
-def _closer(kind: Format, like: np.dtype) -> Callable:
-    """A function ``(kinds, like, places, at, p)`` that stores the numbers ``p`` of the parameter that were
-    opened, or that its master holds."""
-    arguments = "kinds, like, places, at, p"
-    if kind is PLAIN:
-        return define("close", arguments, "return None")
-    codec = CODECS[kind]
-    return define(
-        "close",
-        arguments,
-        f"encode_row(p, view(places[0, 0] + at * {itemsize(kind, like.itemsize)}, p.size, zero))",
-        view=view,
-        zero=codec.stored(0),
-        encode_row=restricted_helper(
-            define(
-                "encode_row",
-                "numbers, stored",
-                "for j in range(stored.size):",
-                "    stored[j] = encode(numbers[j], np.uint32(0))",
-                encode=codec.encode,
-                np=np,
-            )
-        ),
-    )
-
-
-def opened_parameter(kinds, like, places, at, size, buffer):
-    """Numbers of the parameter, see :func:`_opener`."""
-    return _opener(kinds.members, 0, np.dtype(type(like)))(kinds, like, places, at, size, buffer)
-
-
-@overload(opened_parameter)
-def _opened_parameter(kinds, like, places, at, size, buffer):
-    return _opener(kinds.instance_class.members, 0, as_dtype(like))
-
-
-def opened_gradient(kinds, like, places, at, size, buffer):
-    """Numbers of the gradient, see :func:`_opener`."""
-    return _opener(kinds.members, 1, np.dtype(type(like)))(kinds, like, places, at, size, buffer)
-
-
-@overload(opened_gradient)
-def _opened_gradient(kinds, like, places, at, size, buffer):
-    return _opener(kinds.instance_class.members, 1, as_dtype(like))
-
-
-def close_parameter(kinds, like, places, at, p):
-    """Store numbers of the parameter, see :func:`_closer`."""
-    return _closer(kinds.members[0], np.dtype(type(like)))(kinds, like, places, at, p)
-
-
-@overload(close_parameter)
-def _close_parameter(kinds, like, places, at, p):
-    return _closer(kinds.instance_class.members[0], as_dtype(like))

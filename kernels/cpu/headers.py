@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
-from fastopt.kernels.cpu.memory import view
-from fastopt.kernels.jit import Direct, helper
+from fastopt.kernels.cpu.jit import Direct, helper
+from fastopt.kernels.intrinsics import view
 
 WORD = 8
 OBJECT = object.__basicsize__ // WORD  # words before what a type adds
@@ -176,19 +176,7 @@ def readable() -> bool:
     values += [None, np.zeros((3, 2), single), np.zeros((4, 2), single, order="F"), read_only]
     values += [np.zeros(12, single)[3:9], 7]
     shapes = [(2, 3), (5,), (), (0, 4), (4,), (1,), (2, 3), (4, 2), (3,), (6,), ()]
-    dtypes: list[np.dtype] = [
-        single,
-        double,
-        double,
-        single,
-        double,
-        single,
-        single,
-        single,
-        single,
-        single,
-        double,
-    ]
+    dtypes: list[np.dtype] = [single, double, double, single, double, *(5 * [single]), double]
     headers = Headers(dtypes, shapes)
     looked = headers._look(0, values), headers._look(1, values)
     expected = headers.addresses.copy()

@@ -1,7 +1,7 @@
-"""Grouping of indices: which positions belong to each distinct row, in order.
+"""Segments of indices: which positions belong to each distinct row, in order.
 
-A key is an index plus the number of rows of all tables before its own, so that one sort groups
-the indices of any number of tables. Sorted are 64-bit words that hold a key above a position;
+A key is an index plus the number of rows of all tables before its own, so that one sort finds the
+segments of any number of tables. Sorted are 64-bit words that hold a key above a position;
 which block of the words a thread works on does not show in the result, since the sort is stable.
 """
 
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from numba import prange
 
-from fastopt.kernels.jit import Kernel, helper, thread_count
-from fastopt.kernels.scratch import empty
+from fastopt.kernels.cpu.jit import Kernel, helper
+from fastopt.kernels.cpu.memory import empty
+from fastopt.kernels.cpu.threads import thread_count
 from fastopt.kernels.work import Segments
 
 DIGIT_BITS = 11  # 2,048 counters fit the first-level cache
-BLOCK = 32_768  # indices that a thread counts and moves at a time
+INDICES_PER_BLOCK = 32_768  # that a thread counts and moves at a time
 
 
 @helper
@@ -34,8 +35,8 @@ def bounds_of(indices, first, last):
 def find_bounds(indices, found):
     """``found[block]``: smallest and largest of each block of the 1-D ``indices``."""
     for block in prange(found.shape[0]):
-        first = block * BLOCK
-        last = min(first + BLOCK, indices.size)
+        first = block * INDICES_PER_BLOCK
+        last = min(first + INDICES_PER_BLOCK, indices.size)
         found[block, 0], found[block, 1] = bounds_of(indices, first, last)
 
 
@@ -112,7 +113,7 @@ def mark_heads(words, first, last, position_bits, order, heads):
 
 @helper
 def unpack_heads(words, heads, first, found, before, position_bits, starts, rows):
-    """Write down the starts and keys of a block's groups, ``before`` of which are in earlier blocks."""
+    """Write down the starts and keys of a block's segments, ``before`` of which are in earlier blocks."""
     bits = np.uint64(position_bits)
     for k in range(found):
         head = heads[first + k]
@@ -121,7 +122,7 @@ def unpack_heads(words, heads, first, found, before, position_bits, starts, rows
 
 
 @Kernel
-def find_groups(indices, position_bits, words, scratch, counts, passes, found, order, starts, rows):
+def find_segments(indices, position_bits, words, scratch, counts, passes, found, order, starts, rows):
     """Sort the positions of ``indices`` by them, least significant digit first, and find where each distinct
     one starts; ``found[-1]`` is how many there are.
 
@@ -160,13 +161,13 @@ def find_groups(indices, position_bits, words, scratch, counts, passes, found, o
 
 def check_bounds(indices: np.ndarray) -> tuple[int, int]:
     """Smallest and largest of the 1-D ``indices``, which are not empty."""
-    found = np.empty((-(-indices.size // BLOCK), 2), np.int64)
+    found = np.empty((-(-indices.size // INDICES_PER_BLOCK), 2), np.int64)
     find_bounds(indices.size, indices, found)
     return int(found[:, 0].min()), int(found[:, 1].max())
 
 
 def segments_of(parts: Sequence[tuple[np.ndarray, int]]) -> list[Segments]:
-    """Group the indices of each part, (1-D indices, rows of its table), each in [0, rows)."""
+    """The segments of the indices of each part, (1-D indices, rows of its table), each in [0, rows)."""
     size = sum(indices.size for indices, _ in parts)
     all_rows = sum(rows for _, rows in parts)
     key_bits = max(all_rows - 1, 1).bit_length()
@@ -178,15 +179,15 @@ def segments_of(parts: Sequence[tuple[np.ndarray, int]]) -> list[Segments]:
         )
     words, scratch = empty(size, np.uint64), empty(size, np.uint64)
     passes = -(-key_bits // DIGIT_BITS)
-    blocks = max(1, min(-(-size // BLOCK), 4 * thread_count()))
+    blocks = max(1, min(-(-size // INDICES_PER_BLOCK), 4 * thread_count()))
     counts = np.empty((blocks, 1 << -(-key_bits // passes)), np.uint32)
     order, starts, rows_of = empty(size, np.int32), empty(size + 1, np.int32), empty(size, np.int64)
     found = np.zeros(blocks + 1, np.int64)
     keys = parts[0][0] if len(parts) == 1 else _keys(parts, size)
-    find_groups(size, keys, position_bits, words, scratch, counts, passes, found, order, starts, rows_of)
+    find_segments(size, keys, position_bits, words, scratch, counts, passes, found, order, starts, rows_of)
     distinct = int(found[-1])
-    groups = Segments(rows_of[:distinct], order, starts[: distinct + 1])
-    return [groups] if len(parts) == 1 else _split(parts, groups)
+    segments = Segments(rows_of[:distinct], order, starts[: distinct + 1])
+    return [segments] if len(parts) == 1 else _split(parts, segments)
 
 
 def _keys(parts: Sequence[tuple[np.ndarray, int]], size: int) -> np.ndarray:
@@ -199,19 +200,19 @@ def _keys(parts: Sequence[tuple[np.ndarray, int]], size: int) -> np.ndarray:
     return keys
 
 
-def _split(parts: Sequence[tuple[np.ndarray, int]], groups: Segments) -> list[Segments]:
-    """The groups of each part."""
+def _split(parts: Sequence[tuple[np.ndarray, int]], segments: Segments) -> list[Segments]:
+    """The segments of each part."""
     first_rows = np.cumsum([0, *(rows for _, rows in parts)])
-    firsts = np.searchsorted(groups.rows, first_rows)
+    firsts = np.searchsorted(segments.rows, first_rows)
     split = []
     first_position = 0
     for k, (indices, _) in enumerate(parts):
         first, last = int(firsts[k]), int(firsts[k + 1])
         split.append(
             Segments(
-                groups.rows[first:last],
-                groups.order,
-                groups.starts[first : last + 1],
+                segments.rows[first:last],
+                segments.order,
+                segments.starts[first : last + 1],
                 int(first_rows[k]),
                 first_position,
             )

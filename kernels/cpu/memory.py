@@ -1,130 +1,68 @@
-"""Arrays at addresses, so that one launch can work on any number of tables, and fetching ahead.
+"""Memory that is used again: large arrays of a size are needed at every step, and getting them
+from the system costs more, page by page, than what is done with them."""
 
-An address is an int64. Whoever passes one keeps the memory alive and large enough. Each function is
-an intrinsic, which compiles in no time, with a twin for plain Python.
-"""
-
-import ctypes
+import math
+import os
+import threading
 from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-CACHE_LINE = 64  # bytes
-AHEAD = 12  # rows that are fetched before their turn: memory answers in the time of a few
-ON_STACK = 64  # elements
-MOST_BYTES = 16 * CACHE_LINE  # of a row: the processor itself fetches on from there
+SMALLEST = 1 << 16  # bytes; below, NumPy's own allocation is as fast
+MOST_WAITING = 1 << 28  # bytes that wait for their next use
+ALIGNMENT = 64  # bytes, a cache line: a row that begins elsewhere takes one more
 
-
-def _array_at(context: Any, builder: Any, kind: Any, address: Any, shape: list[Any]) -> Any:
-    """A C-contiguous array without an owner."""
-    from numba.np.arrayobj import make_array, populate_array  # slow to import, and there when compiling
-
-    array = make_array(kind)(context, builder)
-    item = context.get_abi_sizeof(context.get_data_type(kind.dtype))
-    size = ir.IntType(64)(item)
-    strides: list[Any] = []
-    for extent in reversed(shape):
-        strides.insert(0, size)
-        size = builder.mul(size, extent)
-    data = builder.inttoptr(address, context.get_data_type(kind.dtype).as_pointer())
-    populate_array(array, data, shape, strides, ir.IntType(64)(item), None)
-    return array._getvalue()
+_waiting: dict[int, list[np.ndarray]] = {}
+_waiting_bytes = 0
+_lock = threading.RLock()  # a collection of garbage may come while it is held
 
 
-@intrinsic
-def _view(context: Any, address: Any, size: Any, like: Any) -> Any:
-    def generate(context, builder, signature, arguments):
-        return _array_at(context, builder, signature.return_type, arguments[0], [arguments[1]])
-
-    return types.Array(like, 1, "C")(types.int64, types.int64, like), generate
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread may have held it
 
 
-@intrinsic
-def _view_2d(context: Any, address: Any, rows: Any, columns: Any, like: Any) -> Any:
-    def generate(context, builder, signature, arguments):
-        return _array_at(context, builder, signature.return_type, arguments[0], list(arguments[1:3]))
-
-    return types.Array(like, 2, "C")(types.int64, types.int64, types.int64, like), generate
+os.register_at_fork(after_in_child=_after_fork)
 
 
-@intrinsic
-def _on_stack(context: Any, like: Any) -> Any:
-    def generate(context, builder, signature, arguments):
-        kind = signature.return_type
-        i64 = ir.IntType(64)
-        data = cgutils.alloca_once(builder, context.get_data_type(kind.dtype), size=i64(ON_STACK))
-        return _array_at(context, builder, kind, builder.ptrtoint(data, i64), [i64(ON_STACK)])
+class _Loan:
+    """Owner of an array's memory, which is given back when the last view of it goes."""
 
-    return types.Array(like, 1, "C")(like), generate
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+        self.__array_interface__ = memory.__array_interface__
 
-
-def _prefetch_function(module: ir.Module) -> ir.Function:
-    """``void (start, bytes)``, which prefetches each cache line of a row.
-
-    Not inlined: the compiler would unroll its loop at every call, at the price of a second.
-    """
-    i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-    pointer = i8.as_pointer()
-    function = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), [i64, i64]), "fastopt_prefetch"
-    )
-    if function.blocks:
-        return function
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    instruction = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0"
-    )
-    builder = ir.IRBuilder(function.append_basic_block())
-    start, size = function.args
-    start = builder.inttoptr(start, pointer)
-    most = i64(MOST_BYTES)
-    size = builder.select(builder.icmp_signed("<", size, most), size, most)
-    with cgutils.for_range_slice(builder, i64(0), size, i64(CACHE_LINE)) as (offset, _):
-        # to be read, kept in all levels, data
-        builder.call(instruction, [builder.gep(start, [offset]), i32(0), i32(3), i32(1)])
-    builder.ret_void()
-    return function
+    def __del__(self) -> None:
+        global _waiting_bytes
+        with _lock:
+            if _waiting_bytes + self.memory.size > MOST_WAITING:  # sizes that are no longer needed, too
+                _waiting.clear()
+                _waiting_bytes = 0
+            if self.memory.size <= MOST_WAITING:
+                _waiting.setdefault(self.memory.size, []).append(self.memory)
+                _waiting_bytes += self.memory.size
 
 
-@intrinsic
-def _prefetch(context: Any, address: Any, size: Any) -> Any:
-    def generate(context, builder, signature, arguments):
-        builder.call(_prefetch_function(builder.module), arguments)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
+def aligned(memory: np.ndarray, size: int) -> np.ndarray:
+    """The first ``size`` bytes of ``memory``, uint8, that begin with a cache line."""
+    first = -memory.__array_interface__["data"][0] % ALIGNMENT
+    return memory[first : first + size]
 
 
-def _python_view(address, size, like):
-    """The 1-D array of ``size`` elements, of the type of the number ``like``, at ``address``."""
-    if not size or not address:
-        return np.empty(0, type(like))
-    memory = (ctypes.c_char * (int(size) * np.dtype(type(like)).itemsize)).from_address(int(address))
-    return np.frombuffer(memory, type(like))
-
-
-def _python_view_2d(address, rows, columns, like):
-    """The same with two dimensions, C-contiguous."""
-    return _python_view(address, rows * columns, like).reshape(rows, columns)
-
-
-def _python_on_stack(like):
-    """An array of ON_STACK elements, of the type of ``like``, for the time of a call: one from NumPy costs as
-    much as a row of 64 elements."""
-    return np.empty(ON_STACK, type(like))
-
-
-def _python_prefetch(address, size):
-    """Have the first of ``size`` bytes at ``address`` loaded; does nothing without JIT."""
-
-
-_compiled: Any = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
-view: Any = _view if _compiled else _python_view
-view_2d: Any = _view_2d if _compiled else _python_view_2d
-on_stack: Any = _on_stack if _compiled else _python_on_stack
-prefetch: Any = _prefetch if _compiled else _python_prefetch
+def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """As ``np.empty(shape, dtype)``, from memory used before where there is some."""
+    global _waiting_bytes
+    dtype = np.dtype(dtype)
+    needed = (shape if isinstance(shape, int) else math.prod(shape)) * dtype.itemsize
+    if needed < SMALLEST:
+        return np.empty(shape, dtype)
+    eighth = 1 << max(needed.bit_length() - 4, 0)
+    capacity = -(-needed // eighth) * eighth
+    with _lock:
+        waiting = _waiting.get(capacity)
+        if waiting:
+            _waiting_bytes -= capacity  # first: a collection of garbage may clear what waits
+            memory = waiting.pop()
+        else:
+            memory = aligned(np.empty(capacity + ALIGNMENT, np.uint8), capacity)
+    return np.asarray(_Loan(memory))[:needed].view(dtype).reshape(shape)

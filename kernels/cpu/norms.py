@@ -3,29 +3,44 @@
 Sums go over blocks of a fixed size, each in a fixed order, whatever the number of threads.
 """
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 from numba import prange
-from numba.extending import overload
-from numba.np.numpy_support import as_dtype
 
-from fastopt.kernels.cpu.flat import array_at
-from fastopt.kernels.cpu.formats import CODECS, itemsize, same
-from fastopt.kernels.cpu.memory import view
-from fastopt.kernels.cpu.tables import DIM, GROUPS, PARAM, SKIPPED, gradient_of, row_of_group
-from fastopt.kernels.elements import define
-from fastopt.kernels.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.dense import array_at
+from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.runs import Formats, made_by
+from fastopt.kernels.cpu.segments import gradient_of, row_of_segment
+from fastopt.kernels.formats import PLAIN, Format
+from fastopt.kernels.intrinsics import view
+from fastopt.kernels.layout import TABLE_DIM, TABLE_PARAMETER, TABLE_SEGMENTS, TABLE_SKIPPED
+from fastopt.kernels.source import define
 
-BLOCK = 8_192  # elements
-LANES = 512  # sums of a block that grow side by side, so that the loop over them vectorises
-GROUPS_PER_BLOCK = 64
+SUMMED = 8_192  # elements whose squares are summed up apart, a multiple of formats.BLOCK
+LANES = 512  # sums that grow side by side, so that the loop over them vectorises
+SEGMENTS_PER_BLOCK = 64
 
 
-@helper
-def add_squares(g, scale, sums):
-    """``sums[i] += (g[i] * scale)**2``, in float64."""
-    for i in range(g.size):
-        x = np.float64(g[i]) * scale
-        sums[i] += x * x
+@functools.cache
+def _adder(kind: Format) -> Callable:
+    """``(g, scale, sums)``: ``sums[i] += (g[i] * scale)**2``, in float64, for a row ``g`` in a format."""
+    return restricted_helper(
+        define(
+            "add_squares",
+            "g, scale, sums",
+            "for k in range(g.size):",
+            "    i = np.uint64(k)",
+            "    x = np.float64(decode(g[i])) * scale",
+            "    sums[i] += x * x",
+            np=np,
+            decode=kind.decode,
+        )
+    )
+
+
+add_squares = _adder(PLAIN)
 
 
 @helper
@@ -47,15 +62,15 @@ def add_sums(totals, sums):
 
 @Kernel
 def sum_squares_arrays(like, kinds, addresses, bases, scale, partials):
-    """Sums of squares of arrays, times ``scale**2`` (a float64): partials of BLOCK elements each, whichever
+    """Sums of squares of arrays, times ``scale**2`` (a float64): partials of SUMMED elements each, whichever
     arrays they belong to, so that it does not matter how elements are divided into arrays.
 
     like: a number of the type that is computed with. kinds: the arrays' format. bases: the number of each
     array's first element, and that of all.
     """
     for block in prange(partials.size):
-        last = min((block + 1) * BLOCK, bases[-1])
-        partials[block] = sum_squares_range(like, kinds, addresses, bases, scale, block * BLOCK, last)
+        last = min((block + 1) * SUMMED, bases[-1])
+        partials[block] = sum_squares_range(like, kinds, addresses, bases, scale, block * SUMMED, last)
 
 
 @helper
@@ -74,56 +89,41 @@ def sum_squares_range(like, kinds, addresses, bases, scale, first, last):
     return total_of(sums)
 
 
-def add_squares_at(kinds, like, address, at, scale, sums):
-    """``sums[i] += (g[at + i] * scale)**2``, in float64, for the array ``g`` at an address."""
-    _add_squares_at(kinds.members[0], np.dtype(type(like)))(kinds, like, address, at, scale, sums)
-
-
-@overload(add_squares_at)
-def _overload_add_squares_at(kinds, like, address, at, scale, sums):
-    return _add_squares_at(kinds.instance_class.members[0], as_dtype(like))
-
-
-def _add_squares_at(kind, like):
-    stored = CODECS[kind].stored(0) if kind in CODECS else like.type(0)
-    decode = CODECS[kind].decode if kind in CODECS else same
-    width = itemsize(kind, like.itemsize)
-    add = restricted_helper(
-        define(
-            "add_decoded",
-            "g, scale, sums",
-            "for k in range(g.size):",
-            "    i = np.uint64(k)",
-            "    x = np.float64(decode(g[i])) * scale",
-            "    sums[i] += x * x",
-            np=np,
-            decode=decode,
-        )
+def _adder_at(members: Formats, like: np.dtype) -> Callable:
+    [kind] = members
+    return define(
+        "add_squares_at",
+        "kinds, like, address, at, scale, sums",
+        f"add(view(address + at * {kind.itemsize(like)}, sums.size, stored), scale, sums)",
+        view=view,
+        stored=kind.zero(like),
+        add=_adder(kind),
+        kind=kind.name,
     )
 
-    def add_at(kinds, like, address, at, scale, sums):
-        add(view(address + at * width, sums.size, stored), scale, sums)
 
-    return add_at
+@made_by(_adder_at)
+def add_squares_at(kinds, like, address, at, scale, sums):
+    """``sums[i] += (g[at + i] * scale)**2``, in float64, for the array ``g`` at an address."""
 
 
 @Kernel
 def sum_squares_tables(like, tables, blocks, scale, partials):
-    """The same for gradients of tables (see tables.py), a row's gradients summed: partials of
-    GROUPS_PER_BLOCK groups each, blocks being of [table, number of the block in it]."""
+    """The same for gradients of tables (see layout.py), a row's gradients summed: partials of
+    SEGMENTS_PER_BLOCK segments each, blocks being of [table, number of the block in it]."""
     for block in prange(blocks.shape[0]):
         partials[block] = sum_squares_block(like, tables[blocks[block, 0]], blocks[block, 1], scale)
 
 
 @helper
 def sum_squares_block(like, table, block, scale):
-    dim = table[DIM]
-    total = np.empty_like(view(table[PARAM], dim, like))
+    dim = table[TABLE_DIM]
+    total = np.empty_like(view(table[TABLE_PARAMETER], dim, like))
     sums = np.zeros(dim)
-    first = block * GROUPS_PER_BLOCK
-    for group in range(first, min(first + GROUPS_PER_BLOCK, table[GROUPS])):
-        if row_of_group(table, group) != table[SKIPPED]:
-            add_squares(view(gradient_of(table, like, total, group), dim, like), scale, sums)
+    first = block * SEGMENTS_PER_BLOCK
+    for segment in range(first, min(first + SEGMENTS_PER_BLOCK, table[TABLE_SEGMENTS])):
+        if row_of_segment(table, segment) != table[TABLE_SKIPPED]:
+            add_squares(view(gradient_of(table, like, total, segment), dim, like), scale, sums)
     return total_of(sums)
 
 

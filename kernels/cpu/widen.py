@@ -2,8 +2,9 @@
 
 from numba import prange
 
-from fastopt.kernels.cpu.formats import float_of_bfloat16, float_of_half
-from fastopt.kernels.jit import Kernel
+from fastopt.kernels.cpu.jit import Kernel
+from fastopt.kernels.formats import float_of_bfloat16
+from fastopt.kernels.intrinsics import float_of_half
 
 
 @Kernel

@@ -1,9 +1,9 @@
-"""Dense updates on the GPU, as in ``fastopt.kernels.cpu.flat``."""
+"""Dense updates on the GPU, as in ``fastopt.kernels.cpu.dense``."""
 
 import numpy as np
 from numba import cuda
 
-from fastopt.kernels.elements import element_of, load, store, update_element, update_row
+from fastopt.kernels.element import element_of, load, store, update_element, update_row
 
 
 def flat(h, c, p, g, state):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt.kernels import rules
+from fastopt.kernels.rule import L2, RULES, Decoupled, Rule, Scaled
 
 
 class SignumH(NamedTuple):
@@ -23,48 +23,48 @@ def signum(h, p, g, exp_avg):
     return p, exp_avg
 
 
-# but for those with a layer's part: norms of layers are the CPU's alone
+# but for those with a trust ratio: norms of whole arrays are the CPU's alone
 PACKAGE = [
     hyper
-    for hyper, rule in rules.RULES.items()
-    if hyper.__module__ == "fastopt.kernels.rules" and rule.layer is None
+    for hyper, rule in RULES.items()
+    if hyper.__module__.startswith("fastopt.kernels.rules.") and rule.trust_ratio is None
 ]
 
 
 @pytest.fixture(params=[*PACKAGE, SignumH], ids=lambda hyper: hyper.__name__)
-def rule(request: pytest.FixtureRequest) -> Iterator[rules.Rule]:
+def rule(request: pytest.FixtureRequest) -> Iterator[Rule]:
     """Every rule of the package, and one that a user registered."""
     if request.param is SignumH:
         fastopt.register_rule("Signum", SignumH, signum, ["exp_avg"])
-    yield rules.RULES[request.param]
+    yield RULES[request.param]
     if request.param is SignumH:
-        del rules.RULES[SignumH]
+        del RULES[SignumH]
 
 
-@pytest.fixture(params=[rules.Scaled, rules.L2, rules.Decoupled])
+@pytest.fixture(params=[Scaled, L2, Decoupled])
 def decay(request: pytest.FixtureRequest) -> type:
     return request.param
 
 
 @pytest.fixture
-def hyperparameters(rule: rules.Rule, decay: type) -> Callable[..., tuple]:
+def hyperparameters(rule: Rule, decay: type) -> Callable[..., tuple]:
     """``hyperparameters(dtype, step, scale, limit, weight_decay, options)``: h and c of a launch."""
 
     def hyperparameters(dtype, step, scale, limit, weight_decay, options):
-        h = rule.fold(step, options)
-        if decay is rules.Scaled:
-            c = rules.Scaled(scale, limit)
-        elif decay is rules.L2:
-            c = rules.L2(scale, limit, weight_decay)
+        h = rule.fold(step, options, dtype)
+        if decay is Scaled:
+            c = Scaled(scale, limit)
+        elif decay is L2:
+            c = L2(scale, limit, weight_decay)
         else:
-            c = rules.Decoupled(scale, limit, 1.0 - options["lr"] * weight_decay)
+            c = Decoupled(scale, limit, 1.0 - options["lr"] * weight_decay)
         return tuple(type(t)(*[x if isinstance(x, bool) else dtype(x) for x in t]) for t in (h, c))
 
     return hyperparameters
 
 
 @pytest.fixture
-def arrays(rule: rules.Rule) -> Callable[..., list[Any]]:
+def arrays(rule: Rule) -> Callable[..., list[Any]]:
     """``arrays(dtype, rows, dim)``: the other arguments, p and g random and the state 0.
 
     Each array is the middle of one with an element, or a row, more at either end.

@@ -9,9 +9,11 @@ import pytest
 import reference
 from numba.core import config
 
-from fastopt.kernels import rules
-from fastopt.kernels.elements import element_of, load, store, update_element, update_row
-from fastopt.kernels.jit import OPTIONS as JIT_OPTIONS
+from fastopt.kernels.cpu.jit import OPTIONS as JIT_OPTIONS
+from fastopt.kernels.element import element_of, load, store, update_element, update_row
+from fastopt.kernels.rule import L2, Decoupled, Scaled
+from fastopt.kernels.rules.adagrad import AdaGradH
+from fastopt.kernels.rules.sgd import SGDH
 
 if not config.ENABLE_CUDASIM:
     pytest.skip("needs NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
@@ -91,11 +93,11 @@ def test_simulated_kernels_agree_with_the_cpu_and_the_formula(rule, decay, dtype
     follow, variant = REFERENCES[rule.hyper.__name__]
     options = {**OPTIONS, **variant}
     common = {
-        "weight_decay": 0.0 if decay is rules.Scaled else WEIGHT_DECAY,
-        "decoupled": decay is rules.Decoupled,
+        "weight_decay": 0.0 if decay is Scaled else WEIGHT_DECAY,
+        "decoupled": decay is Decoupled,
     }
     # the formula is as sharp in float64, where compiling all pairs for the CPU would take long
-    with_cpu = dtype == np.float32 or decay is rules.L2
+    with_cpu = dtype == np.float32 or decay is L2
     for rows, dim in SHAPES:
         on_gpu, on_cpu = arrays(dtype, rows, dim), arrays(dtype, rows, dim)
         p, g = (array.astype(np.float64) for array in on_gpu[:2])
@@ -121,7 +123,7 @@ def test_simulated_kernels_agree_with_the_cpu_and_the_formula(rule, decay, dtype
 
 @pytest.mark.parametrize(("blocks", "threads"), [(1, 1), (1, 32), (5, 3), (40, 1)])
 def test_any_grid_updates_every_element_once(blocks, threads):
-    h, c = rules.SGDH(np.float32(0.5)), rules.Scaled(np.float32(1), np.float32(np.inf))
+    h, c = SGDH(np.float32(0.5)), Scaled(np.float32(1), np.float32(np.inf))
     p, g = np.zeros(37, np.float32), np.arange(37, dtype=np.float32)
     cuda.jit(gpu.flat)[blocks, threads](h, c, p, g, ())
     np.testing.assert_array_equal(p, -g / 2)
@@ -129,7 +131,7 @@ def test_any_grid_updates_every_element_once(blocks, threads):
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_nan_and_infinity_stay_in_their_elements():
-    h, c = rules.AdaGradH(np.float32(0.5), np.float32(1e-3)), rules.Scaled(np.float32(1), np.float32(np.inf))
+    h, c = AdaGradH(np.float32(0.5), np.float32(1e-3)), Scaled(np.float32(1), np.float32(np.inf))
     p, g, state = np.ones(5, np.float32), np.float32([1, np.nan, 1, np.inf, 1]), np.zeros(5, np.float32)
     cuda.jit(gpu.flat)[1, 2](h, c, p, g, (state,))
     np.testing.assert_array_equal(np.isfinite(p), [True, False, True, False, True])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numba.core import config
 
-from fastopt.kernels import rules
+from fastopt.kernels.rule import L2, Decoupled, Scaled
 
 if config.ENABLE_CUDASIM:
     pytest.skip("the simulator does not compile", allow_module_level=True)
@@ -60,7 +60,7 @@ def assembled(text, cc, folder):
 
 @pytest.mark.parametrize(
     ("cc", "decay"),
-    [((8, 0), rules.L2), ((9, 0), rules.Scaled), ((9, 0), rules.Decoupled)],
+    [((8, 0), L2), ((9, 0), Scaled), ((9, 0), Decoupled)],
     indirect=["decay"],
     ids=lambda value: value.__name__ if isinstance(value, type) else "sm_{}{}".format(*value),
 )
@@ -80,7 +80,7 @@ def test_float32_kernels_are_lean(rule, ptx, cc, tmp_path):
     assert registers <= (MOST_REGISTERS_ROWS if rule.row_slots else MOST_REGISTERS)
 
 
-@pytest.mark.parametrize("decay", [rules.L2], indirect=True)
+@pytest.mark.parametrize("decay", [L2], indirect=True)
 @pytest.mark.parametrize("cc", [(9, 0)], ids=["sm_90"])
 def test_float64_kernels_compile(rule, ptx, cc, tmp_path):
     text = ptx(np.float64)

@@ -15,6 +15,7 @@ from fastopt.kernels.cpu.backend.reads import (
     limit_norms,
     pool,
     pool_max,
+    reblock,
     row_products,
     scale,
     take,
@@ -25,8 +26,8 @@ from fastopt.kernels.cpu.backend.rows import catch_up, sum_squares_rows, update_
 from fastopt.kernels.cpu.headers import Identities
 from fastopt.kernels.cpu.index import check_bounds as bounds
 from fastopt.kernels.cpu.index import segments_of
+from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.rows import Lazy, PerRow
-from fastopt.kernels.scratch import empty
 
 __all__ = [
     "ArraysLaunch",
@@ -48,6 +49,7 @@ __all__ = [
     "limit_norms",
     "pool",
     "pool_max",
+    "reblock",
     "row_products",
     "scale",
     "segments_of",

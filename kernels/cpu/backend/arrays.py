@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.cpu import formats as stored
 from fastopt.kernels.cpu import norms
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.backend.rows import PARTS_PER_THREAD
+from fastopt.kernels.cpu.dense import update_arrays
 from fastopt.kernels.cpu.factored import update_matrices
-from fastopt.kernels.cpu.flat import update_arrays as update_arrays_kernel
-from fastopt.kernels.cpu.formats import RUN, Format
-from fastopt.kernels.cpu.layers import update_layers
-from fastopt.kernels.jit import thread_count
+from fastopt.kernels.cpu.memory import empty
+from fastopt.kernels.cpu.runs import RUN
+from fastopt.kernels.cpu.threads import runs_serial, thread_count
+from fastopt.kernels.cpu.trust import update_whole_arrays
+from fastopt.kernels.formats import Format, formats
 from fastopt.kernels.layout import ARRAY_GRADIENT, ARRAY_KEY, ARRAY_NUMBERS, ARRAY_PARAMETER, array_table
-from fastopt.kernels.scratch import empty
 from fastopt.kernels.work import ArrayWork, Spec
 
 
@@ -34,16 +34,16 @@ class ArraysLaunch:
     """
 
     def __init__(self, spec: Spec, works: Sequence[ArrayWork], classes: int) -> None:
-        self._trust = spec.rule.layer is not None
+        self._trust = spec.rule.trust_ratio is not None
         sizes = [math.prod(work.shape) for work in works]
         self._table = array_table(
             [(work.numbers, work.position) for work in works],
-            [0 if work.master is None else address(work.master) for work in works],
+            [_place(work.master) for work in works],
             [[_place(array) for pair in work.state for array in pair] for work in works],
         )
         self._bases = np.cumsum([0, *sizes])
         self._size = int(self._bases[-1])
-        self._kinds = stored.formats(*spec.formats)
+        self._kinds = formats(*spec.formats)
         self._compute = spec.compute
         self._types = _ones(spec.h, spec.compute), _ones(spec.c, spec.compute)
         self.numbers = np.zeros((classes, len(spec.h) + len(spec.c)))
@@ -61,7 +61,7 @@ class ArraysLaunch:
 
     def prepare(self, zero_grads: bool) -> None:
         """Have the machine code ready; ``zero_grads``: whether the run sets gradients to zero."""
-        self._serial = update_arrays_kernel.runs_serial(self._size)
+        self._serial = runs_serial(self._size)
         parts = 1 if self._serial else PARTS_PER_THREAD * thread_count()
         prepared = self._serial, zero_grads, parts
         if prepared == self._prepared:
@@ -72,17 +72,17 @@ class ArraysLaunch:
         self._arguments = *self._types, *given
         if self._trust:
             none: Any = self._table[:0], self._bases[:1], self.numbers, zero_grads, chunk
-            update_layers(self._size, *self._types, like, self._kinds, *none)  # which compiles it
+            update_whole_arrays(self._size, *self._types, like, self._kinds, *none)  # which compiles it
         else:
-            self._entry = update_arrays_kernel.entry(self._serial, self._arguments)
+            self._entry = update_arrays.entry(self._serial, self._arguments)
         self._prepared = prepared
 
     def run(self) -> None:
         """Update the arrays."""
         if self._trust and self._size:
-            update_layers(self._size, *self._arguments)
+            update_whole_arrays(self._size, *self._arguments)
         elif self._size:
-            update_arrays_kernel.run(self._entry, self._serial, self._arguments)
+            update_arrays.run(self._entry, self._serial, self._arguments)
 
 
 class MatrixLaunch:
@@ -92,15 +92,15 @@ class MatrixLaunch:
     def __init__(self, spec: Spec, work: ArrayWork) -> None:
         self._shape = math.prod(work.shape[:-2]), work.shape[-2], work.shape[-1]
         self._state = [array.reshape(-1) for array, _ in work.state]
-        self._places = np.array([[0, 0 if work.master is None else address(work.master)], [0, 0]], np.int64)
+        self._places = np.array([0, _place(work.master), 0, 0], np.int64)
         self._like = spec.compute.type(0)
         self._types = _ones(spec.h, spec.compute), _ones(spec.c, spec.compute)
-        self._kinds = stored.formats(*spec.formats)
+        self._kinds = formats(*spec.formats)
         self.numbers = np.zeros((1, len(spec.h) + len(spec.c)))
         self._alive = work
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
-        self._places[:, 0] = parameters[0], gradients[0]
+        self._places[::2] = parameters[0], gradients[0]
 
     def set_keys(self, keys: list[int]) -> None:
         """Nothing of this state is rounded at random."""
@@ -122,7 +122,7 @@ class Squares:
     """Sums of squares of arrays of one format."""
 
     def __init__(self, compute: np.dtype, kind: Format, sizes: Sequence[int]) -> None:
-        self._like, self._kinds = compute.type(0), stored.formats(kind)
+        self._like, self._kinds = compute.type(0), formats(kind)
         self._bases = np.cumsum([0, *sizes])
         self._serial = True
         self._entry: Callable | None = None
@@ -132,9 +132,9 @@ class Squares:
         size = int(self._bases[-1])
         if not size:
             return 0.0
-        partials = empty(-(-size // norms.BLOCK), np.float64)
+        partials = empty(-(-size // norms.SUMMED), np.float64)
         arguments = self._like, self._kinds, addresses, self._bases, scale, partials
-        serial = norms.sum_squares_arrays.runs_serial(size)
+        serial = runs_serial(size)
         entry = self._entry
         if entry is None or serial != self._serial:
             entry = norms.sum_squares_arrays.entry(serial, arguments)

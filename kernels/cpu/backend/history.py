@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fastopt.kernels import rest, rules
+from fastopt.kernels import catch_up
+from fastopt.kernels.cpu.catch_up import add_adaptive, add_linear, tabulate
+from fastopt.kernels.rule import L2, Adaptive, Decoupled, Linear, Loop, Rule, Scaled, Still
 from fastopt.kernels.work import RowSteps
 
 FIRST_CAPACITY = 64
@@ -17,15 +19,15 @@ MOVES_PER_COEFFICIENTS = 100  # elements that a dense update handles in the time
 class History:
     """The steps of a table since ``base``, as steps with a zero gradient.
 
-    What ``steps`` holds, and how it is read, is said in ``fastopt.kernels.rest``.
+    What ``steps`` holds, and how it is read, is said in ``fastopt.kernels.catch_up``.
 
     Args:
-        rule, decay_type: the rule, and rules.Scaled, rules.L2 or rules.Decoupled.
+        rule, decay_type: the rule, and Scaled, L2 or Decoupled.
         options: its options, checked; the learning rate among them is not used.
         base: the parameter's step from which on steps are kept.
 
     Attributes:
-        kind: how missed steps are made up for: rest.Still, Linear, Adaptive or Loop.
+        kind: how missed steps are made up for: Still, Linear, Adaptive or Loop.
         steps: float64, of shape (capacity, columns); row i belongs to step base + i.
         window: for how many steps a row of ``steps`` goes on changing.
         now: the last step known.
@@ -33,24 +35,24 @@ class History:
 
     MOST_STEPS = 1 << 14  # 2 MB; then all rows are brought up to date, and a history starts anew
 
-    def __init__(self, rule: rules.Rule, decay_type: type, options: dict[str, Any], base: int) -> None:
-        self.kind = rest.rest_kind(rule, decay_type, options)
+    def __init__(self, rule: Rule, decay_type: type, options: dict[str, Any], base: int) -> None:
+        self.kind = catch_up.missed_kind(rule, decay_type, options)
         self.base = self.now = base
         self.window = 0
         self._rule, self._options, self._decay_type = rule, dict(options), decay_type
         weight_decay = float(options.get("weight_decay", 0.0))
-        self._decoupled = weight_decay if decay_type is rules.Decoupled else 0.0
-        self._penalty = weight_decay if decay_type is rules.L2 else 0.0
+        self._decoupled = weight_decay if decay_type is Decoupled else 0.0
+        self._penalty = weight_decay if decay_type is L2 else 0.0
         self._decay = float(getattr(self._fold(base + 1, 0.0), "alpha", 1.0))
-        if self.kind is rest.Adaptive:
-            self.window = rest.window_of(rule, options)
-            self._growth = rest.growth_of(rule, options)
+        if self.kind is Adaptive:
+            self.window = catch_up.window_of(rule, options)
+            self._growth = catch_up.growth_of(rule, options)
         self._tabulated = -1, np.empty((0, 0))
         adders: dict[type, Callable[[int, float], None]] = {
-            rest.Still: self._add_still,
-            rest.Linear: self._add_linear,
-            rest.Adaptive: self._add_adaptive,
-            rest.Loop: self._add_loop,
+            Still: self._add_still,
+            Linear: self._add_linear,
+            Adaptive: self._add_adaptive,
+            Loop: self._add_loop,
         }
         self._add = adders[self.kind]
         self.steps = np.zeros((FIRST_CAPACITY, self._columns()))
@@ -76,13 +78,13 @@ class History:
         """
         now, table = self._tabulated
         count = min(self.now - self.base + 1, rows // ROWS_PER_COEFFICIENTS)
-        if self.kind is rest.Loop:
+        if self.kind is Loop:
             count = 0
         if now != self.now or len(table) < count or table.dtype != compute:
-            table = np.empty((count, rest.numbers(self.kind) if count else 0), compute)
+            table = np.empty((count, catch_up.coefficient_count(self.kind) if count else 0), compute)
             if count:
                 given = self.kind(), self.steps, self.window, self.base, self.now - count + 1, self.now
-                rest.tabulate(count * MOVES_PER_COEFFICIENTS, *given, table)
+                tabulate(count * MOVES_PER_COEFFICIENTS, *given, table)
             self._tabulated = self.now, table
         return RowSteps(last_step, self.steps, self.base, self.window, table, self.now - len(table) + 1)
 
@@ -101,31 +103,31 @@ class History:
         self.now += 1
 
     def _columns(self) -> int:
-        if self.kind is rest.Loop:
+        if self.kind is Loop:
             return len(self._numbers(self.base + 1, 0.0))
-        return rest.COLUMNS[self.kind]
+        return catch_up.COLUMNS[self.kind]
 
     def _set_first(self) -> None:
         """Row 0: nothing has happened yet."""
         first = self.steps[0]
-        if self.kind is rest.Still:
-            first[rest.DECAY] = 1.0
-        elif self.kind is rest.Linear:
-            first[rest.POWER] = 1.0
-        elif self.kind is rest.Adaptive:
-            first[[rest.DECAY1, rest.DECAY2, rest.FIRST]] = 1.0
+        if self.kind is Still:
+            first[catch_up.DECAY] = 1.0
+        elif self.kind is Linear:
+            first[catch_up.POWER] = 1.0
+        elif self.kind is Adaptive:
+            first[[catch_up.DECAY1, catch_up.DECAY2, catch_up.FIRST]] = 1.0
 
     def _add_still(self, i: int, lr: float) -> None:
         # an L2 penalty is SGD's alone here, and does to p what decoupled decay does
         keep = self._positive(1.0 - lr * (self._decoupled or self._penalty), lr)
         before = self.steps[i - 1]
-        self.steps[i] = before[rest.LOG_KEEP] + math.log(keep), before[rest.DECAY] * self._decay
+        self.steps[i] = before[catch_up.LOG_KEEP] + math.log(keep), before[catch_up.DECAY] * self._decay
 
     def _add_linear(self, i: int, lr: float) -> None:
         h = self._fold(self.base + i, lr)
         nesterov, undampened = getattr(h, "nesterov", False), getattr(h, "undampened", 1.0)
         keep = 1.0 - lr * self._decoupled
-        rest.add_linear.serial(
+        add_linear.serial(
             self.steps, i, keep, self._penalty, lr, h.momentum, undampened, nesterov, self._decay
         )
 
@@ -133,7 +135,7 @@ class History:
         keep = self._positive(1.0 - lr * self._decoupled, lr)
         h = self._fold(self.base + i, lr)
         root = 1.0 / getattr(h, "root_correction", 1.0)
-        rest.add_adaptive.serial(
+        add_adaptive.serial(
             self.steps,
             i,
             self.window,
@@ -158,13 +160,13 @@ class History:
         )
 
     def _fold(self, step: int, lr: float) -> Any:
-        return self._rule.fold(step, {**self._options, "lr": lr})
+        return self._rule.fold(step, {**self._options, "lr": lr}, np.float64)
 
     def _numbers(self, step: int, lr: float) -> list[float]:
         """The hyperparameters of a step, then those of its weight decay but for the scale."""
         decay: dict[type, list[float]] = {
-            rules.Scaled: [],
-            rules.L2: [self._penalty],
-            rules.Decoupled: [1.0 - lr * self._decoupled],
+            Scaled: [],
+            L2: [self._penalty],
+            Decoupled: [1.0 - lr * self._decoupled],
         }
         return [float(number) for number in (*self._fold(step, lr), *decay[self._decay_type])]

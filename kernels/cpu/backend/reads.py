@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from fastopt.kernels.cpu import bags, norms
+from fastopt.kernels.cpu import bags, norms, stored_rows
 from fastopt.kernels.cpu import rows as row_kernels
+from fastopt.kernels.cpu.memory import ALIGNMENT, aligned, empty
 from fastopt.kernels.cpu.widen import widen_bfloat16, widen_half
-from fastopt.kernels.scratch import ALIGNMENT, aligned, empty
+from fastopt.kernels.formats import Format, formats
 from fastopt.kernels.work import Segments
 
 HALF = np.dtype(np.float16)
@@ -26,6 +27,16 @@ def widen(array: np.ndarray) -> np.ndarray:
     kernel = widen_half if array.dtype == HALF else widen_bfloat16
     kernel(array.size, array.reshape(-1).view(np.uint16), out.reshape(-1))
     return out
+
+
+def reblock(
+    kind: Format, codes: np.ndarray, scales: np.ndarray, new: np.ndarray, new_scales: np.ndarray
+) -> None:
+    """Set ``new`` and ``new_scales``, [rows, blocks], to 8-bit codes whose blocks end with the rows, of codes
+    whose blocks go on over them; rounded to the nearest."""
+    shape = len(new_scales), codes.size // max(len(new_scales), 1)
+    given = formats(kind), np.float32(0), codes.reshape(shape), scales, new.reshape(shape), new_scales
+    stored_rows.reblock(codes.size, *given)
 
 
 def gather(table: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -7,12 +7,14 @@ import numpy as np
 
 from fastopt.kernels.cpu import norms
 from fastopt.kernels.cpu.backend.addresses import address
-from fastopt.kernels.cpu.formats import formats
-from fastopt.kernels.cpu.rows import buffer_rows, update_tables
-from fastopt.kernels.cpu.rows import catch_up as catch_up_rows
-from fastopt.kernels.jit import Kernel, thread_count
+from fastopt.kernels.cpu.catch_up import catch_up as catch_up_rows
+from fastopt.kernels.cpu.jit import Kernel
+from fastopt.kernels.cpu.memory import empty
+from fastopt.kernels.cpu.rows import update_tables
+from fastopt.kernels.cpu.stored_rows import buffer_rows
+from fastopt.kernels.cpu.threads import runs_serial, thread_count
+from fastopt.kernels.formats import formats
 from fastopt.kernels.layout import table_row
-from fastopt.kernels.scratch import empty
 from fastopt.kernels.work import RowSteps, Spec, StoredTable, TableGradient, TableWork
 
 PARTS_PER_THREAD = 8  # of a launch, so that threads that are held up do not hold up the others
@@ -32,7 +34,7 @@ class RowsLaunch:
         """Have the kernel compiled for arguments of these types, by a call with empty arrays."""
         if not self._work:
             return
-        key = self._kernel, self._kernel.runs_serial(self._work), tuple(map(_type_of, self._arguments))
+        key = self._kernel, runs_serial(self._work), tuple(map(_type_of, self._arguments))
         if key not in _compiled:
             self._kernel(self._work, *map(_emptied, self._arguments))
             _compiled.add(key)
@@ -100,7 +102,7 @@ def catch_up(
 def sum_squares_rows(gradients: Sequence[TableGradient], scale: float) -> float:
     """The sum of squares of the gradients of all rows, of tables of one dtype, times ``scale**2``."""
     rows = np.stack([table_row([], parameter=address(g.values), **_of_gradient(g)) for g in gradients])
-    counts = [-(-gradient.segments.rows.size // norms.GROUPS_PER_BLOCK) for gradient in gradients]
+    counts = [-(-gradient.segments.rows.size // norms.SEGMENTS_PER_BLOCK) for gradient in gradients]
     blocks = np.array([(t, block) for t, count in enumerate(counts) for block in range(count)], np.int64)
     partials = np.zeros(len(blocks))
     work = sum(gradient.work for gradient in gradients)

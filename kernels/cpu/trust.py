@@ -1,4 +1,4 @@
-"""Dense updates by rules with a layer's part: their steps depend on norms of the whole array.
+"""Updates by rules with a trust ratio: the length of a step depends on norms of the whole array, or of a row.
 
 Two passes: one sums up the squares of the parameter and of the direction, and writes nothing; then each
 array has a factor of its learning rate and is updated as by any other rule. So the direction is computed
@@ -9,28 +9,29 @@ Sums are in float64, over blocks that begin with their array and are added in or
 the number of threads nor on the other arrays.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import prange
 from numba.extending import overload, register_jitable
-from numba.np.numpy_support import as_dtype
 
-from fastopt.kernels.cpu.flat import NUMBERS, PLACES, array_at, update_arrays
-from fastopt.kernels.cpu.formats import BLOCK, Format, opened, run_length
-from fastopt.kernels.cpu.memory import ON_STACK, on_stack
-from fastopt.kernels.cpu.norms import total_of
-from fastopt.kernels.elements import define, direction, layer_factor, load, part_of, rescaled, unpack
-from fastopt.kernels.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.dense import array_at, update_arrays
+from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.norms import SUMMED, add_squares, total_of
+from fastopt.kernels.cpu.runs import Formats, made_by, new_array, opened, run_length
+from fastopt.kernels.element import direction, load, part_of, rescaled, trust_ratio, unpack
+from fastopt.kernels.formats import BLOCK
+from fastopt.kernels.intrinsics import ON_STACK, on_stack
+from fastopt.kernels.layout import ARRAY_NUMBERS, ARRAY_PLACES
+from fastopt.kernels.rule import RULES
+from fastopt.kernels.source import define
 
-SUMMED = 8_192  # elements of a block of sums, a multiple of BLOCK
 LANES = BLOCK  # sums of a block that grow side by side, so that the loop over them vectorises
 GATHERED = 4 * LANES  # numbers that are added to the sums at a time
 
 
-def update_layers(
+def update_whole_arrays(
     work: int,
     h: Any,
     c: Any,
@@ -42,18 +43,18 @@ def update_layers(
     zero_grads: bool,
     chunk: int,
 ) -> None:
-    """What :data:`~fastopt.kernels.cpu.flat.update_arrays` does, by a rule with a layer's part."""
+    """What :data:`~fastopt.kernels.cpu.dense.update_arrays` does, by a rule with a trust ratio."""
     sums = np.empty((bases[-1] // SUMMED + len(table), 2))
     own_numbers = np.empty((len(table), numbers.shape[1]))
-    find_rates(work, h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers)
+    find_trust_ratios(work, h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers)
     own_table = table.copy()
-    own_table[:, NUMBERS] = np.arange(len(table))
+    own_table[:, ARRAY_NUMBERS] = np.arange(len(table))
     update_arrays(work, h, c, like, kinds, own_table, bases, own_numbers, zero_grads, chunk)
 
 
 @Kernel
-def find_rates(h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers):
-    """Set row t of ``own_numbers`` to the hyperparameters of array t, its factor in the learning rate.
+def find_trust_ratios(h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers):
+    """Set row t of ``own_numbers`` to the hyperparameters of array t, its trust ratio in the learning rate.
 
     The arguments are those of update_arrays; sums: memory, [bases[-1] // SUMMED + arrays, 2].
 
@@ -63,7 +64,7 @@ def find_rates(h, c, like, kinds, table, bases, numbers, chunk, sums, own_number
         last = min((k + 1) * chunk, bases[-1])
         sum_chunk(h, c, like, kinds, table, bases, numbers, k * chunk, last, sums)
     for t in range(table.shape[0]):
-        find_rate(h, bases, t, numbers[table[t, NUMBERS]], sums, own_numbers[t])
+        find_trust_ratio(h, bases, t, numbers[table[t, ARRAY_NUMBERS]], sums, own_numbers[t])
 
 
 @helper
@@ -76,8 +77,8 @@ def first_sums(bases, t):
 def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, sums):
     """The blocks of arrays that begin between the elements ``first`` and ``last``."""
     p_memory, u_memory = np.empty(LANES), np.empty(LANES)
-    found = new_found(like)
-    run = min(run_length(kinds), GATHERED)
+    found = new_array((2, GATHERED), like)
+    run = min(run_length(kinds, like), GATHERED)
     for t in range(array_at(bases, first), table.shape[0]):
         base = bases[t]
         if base >= last:
@@ -86,9 +87,9 @@ def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, sums):
         size = bases[t + 1] - base
         end = min(last - base, size)
         row = table[t]
-        own_h = unpack(h, numbers[row[NUMBERS]], like)
-        own_c = unpack(c, numbers[row[NUMBERS], len(h) :], like)
-        places = row[PLACES:]
+        own_h = unpack(h, numbers[row[ARRAY_NUMBERS]], like)
+        own_c = unpack(c, numbers[row[ARRAY_NUMBERS], len(h) :], like)
+        places = row[ARRAY_PLACES:]
         for block in range(begin, (end + SUMMED - 1) // SUMMED):
             block_end = min((block + 1) * SUMMED, size)
             used = min(LANES, block_end - block * SUMMED)
@@ -100,16 +101,16 @@ def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, sums):
                 for at in range(0, count, run):
                     end_of_run = min(at + run, count)
                     ps, us = found[0, at:end_of_run], found[1, at:end_of_run]
-                    find_run(own_h, own_c, like, kinds, places, gathered + at, end_of_run - at, ps, us)
-                add_squares(found[0, :count], p_lanes)
-                add_squares(found[1, :count], u_lanes)
+                    find_directions(own_h, own_c, like, kinds, places, gathered + at, end_of_run - at, ps, us)
+                add_gathered(found[0, :count], p_lanes)
+                add_gathered(found[1, :count], u_lanes)
             block_sums = sums[first_sums(bases, t) + block]
             block_sums[0] = total_of(p_lanes)
             block_sums[1] = total_of(u_lanes)
 
 
 @helper
-def add_squares(found, lanes):
+def add_gathered(found, lanes):
     """Add the squares of ``found``, GATHERED numbers or the fewer at an array's end."""
     if found.size == GATHERED:
         add_four(
@@ -117,7 +118,7 @@ def add_squares(found, lanes):
         )
     else:
         for first in range(0, found.size, LANES):
-            add_one(found[first : min(first + LANES, found.size)], lanes)
+            add_squares(found[first : min(first + LANES, found.size)], 1.0, lanes)
 
 
 @restricted_helper
@@ -127,26 +128,8 @@ def add_four(a, b, c, d, lanes):
         lanes[i] += (w * w + x * x) + (y * y + z * z)
 
 
-@restricted_helper
-def add_one(a, lanes):
-    for i in range(a.size):
-        x = np.float64(a[i])
-        lanes[i] += x * x
-
-
-def new_found(like):
-    """Memory for the numbers that are gathered, of the type of ``like``."""
-    return np.empty((2, GATHERED), type(like))
-
-
-@overload(new_found)
-def _new_found(like):
-    dtype = as_dtype(like)
-    return lambda like: np.empty((2, GATHERED), dtype)
-
-
 @helper
-def find_rate(h, bases, t, numbers, sums, own_numbers):
+def find_trust_ratio(h, bases, t, numbers, sums, own_numbers):
     size = bases[t + 1] - bases[t]
     first = first_sums(bases, t)
     p_sq = u_sq = 0.0
@@ -154,12 +137,12 @@ def find_rate(h, bases, t, numbers, sums, own_numbers):
         p_sq += sums[k, 0]
         u_sq += sums[k, 1]
     own_numbers[:] = numbers
-    own_numbers[0] *= layer_factor(unpack(h, numbers, np.float64(0)), p_sq, u_sq, size)
+    own_numbers[0] *= trust_ratio(unpack(h, numbers, np.float64(0)), p_sq, u_sq, size)
 
 
 @register_jitable
-def rated_row(h, c, p, g, state, row_values):
-    """``h`` with its learning rate times the factor of the row ``p``; all arrays are 1-D.
+def _row_rated(h, c, p, g, state, row_values):
+    """``h`` with its learning rate times the trust ratio of the row ``p``; all arrays are 1-D.
 
     Four interleaved sums each: a fixed order, in which the additions need not wait for each other.
     """
@@ -167,14 +150,26 @@ def rated_row(h, c, p, g, state, row_values):
     p_sq = u_sq = 0.0
     for first in range(0, g.size, ON_STACK):
         last = min(first + ON_STACK, g.size)
-        find_directions(h, c, p[first:last], g[first:last], part_of(state, first, last), row_values, us)
+        find_row_directions(h, c, p[first:last], g[first:last], part_of(state, first, last), row_values, us)
         p_sq += sum_of_squares(p[first:last])
         u_sq += sum_of_squares(us[: last - first])
-    return rescaled(h, p.dtype.type(layer_factor(h, p_sq, u_sq, g.size)))
+    return rescaled(h, p.dtype.type(trust_ratio(h, p_sq, u_sq, g.size)))
+
+
+def rated(h, c, p, g, state, row_values):
+    """``h`` as the elements of the row ``p`` are to see it: with its trust ratio, if the rule has one."""
+    return _row_rated(h, c, p, g, state, row_values) if RULES[type(h)].trust_ratio else h
+
+
+@overload(rated)
+def _rated(h, c, p, g, state, row_values):
+    if RULES[h.instance_class].trust_ratio is None:
+        return lambda h, c, p, g, state, row_values: h
+    return _row_rated
 
 
 @restricted_helper
-def find_directions(h, c, p, g, state, row_values, us):
+def find_row_directions(h, c, p, g, state, row_values, us):
     for d in range(p.size):
         us[d] = direction(h, c, p[d], g[d], *load(state, d), *row_values)
 
@@ -193,12 +188,8 @@ def sum_of_squares(x):
     return (a + b) + (c + d)
 
 
-def run_directions(members: tuple[Format, ...], like: np.dtype) -> Callable:
-    """A function that sets ``ps`` and ``us`` to a run's elements and their direction; the other arguments are
-    as those of :func:`~fastopt.kernels.cpu.formats.run_update`.
-
-    They are squared apart: a loop with float64 in it would have as few lanes for all that it does.
-    """
+def run_directions(members: Formats, like: np.dtype) -> Callable:
+    """See :func:`find_directions`."""
     opening, parameters, arguments, loads, names = opened(members, like)
     loop = define(
         "loop",
@@ -214,7 +205,7 @@ def run_directions(members: tuple[Format, ...], like: np.dtype) -> Callable:
     )
     return define(
         "run",
-        "h, c, places, at, size, ps, us",
+        "h, c, like, kinds, places, at, size, ps, us",
         *opening,
         f"loop(h, c, size, ps, us, {', '.join(arguments)})",
         "return None",
@@ -223,22 +214,10 @@ def run_directions(members: tuple[Format, ...], like: np.dtype) -> Callable:
     )
 
 
-@functools.cache
-def _compiled_run(members: tuple[Format, ...], like: np.dtype) -> Callable:
-    return register_jitable(run_directions(members, like))
+@made_by(run_directions)
+def find_directions(h, c, like, kinds, places, at, size, ps, us):
+    """Set ``ps`` and ``us`` to a run's elements and their directions; the other arguments are as those of
+    :func:`~fastopt.kernels.cpu.runs.update_run`.
 
-
-def find_run(h, c, like, kinds, places, at, size, ps, us):
-    """Find the directions of a run, see :func:`run_directions`."""
-    run = run_directions(kinds.members, np.dtype(type(like)))
-    run(h, c, places, at, size, ps, us)
-
-
-@overload(find_run)
-def _find_run(h, c, like, kinds, places, at, size, ps, us):
-    run = _compiled_run(kinds.instance_class.members, as_dtype(like))
-
-    def implementation(h, c, like, kinds, places, at, size, ps, us):
-        run(h, c, places, at, size, ps, us)
-
-    return implementation
+    They are squared apart: a loop with float64 in it would have as few lanes for all that it does.
+    """

@@ -1,4 +1,4 @@
-"""Sums of rows, in registers.
+"""The gradient of a row: the sum of a segment's rows of values (see layout.py), in registers.
 
 The compiler keeps a row's running sum in memory, adding to it row by row. Here a block of columns is
 summed over all rows before the next block is, its sum being one wide vector: each row is read
@@ -14,8 +14,22 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from fastopt.kernels.cpu.memory import AHEAD, CACHE_LINE, view
-from fastopt.kernels.jit import helper
+from fastopt.kernels.cpu.jit import helper, restricted_helper
+from fastopt.kernels.intrinsics import AHEAD, CACHE_LINE, prefetch, prefetch_instruction, view
+from fastopt.kernels.layout import (
+    TABLE_FIRST_POSITION,
+    TABLE_FIRST_ROW,
+    TABLE_ORDER,
+    TABLE_ROWS,
+    TABLE_SEGMENTS,
+    TABLE_SOURCE,
+    TABLE_SOURCE_BASE,
+    TABLE_SOURCE_ORIGIN,
+    TABLE_STARTS,
+    TABLE_VALUES,
+    TABLE_WEIGHTS,
+    TABLE_WINNERS,
+)
 
 WIDE, MIDDLE = 256, 128  # bytes of a block: eight and four common vector registers
 
@@ -31,9 +45,7 @@ def _block_function(
         return function
     function.linkage = "internal"
     function.attributes.add("noinline")
-    fetch = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32]), "llvm.prefetch.p0"
-    )
+    fetch = prefetch_instruction(module)
     address, stride, rows, base, weights, first, last, end, out = function.args
     vector = number if width == 1 else ir.VectorType(number, width)
     size = 4 if number == ir.FloatType() else 8
@@ -59,8 +71,7 @@ def _block_function(
     ahead = builder.add(k, i64(AHEAD))
     ahead = start_of(builder.select(builder.icmp_signed("<", ahead, final), ahead, final))
     for line in range(0, width * size, CACHE_LINE):
-        target = builder.inttoptr(builder.add(ahead, i64(line)), i8.as_pointer())
-        builder.call(fetch, [target, i32(0), i32(3), i32(1)])  # to be read, kept in all levels, data
+        fetch(builder, builder.inttoptr(builder.add(ahead, i64(line)), i8.as_pointer()))
     values = builder.load(builder.inttoptr(start_of(k), vector.as_pointer()), align=size)
     if weighted:
         weight = builder.load(builder.gep(weights, [k]))
@@ -155,3 +166,84 @@ def _compiled_sum_rows(address, stride, rows, base, weights, first, last, end, t
 
 
 sum_rows: Any = _python_sum_rows if numba.config.DISABLE_JIT else _compiled_sum_rows  # type: ignore[attr-defined]
+
+
+@restricted_helper
+def add_row(total, values):
+    for d in range(total.size):
+        total[d] += values[d]
+
+
+@restricted_helper
+def add_weighted_row(total, weight, values):
+    for d in range(total.size):
+        total[d] += weight * values[d]
+
+
+@restricted_helper
+def add_won_row(total, position, winners, values):
+    for d in range(total.size):
+        if winners[d] == position:
+            total[d] += values[d]
+
+
+@helper
+def gradient_of(table, like, total, segment):
+    """Address of the gradient of a segment: of its only row of values, or of ``total``, which has
+    become the sum of several in the order of their positions."""
+    starts = view(table[TABLE_STARTS], table[TABLE_SEGMENTS] + 1, np.int32(0))
+    origin = table[TABLE_SOURCE_ORIGIN]
+    first, last = np.int64(starts[segment]) - origin, np.int64(starts[segment + 1]) - origin
+    end = np.int64(starts[table[TABLE_SEGMENTS]]) - origin
+    source = view(table[TABLE_SOURCE], end, np.int32(0))
+    base, address = table[TABLE_SOURCE_BASE], table[TABLE_VALUES]
+    stride = total.size * total.itemsize
+    weights = view(table[TABLE_WEIGHTS], end if table[TABLE_WEIGHTS] else np.int64(0), like)
+    if table[TABLE_WINNERS]:
+        sum_won_rows(table, like, total, first, last)
+    elif last - first > 1 or weights.size:
+        sum_rows(address, stride, source, base, weights, first, last, end, total)
+    else:
+        if first + AHEAD < end:
+            prefetch(address + (source[first + AHEAD] - base) * stride, stride)
+        return address + (source[first] - base) * stride
+    return total.ctypes.data
+
+
+@helper
+def sum_won_rows(table, like, total, first, last):
+    """The sum of those elements whose winners are the positions themselves."""
+    dim, origin = total.size, table[TABLE_SOURCE_ORIGIN]
+    source = view(table[TABLE_SOURCE], last, np.int32(0))
+    order = view(table[TABLE_ORDER], last + origin, np.int32(0))
+    total[:] = 0
+    for j in range(first, last):
+        row = source[j] - table[TABLE_SOURCE_BASE]
+        values = view(table[TABLE_VALUES] + row * dim * total.itemsize, dim, like)
+        winners = view(table[TABLE_WINNERS] + row * dim * 4, dim, np.int32(0))
+        add_won_row(total, np.int32(order[j + origin] - table[TABLE_FIRST_POSITION]), winners, values)
+
+
+@helper
+def row_of_segment(table, segment):
+    """The row of the table that a segment belongs to."""
+    return view(table[TABLE_ROWS], table[TABLE_SEGMENTS], np.int64(0))[segment] - table[TABLE_FIRST_ROW]
+
+
+@helper
+def first_segment(table, part, parts):
+    """Where part ``part`` of ``parts`` equal shares of the work begins: a row costs about as much as
+    two of its gradients."""
+    segments = table[TABLE_SEGMENTS]
+    starts = view(table[TABLE_STARTS], segments + 1, np.int32(0))
+    begin = np.int64(starts[0])
+    work = np.int64(starts[segments]) - begin + 2 * segments
+    wanted = part * work // parts
+    low, high = np.int64(0), segments
+    while low < high:
+        middle = (low + high) // 2
+        if np.int64(starts[middle]) - begin + 2 * middle < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low

@@ -2,9 +2,9 @@
 
 A row of a table without a gradient in the steps t0 + 1 .. t1 goes on moving under a dense optimizer:
 momentum, the decay of the moments and weight decay act on it. When the row is next needed,
-:func:`coefficients` looks up what these steps come to, once a row, and :func:`rest` applies it
+:func:`coefficients` looks up what these steps come to, once a row, and :func:`caught_up` applies it
 to each element. ``fastopt.history.History`` keeps what there is to look up, in float64: one array
-``steps``, whose row i belongs to step base + i. There are four kinds, chosen by :func:`rest_kind`.
+``steps``, whose row i belongs to step base + i. There are four kinds, chosen by :func:`missed_kind`.
 
 Still: p and each slot are multiplied by a number. The product of the keeps is the exponential
 of a difference of sums of logarithms.
@@ -62,58 +62,20 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from numba import prange
 from numba.extending import overload, register_jitable
 from numba.np.numpy_support import as_dtype
 
-from fastopt.kernels import rules
-from fastopt.kernels.elements import define
-from fastopt.kernels.jit import Kernel
-
-# The kinds, which kernels get as an argument without contents.
-
-
-class Still(NamedTuple):
-    """p and slots are multiplied."""
-
-
-class Linear(NamedTuple):
-    """p and the momentum buffer are multiplied by a matrix."""
-
-
-class Adaptive(NamedTuple):
-    """The first moment, over the root of the second, moves p."""
-
-
-class Loop(NamedTuple):
-    """The steps are gone through one by one."""
-
-
-# by the rule's hyperparameters: without and with an L2 penalty
-KINDS: dict[type, tuple[type, type]] = {
-    rules.SGDH: (Still, Still),
-    rules.MomentumH: (Linear, Linear),
-    rules.AdaGradH: (Still, Loop),
-    rules.RowwiseAdaGradH: (Still, Loop),
-    rules.RMSPropH: (Still, Loop),
-    rules.RMSPropMomentumH: (Linear, Loop),
-    rules.CenteredRMSPropH: (Still, Loop),
-    rules.CenteredRMSPropMomentumH: (Linear, Loop),
-    rules.AdamH: (Adaptive, Loop),
-    rules.RowwiseAdamH: (Adaptive, Loop),
-    rules.AMSGradH: (Adaptive, Loop),
-    rules.RAdamH: (Adaptive, Loop),
-    rules.NAdamH: (Adaptive, Loop),
-}
+from fastopt.kernels.rule import L2, RULES, Adaptive, Linear, Loop, Rule, Still
+from fastopt.kernels.source import define
 
 NEGLIGIBLE = 1e-12  # of the first term of a sum, and of a moment
 LARGEST_WINDOW = 65_536
 LARGEST_LOG_GROWTH = math.log(1e4)  # of y over a window; beyond it the quadrature is too far off
 
 
-def rest_kind(rule: rules.Rule, decay_type: type, options: Mapping[str, Any]) -> type:
-    """The kind of ``rule`` under the weight decay ``decay_type``, one of Scaled, L2 and Decoupled."""
-    kind = KINDS.get(rule.hyper, (Loop, Loop))[decay_type is rules.L2]
+def missed_kind(rule: Rule, decay_type: type, options: Mapping[str, Any]) -> type:
+    """How ``rule`` makes up for missed steps, ``decay_type`` being Scaled, L2 or Decoupled."""
+    kind = rule.missed_l2 if decay_type is L2 else rule.missed
     if kind is Adaptive:
         window = window_of(rule, options)
         if window > LARGEST_WINDOW or window * math.log(growth_of(rule, options)) > LARGEST_LOG_GROWTH:
@@ -121,7 +83,7 @@ def rest_kind(rule: rules.Rule, decay_type: type, options: Mapping[str, Any]) ->
     return kind
 
 
-def growth_of(rule: rules.Rule, options: Mapping[str, Any]) -> float:
+def growth_of(rule: Rule, options: Mapping[str, Any]) -> float:
     """How much y grows from a step to the next, bias corrections apart."""
     beta1, beta2 = options["betas"]
     if beta1 == 0 or "max_exp_avg_sq" in rule.state_slots:
@@ -129,7 +91,7 @@ def growth_of(rule: rules.Rule, options: Mapping[str, Any]) -> float:
     return 1.0 / math.sqrt(beta2) if beta2 else math.inf
 
 
-def window_of(rule: rules.Rule, options: Mapping[str, Any]) -> int:
+def window_of(rule: Rule, options: Mapping[str, Any]) -> int:
     """How many missed steps an adaptive rule's sum goes over."""
     ratio = options["betas"][0] * growth_of(rule, options)
     if ratio == 0:
@@ -142,73 +104,22 @@ def window_of(rule: rules.Rule, options: Mapping[str, Any]) -> int:
 # Columns of ``steps``
 
 LOG_KEEP, DECAY = 0, 1  # Still: sum of the logarithms of the keeps, decay^i
-OWN, BLOCK, POWER = 0, 4, 8  # Linear: the step's matrix by rows, the product ending there, decay^i
+OWN, PRODUCT, POWER = 0, 4, 8  # Linear: the step's matrix by rows, the product ending there, decay^i
 # Adaptive, also LOG_KEEP: beta1^i, beta2^i; from this step on, the linear sum, Y, and the moments
 DECAY1, DECAY2, LINEAR, FIRST, MOMENTS = 1, 2, 3, 4, 5
 POINTS = 5
 COLUMNS: dict[type, int] = {Still: 2, Linear: 9, Adaptive: MOMENTS + 2 * POINTS}
 
 
-# Writing a step
-
-
-@Kernel
-def add_linear(steps, i, keep, penalty, lr, momentum, undampened, nesterov, decay):
-    """Set row ``i`` for b = momentum b + undampened g and p = keep p - lr b, or with Nesterov
-    p = keep p - lr (g + momentum b), where g = penalty p."""
-    own = steps[i, OWN : OWN + 4]
-    own[2], own[3] = undampened * penalty, momentum
-    if nesterov:
-        own[0], own[1] = keep - lr * (penalty + momentum * own[2]), -lr * momentum * own[3]
-    else:
-        own[0], own[1] = keep - lr * own[2], -lr * own[3]
-    product = own[0], own[1], own[2], own[3]
-    end = i - (i & -i)
-    j = i - 1
-    while j > end:
-        product = _times(product, steps, j, BLOCK)
-        j -= j & -j
-    for n in range(4):
-        steps[i, BLOCK + n] = product[n]
-    steps[i, POWER] = steps[i - 1, POWER] * decay
-
-
-@Kernel
-def add_adaptive(steps, i, window, root, growth, step_size, keep, rectified, beta1, beta2):
-    """Set row ``i`` and add its step to the sums of the ``window`` rows before it."""
-    steps[i, LOG_KEEP] = steps[i - 1, LOG_KEEP] + (0.0 if keep == 1.0 else math.log(keep))
-    steps[i, DECAY1] = steps[i - 1, DECAY1] * beta1
-    steps[i, DECAY2] = steps[i - 1, DECAY2] * beta2
-    steps[i, FIRST] = 1.0
-    steps[i - 1, FIRST] = root * growth
-    weight, y = step_size, root
-    for row in range(i - 1, max(i - window, 0) - 1, -1):
-        weight *= beta1
-        y *= growth
-        steps[row, LINEAR] *= keep
-        if keep != 1.0:
-            for n in range(2 * POINTS):
-                steps[row, MOMENTS + n] *= keep
-        if rectified:
-            scaled = y / steps[row, FIRST]
-            square = scaled * scaled
-            term = weight / (square * square)
-            for n in range(2 * POINTS):
-                steps[row, MOMENTS + n] += term
-                term *= scaled - 1.0
-        else:
-            steps[row, LINEAR] += weight
-
-
 # Looking up
 
 
-class StillRest(NamedTuple):
+class StillCoefficients(NamedTuple):
     keep: float
     decay: float
 
 
-class LinearRest(NamedTuple):
+class LinearCoefficients(NamedTuple):
     pp: float
     pb: float
     bp: float
@@ -216,7 +127,7 @@ class LinearRest(NamedTuple):
     decay: float
 
 
-class AdaptiveRest(NamedTuple):
+class AdaptiveCoefficients(NamedTuple):
     """p0 .. p4, with Y in them, and q1 .. q5 are the coefficients of P and Q; first is Y."""
 
     keep: float
@@ -242,7 +153,7 @@ def _still(steps, window, base, t0, t1):
 
 
 @register_jitable
-def _times(a, steps, i, column):
+def times_matrix(a, steps, i, column):
     """The 2x2 matrix ``a`` times the one at ``column`` of row ``i``."""
     b0, b1, b2, b3 = steps[i, column], steps[i, column + 1], steps[i, column + 2], steps[i, column + 3]
     return a[0] * b0 + a[1] * b2, a[0] * b1 + a[1] * b3, a[2] * b0 + a[3] * b2, a[2] * b1 + a[3] * b3
@@ -255,10 +166,10 @@ def _linear(steps, window, base, t0, t1):
     while i > end:
         size = i & -i
         if i - size >= end:
-            product = _times(product, steps, i, BLOCK)
+            product = times_matrix(product, steps, i, PRODUCT)
             i -= size
         else:
-            product = _times(product, steps, i, OWN)
+            product = times_matrix(product, steps, i, OWN)
             i -= 1
     return product[0], product[1], product[2], product[3], steps[t1 - t0, POWER]
 
@@ -319,9 +230,9 @@ def _adaptive(steps, window, base, t0, t1):
 
 
 _LOOK_UP: dict[type, tuple[Callable, type]] = {
-    Still: (_still, StillRest),
-    Linear: (_linear, LinearRest),
-    Adaptive: (_adaptive, AdaptiveRest),
+    Still: (_still, StillCoefficients),
+    Linear: (_linear, LinearCoefficients),
+    Adaptive: (_adaptive, AdaptiveCoefficients),
 }
 
 
@@ -357,34 +268,20 @@ def _coefficients_overload(kind, steps, window, base, t0, t1, like):
     return _coefficients(kind.instance_class, as_dtype(like).type)
 
 
-@register_jitable
-def _store_numbers(k, row):
-    for n in range(len(k)):
-        row[n] = k[n]
-
-
-@Kernel
-def tabulate(kind, steps, window, base, first, now, table):
-    """``table[i]``: the numbers of ``coefficients(kind, steps, window, base, first + i, now)``."""
-    for i in prange(table.shape[0]):
-        k = coefficients(kind, steps, window, base, first + i, now, table.dtype.type(0))
-        _store_numbers(k, table[i])
-
-
-def numbers(kind: type) -> int:
-    """How many numbers the coefficients of a kind are."""
+def coefficient_count(kind: type) -> int:
+    """How many coefficients a kind has."""
     return len(_LOOK_UP[kind][1]._fields)  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _tabulated(kind: type) -> Callable:
     result = _LOOK_UP[kind][1]
-    items = ", ".join(f"row[{n}]" for n in range(numbers(kind)))
+    items = ", ".join(f"row[{n}]" for n in range(coefficient_count(kind)))
     return define("tabulated", "kind, row", f"return result({items})", result=result)
 
 
 def tabulated(kind, row):
-    """The coefficients that a row of :func:`tabulate`'s table holds."""
+    """The coefficients that a row of a table of them holds."""
     return _tabulated(type(kind))(kind, row)
 
 
@@ -412,51 +309,51 @@ _FACTORS = {"exp_avg": "k.decay1 * ", "exp_avg_sq": "k.decay2 * ", "max_exp_avg_
 
 def _new_slots(result: type, names: tuple[str, ...]) -> list[str]:
     """Expressions for the slots, but for a momentum buffer."""
-    if result is AdaptiveRest:
+    if result is AdaptiveCoefficients:
         return [f"{_FACTORS[name]}slots[{n}]" for n, name in enumerate(names)]
     return [f"k.decay * slots[{n}]" for n, name in enumerate(names)]
 
 
 @functools.cache
-def _rest(result: type, hyper: type) -> Callable:
-    rule = rules.RULES[hyper]
+def _caught_up(result: type, hyper: type) -> Callable:
+    rule = RULES[hyper]
     new = _new_slots(result, rule.state_slots)
-    if result is StillRest:
+    if result is StillCoefficients:
         p = "k.keep * p"
-    elif result is LinearRest:
+    elif result is LinearCoefficients:
         last = len(new) - 1
         p = f"k.pp * p + k.pb * slots[{last}]"
         new[last] = f"k.bp * p + k.bb * slots[{last}]"
     else:
         last = len(rule.state_slots) + len(rule.row_slots) - 1
         p = f"k.keep * p - move(k, h, slots[0], slots[{last}])"
-    return define("rest", "k, h, p, *slots", f"return {', '.join([p, *new])},", move=move)
+    return define("caught_up", "k, h, p, *slots", f"return {', '.join([p, *new])},", move=move)
 
 
-def rest(k, h, p, *slots):
+def caught_up(k, h, p, *slots):
     """The new ``(p, *slots)`` of an element after the steps that ``k`` stands for.
 
     slots: those of the rule, present ones alone, then its row slots as they were before.
     """
-    return _rest(type(k), type(h))(k, h, p, *slots)
+    return _caught_up(type(k), type(h))(k, h, p, *slots)
 
 
-@overload(rest)
-def _rest_overload(k, h, p, *slots):
-    return _rest(k.instance_class, h.instance_class)
+@overload(caught_up)
+def _caught_up_overload(k, h, p, *slots):
+    return _caught_up(k.instance_class, h.instance_class)
 
 
 @functools.cache
-def _rest_row(result: type, hyper: type) -> Callable:
-    new = _new_slots(result, rules.RULES[hyper].row_slots)
-    return define("rest_row", "k, h, *slots", f"return ({''.join(f'{slot}, ' for slot in new)})")
+def _row_caught_up(result: type, hyper: type) -> Callable:
+    new = _new_slots(result, RULES[hyper].row_slots)
+    return define("row_caught_up", "k, h, *slots", f"return ({''.join(f'{slot}, ' for slot in new)})")
 
 
-def rest_row(k, h, *slots):
-    """The new row slots, to be set after :func:`rest` has seen the old ones."""
-    return _rest_row(type(k), type(h))(k, h, *slots)
+def row_caught_up(k, h, *slots):
+    """The new row slots, to be set after :func:`caught_up` has seen the old ones."""
+    return _row_caught_up(type(k), type(h))(k, h, *slots)
 
 
-@overload(rest_row)
-def _rest_row_overload(k, h, *slots):
-    return _rest_row(k.instance_class, h.instance_class)
+@overload(row_caught_up)
+def _row_caught_up_overload(k, h, *slots):
+    return _row_caught_up(k.instance_class, h.instance_class)

@@ -1,11 +1,10 @@
-"""What every kernel does to one element: find the rule, load and store its state.
+"""What every kernel does to one element and to one row: weight decay, then the rule.
 
 Each function has two faces: the plain Python one runs in the CUDA simulator and without JIT,
 the ``@overload`` is what compiled kernels on the CPU and the GPU get. Loops over the slots of a
 state are unrolled into source text: a recursion over its tuple compiles several times slower.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 
@@ -14,29 +13,10 @@ from numba import types
 from numba.extending import overload, register_jitable
 from numba.np.numpy_support import as_dtype
 
-from fastopt.kernels.rules import L2, RULES, Decoupled, Rule
+from fastopt.kernels.rule import L2, RULES, Decoupled, Rule
+from fastopt.kernels.source import define
 
 NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm it divides by
-
-
-def define(name: str, arguments: str, *lines: str, **names: object) -> Callable:
-    """A function from source text, which sees ``names``.
-
-    A digest of both ends its name. Numba tells compiled functions apart by name, types of arguments and a
-    number that it counts in each process: two that were compiled in two processes and are loaded from the
-    cache into a third can agree in all of them, and the one that was loaded first is called for both.
-    """
-    seen = [f"{key}: {_told(value)}" for key, value in sorted(names.items())]
-    name += "_" + hashlib.sha256("\n".join([arguments, *lines, *seen]).encode()).hexdigest()[:16]
-    exec(f"def {name}({arguments}):\n" + "".join(f"    {line}\n" for line in lines), names)
-    return names[name]  # type: ignore[return-value]
-
-
-def _told(value: object) -> str:
-    """What a function or constant is, by which others differ."""
-    value = getattr(value, "py_func", value)
-    name = getattr(value, "__qualname__", None)
-    return f"{value.__module__}.{name}" if name else repr(value)
 
 
 def load(arrays, i):
@@ -62,32 +42,9 @@ def _store(arrays, i, values):
     return define("store", "arrays, i, values", *lines, "return None")
 
 
-def unpack(prototype, numbers, like):
-    """A named tuple of the type of ``prototype`` from an array of its numbers, cast to the type of
-    ``like``, flags being 0 or 1."""
-    cast = type(like)
-    return type(prototype)(
-        *(n != 0 if isinstance(p, bool) else cast(n) for p, n in zip(prototype, numbers, strict=False))
-    )
-
-
-@overload(unpack)
-def _unpack(prototype, numbers, like):
-    items = ", ".join(
-        f"numbers[{k}] != 0" if isinstance(kind, types.Boolean) else f"cast(numbers[{k}])"
-        for k, kind in enumerate(prototype.types)
-    )
-    return define(
-        "unpack",
-        "prototype, numbers, like",
-        f"return cls({items})",
-        cls=prototype.instance_class,
-        cast=as_dtype(like).type,
-    )
-
-
-def unpack_times(prototype, numbers, factor, like):
-    """The same of the first of ``numbers``, cast to the type of ``like``, the first times ``factor``."""
+def unpack(prototype, numbers, like, factor=1.0):
+    """A named tuple of the type of ``prototype`` from an array of its numbers, the first of them times
+    ``factor``, cast to the type of ``like``, flags being 0 or 1."""
     numbers = [numbers[0] * factor, *numbers[1:]]
     cast = type(like)
     return type(prototype)(
@@ -95,8 +52,8 @@ def unpack_times(prototype, numbers, factor, like):
     )
 
 
-@overload(unpack_times)
-def _unpack_times(prototype, numbers, factor, like):
+@overload(unpack)
+def _unpack(prototype, numbers, like, factor=1.0):
     items = ", ".join(
         f"numbers[{k}] != 0"
         if isinstance(kind, types.Boolean)
@@ -104,8 +61,8 @@ def _unpack_times(prototype, numbers, factor, like):
         for k, kind in enumerate(prototype.types)
     )
     return define(
-        "unpack_times",
-        "prototype, numbers, factor, like",
+        "unpack",
+        "prototype, numbers, like, factor=1.0",
         f"return cls({items})",
         cls=prototype.instance_class,
         cast=as_dtype(like).type,
@@ -136,7 +93,7 @@ def _adapter(rule: Rule, direction: bool = False) -> Callable:
     """``rule.update`` on present slots alone: ``None`` goes in, and is dropped, for the others.
 
     In the adapter's source, because a tuple of state in a kernel can't hold a ``None``. With
-    ``direction`` only that of a rule with a layer's part is returned.
+    ``direction`` it returns only the direction that a rule with a trust ratio takes.
     """
     arguments: list[str] = []
     results: list[str] = []
@@ -147,7 +104,7 @@ def _adapter(rule: Rule, direction: bool = False) -> Callable:
         present += slot is not None
     arguments += [f"state[{present + k}]" for k in range(len(rule.row_slots))]
     kept = [result for result, slot in zip(results, rule.slots, strict=True) if slot is not None]
-    first = f"p - h.{rule.hyper._fields[0]} * new" if rule.layer else "new"  # type: ignore[attr-defined]
+    first = f"p - h.{rule.hyper._fields[0]} * new" if rule.trust_ratio else "new"  # type: ignore[attr-defined]
     return define(
         "adapter",
         "h, p, g, *state",
@@ -206,7 +163,7 @@ def update_element(h, c, p, g, *state):
 
 
 def direction(h, c, p, g, *state):
-    """Where :func:`update_element` goes, by a rule with a layer's part."""
+    """The direction in which :func:`update_element` goes, by a rule with a trust ratio."""
     return _adapter(RULES[type(h)], direction=True)(h, decayed(c, p), regularise(c, p, g), *state)
 
 
@@ -216,14 +173,14 @@ def _direction(h, c, p, g, *state):
     return lambda h, c, p, g, *state: rule_direction(h, decayed(c, p), regularise(c, p, g), *state)
 
 
-def layer_factor(h, p_sq, u_sq, size):
-    """The layer's part of the rule that belongs to ``type(h)``."""
-    return RULES[type(h)].layer(h, p_sq, u_sq, size)
+def trust_ratio(h, p_sq, u_sq, size):
+    """The trust ratio of the rule that belongs to ``type(h)``."""
+    return RULES[type(h)].trust_ratio(h, p_sq, u_sq, size)
 
 
-@overload(layer_factor)
-def _layer_factor(h, p_sq, u_sq, size):
-    return RULES[h.instance_class].layer
+@overload(trust_ratio)
+def _trust_ratio(h, p_sq, u_sq, size):
+    return RULES[h.instance_class].trust_ratio
 
 
 def rescaled(numbers, factor):
@@ -306,25 +263,6 @@ def _begin_row(h, c, p, g, row_state):
     return implementation
 
 
-def enter_layer(h, c, p, g, state, row_values):
-    """``h`` as the elements of a row that is a layer are to see it."""
-    return h if RULES[type(h)].layer is None else _rated_row()(h, c, p, g, state, row_values)
-
-
-@overload(enter_layer)
-def _enter_layer(h, c, p, g, state, row_values):
-    if RULES[h.instance_class].layer is None:
-        return lambda h, c, p, g, state, row_values: h
-    rated_row = _rated_row()
-    return lambda h, c, p, g, state, row_values: rated_row(h, c, p, g, state, row_values)
-
-
-def _rated_row() -> Callable:
-    from fastopt.kernels.cpu.layers import rated_row  # late, for it imports this module
-
-    return rated_row
-
-
 def part_of(arrays, first, last):
     """The elements from ``first`` on, up to ``last``, of each 1-D array of a tuple."""
     return tuple(array[first:last] for array in arrays)
@@ -348,12 +286,16 @@ def _element_of(arrays, row):
 
 
 @register_jitable
-def update_row(h, c, p, g, state, row_state):
-    """Update the row ``p`` and its state with the row's whole gradient ``g``, all of them 1-D and
-    the arrays of ``row_state`` of one element."""
-    row_values = begin_row(h, c, p, g, row_state)
-    h = enter_layer(h, c, p, g, state, row_values)
+def update_elements(h, c, p, g, state, row_values):
+    """Update each element of the row ``p`` and of its state; row_values: what :func:`begin_row` returned."""
     for d in range(g.size):
         new = update_element(h, c, p[d], g[d], *load(state, d), *row_values)
         p[d] = new[0]
         store(state, d, new[1:])
+
+
+@register_jitable
+def update_row(h, c, p, g, state, row_state):
+    """Update the row ``p`` and its state with the row's whole gradient ``g``, by a rule without trust
+    ratio: 1-D arrays, those of ``row_state`` of one element."""
+    update_elements(h, c, p, g, state, begin_row(h, c, p, g, row_state))

@@ -1,0 +1,84 @@
+"""How parallel kernels are launched so that forks and Python threads are safe, and when they are."""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numba
+
+_config: Any = numba.config  # its attributes are set at run time
+
+SPIN_COUNT = "GOMP_SPINCOUNT"
+# elements, 50 microseconds of Adam; below, waking the other threads costs more than it saves
+PARALLEL_FROM = 131_072
+
+
+def _is_forked_worker() -> bool:
+    """Whether this is a child of ``multiprocessing`` that was forked before this module was imported."""
+    command = " ".join(sys.orig_argv)
+    others = "--multiprocessing-fork", "multiprocessing.forkserver"  # how spawned children are started
+    return multiprocessing.parent_process() is not None and not any(other in command for other in others)
+
+
+class Launcher:
+    """Launches parallel kernels.
+
+    OpenMP kills or hangs a forked child that starts a parallel region after its parent did, be it
+    through Numba or through a library that shares OpenMP, as torch can: forked children run serial
+    kernels. The workqueue layer aborts the process when two Python threads
+    launch at once, so there launches take turns.
+    """
+
+    def __init__(self) -> None:
+        self.layer: str | None = None
+        self.forked = _is_forked_worker()
+        self.lock = threading.RLock()
+
+    def launch(self, function: Callable, args: tuple) -> None:
+        if self.layer is None or self.layer == "workqueue":
+            with self.lock, _short_spins() if self.layer is None else nullcontext():
+                function(*args)
+                if not _config.DISABLE_JIT:
+                    self.layer = numba.threading_layer()
+        else:
+            function(*args)
+
+    def after_fork(self) -> None:
+        self.forked = True
+        self.lock = threading.RLock()
+
+
+@contextmanager
+def _short_spins() -> Iterator[None]:
+    """Have OpenMP's idle threads sleep soon, if nobody has said how they wait.
+
+    By default they wait busily for milliseconds, against the threads of NumPy's matrix products:
+    a trainer that alternates the two ran 10 times slower. OpenMP reads the variable when it is
+    loaded, by the first launch if nothing else has loaded it before.
+    """
+    if os.environ.keys() & {SPIN_COUNT, "OMP_WAIT_POLICY"}:
+        yield
+        return
+    os.environ[SPIN_COUNT] = "1000"
+    try:
+        yield
+    finally:
+        del os.environ[SPIN_COUNT]
+
+
+launcher = Launcher()
+os.register_at_fork(after_in_child=launcher.after_fork)
+
+
+def thread_count() -> int:
+    """How many threads a parallel kernel gets; asking Numba starts them, which is left to a launch."""
+    return _config.NUMBA_NUM_THREADS if launcher.layer is None else numba.get_num_threads()
+
+
+def runs_serial(work: int) -> bool:
+    """Whether a kernel runs serial that touches ``work`` elements."""
+    return work < PARALLEL_FROM or launcher.forked or _config.NUMBA_NUM_THREADS == 1
