@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from fastopt._core import arrays
-from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 from fastopt._core.options import SHARED
 from fastopt._core.parameters import ParameterGroup, Parameters, Snapshot
@@ -179,12 +177,7 @@ class Optimizer:
         """
         settings = checked_settings(clip_norm, clip_value, grad_scale, skip_nonfinite, zero_grads)
         parameters, planner = self._parameters, self._planner
-        parameters.check_dicts(self.param_groups)
-        for parameter in parameters.in_files:
-            if parameter.value.owner not in (self, None):
-                raise ValueError(
-                    f"{parameter.label} now belongs to another optimizer: expected the last one made"
-                )
+        parameters.check_unchanged(self.param_groups, self)
         options = planner.options(self)
         plan = planner.plan(grads, options, zero_grads)
         if options.changed:
@@ -223,14 +216,7 @@ class Optimizer:
         Raises:
             ValueError: ``table`` is no parameter of this optimizer, or an index is out of range.
         """
-        found = next((p for p in self._parameters.all if p.value is table), None)
-        if found is None:
-            here = _place(arrays.host_array(table, "table"))
-            found = next((p for p in self._parameters.all if _place(p.view()) == here), None)
-        if found is None:
-            raise ValueError(
-                "table is not a parameter of optimizer: expected the whole of one that it updates"
-            )
+        found = self._parameters.of(table)
         catch_up(found, Indices.checked(indices, "indices", found.rows))
 
     def flush(self) -> None:
@@ -342,20 +328,6 @@ class Optimizer:
         return loaded.metadata
 
     def __repr__(self) -> str:
-        lines = []
-        for group in self._parameters.groups:
-            size = sum(math.prod(p.shape) for p in group.parameters)
-            noun = "array" if len(group.parameters) == 1 else "arrays"
-            options = ", ".join(
-                f"{name}={group.options.get(name)!r}"
-                for name in self.defaults
-                if group.options.get(name) != SHARED.get(name, ())
-            )
-            lines.append(f"{len(group.parameters)} {noun}, {size:,} parameters: {options}")
+        lines = [group.described(self.defaults) for group in self._parameters.groups]
         body = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines) + "\n"
         return f"{type(self).__name__}({body})"
-
-
-def _place(array: Any) -> tuple:
-    """Where an array lies, and what it is."""
-    return backend_of(array, "table").address(array), array.shape, array.dtype

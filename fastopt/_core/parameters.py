@@ -10,8 +10,9 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.arrays import TableInFiles
+from fastopt._core.backend import host
 from fastopt._core.missed import ROW_STEPS, Counts, Tracking
-from fastopt._core.options import FIXED, checked_options
+from fastopt._core.options import FIXED, SHARED, checked_options
 from fastopt._core.state import (
     MASTER,
     SCALES,
@@ -101,6 +102,14 @@ class ParameterGroup:
             return {**self.options, "params": None} != {**self.checked, "params": None}
         except ValueError:  # an array among them, which compares element by element
             return True
+
+    def described(self, defaults: Mapping[str, Any]) -> str:
+        """Its sizes, and its options but for those that all optimizers have and that are as by default."""
+        size = sum(parameter.size for parameter in self.parameters)
+        noun = "array" if len(self.parameters) == 1 else "arrays"
+        names = (name for name in defaults if self.options.get(name) != SHARED.get(name, ()))
+        options = ", ".join(f"{name}={self.options.get(name)!r}" for name in names)
+        return f"{len(self.parameters)} {noun}, {size:,} parameters: {options}"
 
 
 @dataclass(eq=False)
@@ -340,13 +349,39 @@ class Parameters:
             self.grouped,
         )
 
-    def check_dicts(self, param_groups: Any) -> None:
-        """Refuse changes of the list ``param_groups`` that can't be followed."""
+    def check_unchanged(self, param_groups: Any, owner: Any) -> None:
+        """Refuse changes of the list ``param_groups`` that can't be followed, and tables in files that
+        another optimizer than ``owner`` has taken over."""
         if not isinstance(param_groups, list):
             raise TypeError(f"param_groups is {param_groups!r}: expected the list it was at first")
         own = self.options
         if len(param_groups) != len(own) or not all(map(operator.is_, param_groups, own)):
             raise ValueError("param_groups holds other dicts than at first: change the options in those")
+        for parameter in self.in_files:
+            if parameter.value.owner not in (owner, None):
+                raise ValueError(
+                    f"{parameter.label} now belongs to another optimizer: expected the last one made"
+                )
+
+    def of(self, table: Any) -> Parameter:
+        """The parameter that is ``table``, or lies in the very same memory.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for parameter in self.all:
+            if parameter.value is table:
+                return parameter
+        here = _place(arrays.host_array(table, "table"))
+        for parameter in self.all:
+            if _place(parameter.view()) == here:
+                return parameter
+        raise ValueError("table is not a parameter of optimizer: expected the whole of one that it updates")
+
+
+def _place(array: np.ndarray) -> tuple:
+    """Where an array lies, and what it is."""
+    return host().address(array), array.shape, array.dtype
 
 
 def checked_group(options: Mapping[str, Any], label: str, definition: Definition) -> dict[str, Any]:

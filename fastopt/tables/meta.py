@@ -10,9 +10,15 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.files import sync
+from fastopt.kernels.formats import STATE_DTYPES
 
 FORMAT = 1
-_OTHERS = np.dtype(np.int64), np.dtype(np.uint8), arrays.LOW_DTYPES[1]  # of state: counters, codes, bfloat16
+
+
+def _state_dtypes() -> tuple[np.dtype, ...]:
+    """The dtypes that state arrays may have beside those of tables: of counters and of storage formats."""
+    stored = (kind.dtype for own in STATE_DTYPES.values() for kind in (own.signed, own.not_negative))
+    return np.dtype(np.int64), *(dtype for dtype in stored if dtype is not None)
 
 
 class Slot(NamedTuple):
@@ -57,7 +63,9 @@ class Meta(NamedTuple):
             if stored["format"] != FORMAT:
                 raise ValueError(f"it has format {stored['format']}, expected {FORMAT}")
             slots = {
-                name: Slot(tuple(slot["shape"]), checked_dtype(slot["dtype"], f"the state {name!r}", _OTHERS))
+                name: Slot(
+                    tuple(slot["shape"]), checked_dtype(slot["dtype"], f"the state {name!r}", _state_dtypes())
+                )
                 for name, slot in stored["slots"].items()
             }
             dtype = checked_dtype(stored["dtype"], "it")
@@ -80,7 +88,7 @@ def checked_slot(name: Any, entry: Any, rows: int) -> Slot:
         check_size(size, f"a size of {label}")
     if not isinstance(first, int | float | np.integer | np.floating):
         raise TypeError(f"{label} has the first value {first!r}: expected a number")
-    return Slot(tuple(map(int, shape)), checked_dtype(dtype, label, _OTHERS))
+    return Slot(tuple(map(int, shape)), checked_dtype(dtype, label, _state_dtypes()))
 
 
 def check_size(value: Any, label: str) -> None:
