@@ -109,7 +109,7 @@ class Optimizer:
 
     def decoupled(self, options: Mapping[str, Any]) -> bool:
         """Whether weight decay is decoupled from the gradient."""
-        return False
+        return options.get("decoupled_weight_decay", False)
 
     def initial_state(self, options: Mapping[str, Any]) -> dict[str, float]:
         """First values of state slots that do not start from 0."""

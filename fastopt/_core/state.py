@@ -71,8 +71,17 @@ def state_slots(
         of_rows, of_columns = rule.matrix_slots
         slots[of_rows] = Slot((*shape[:-1], 1), like)
         slots[of_columns] = Slot((*shape[:-2], 1, shape[-1]), like)
+        shaped: tuple[str, ...] = ()
     else:
-        slots |= _element_slots(rule, shape, dtype, options, first, by_row)
+        shaped = rule.state_slots
+    for name, kind in zip(shaped, state_formats(rule, dtype, options), strict=False):
+        value, own = first.get(name, 0.0), like if kind.dtype is None else kind.dtype
+        slots[name] = Slot(shape, own, value)
+        if kind.coded:
+            slots[name] = Slot(shape, own, kind.largest_code if value else 0)
+            slots[name + SCALES] = Slot(scale_shape(shape, by_row), SINGLE, value)
+    for name in rule.row_slots:
+        slots[name] = Slot((shape[0] if shape else 1,), like, first.get(name, 0.0))
     if has_master(dtype, options):
         slots[MASTER] = Slot(shape, SINGLE)
     return slots
@@ -81,29 +90,6 @@ def state_slots(
 def is_factored(rule: Rule, shape: tuple[int, ...]) -> bool:
     """Whether the state is of rows and columns."""
     return bool(rule.matrix_slots) and len(shape) >= 2
-
-
-def _element_slots(
-    rule: Rule,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    options: Mapping[str, Any],
-    first: Mapping[str, float],
-    by_row: bool,
-) -> dict[str, Slot]:
-    like = computed_with(dtype)
-    slots = {}
-    for name, kind in zip(rule.state_slots, state_formats(rule, dtype, options), strict=True):
-        value = first.get(name, 0.0)
-        own = like if kind.dtype is None else kind.dtype
-        if kind.coded:
-            slots[name] = Slot(shape, own, kind.largest_code if value else 0)
-            slots[name + SCALES] = Slot(scale_shape(shape, by_row), SINGLE, value)
-        else:
-            slots[name] = Slot(shape, own, value)
-    for name in rule.row_slots:
-        slots[name] = Slot((shape[0] if shape else 1,), like, first.get(name, 0.0))
-    return slots
 
 
 def new_state(slots: Mapping[str, Slot], together: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -86,8 +86,5 @@ class RowwiseAdaGrad(Optimizer):
     def rule(self, options: Options) -> Rule:
         return rules.ROWWISE_ADAGRAD
 
-    def decoupled(self, options: Options) -> bool:
-        return options["decoupled_weight_decay"]
-
     def initial_state(self, options: Options) -> dict[str, float]:
         return {"sum": options["initial_accumulator_value"]}

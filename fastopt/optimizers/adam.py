@@ -145,6 +145,3 @@ class RowwiseAdam(Optimizer):
 
     def rule(self, options: Options) -> Rule:
         return rules.ROWWISE_ADAM
-
-    def decoupled(self, options: Options) -> bool:
-        return options["decoupled_weight_decay"]

@@ -50,6 +50,3 @@ class NAdam(Optimizer):
 
     def rule(self, options: Options) -> Rule:
         return rules.NADAM
-
-    def decoupled(self, options: Options) -> bool:
-        return options["decoupled_weight_decay"]

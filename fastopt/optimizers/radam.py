@@ -49,6 +49,3 @@ class RAdam(Optimizer):
 
     def rule(self, options: Options) -> Rule:
         return rules.RADAM
-
-    def decoupled(self, options: Options) -> bool:
-        return options["decoupled_weight_decay"]
