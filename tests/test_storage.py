@@ -919,10 +919,10 @@ def test_table_larger_than_memory(tmp_path):
         assert (table.weights[chosen] < 5).all() and (table.weights[chosen] > 0).all()
         print(table.progress["number"])
     """
-    start = time.perf_counter()
+    start = sum(os.times()[2:4])  # seconds of the processor, which other work does not lengthen
     process = python(script, tmp_path / "t")
     assert process.communicate()[0] == "limited\n3\n"
-    assert time.perf_counter() - start < 20
+    assert sum(os.times()[2:4]) - start < 20
     for name in ("weights", "state-m", "state-v"):
         status = (tmp_path / "t" / name).stat()
         assert status.st_size == rows * dim * 4
