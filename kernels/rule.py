@@ -108,18 +108,23 @@ class Rule:
         names = self._folded
         if names is None:
             return self.hyper(**{name: options[name] for name in self.hyper._fields})  # type: ignore[attr-defined]
-        given = {name: options[name] for name in names if name != COMPUTE_DTYPE}
-        if len(given) < len(names):
+        given = {name: options[name] for name in names}
+        if self._takes_dtype:
             given[COMPUTE_DTYPE] = dtype
         return self.hyper.fold(step, **given)  # type: ignore[attr-defined]
 
     @functools.cached_property
     def _folded(self) -> tuple[str, ...] | None:
-        """What ``fold`` takes by name, None if there is no ``fold``."""
+        """The options that ``fold`` takes by name, None if there is no ``fold``."""
         if not hasattr(self.hyper, "fold"):
             return None
         parameters = inspect.signature(self.hyper.fold).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+        names = (p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+        return tuple(name for name in names if name != COMPUTE_DTYPE)
+
+    @functools.cached_property
+    def _takes_dtype(self) -> bool:
+        return COMPUTE_DTYPE in inspect.signature(self.hyper.fold).parameters  # type: ignore[attr-defined]
 
 
 RULES: dict[type, Rule] = {}

@@ -55,6 +55,7 @@ class DenseUpdate:
             self.launch = host().MatrixLaunch(spec, works[0])
         else:
             self.launch = host().ArraysLaunch(spec, works, len(self._classes))
+        self._of_rule = [numbers[: len(h)] for numbers in self.launch.numbers]  # where those of rules go
 
     def place(self, parameters_at: np.ndarray, gradients_at: np.ndarray) -> None:
         """Take over the addresses of all the optimizer's parameters and gradients."""
@@ -62,17 +63,16 @@ class DenseUpdate:
 
     def prepare(self, conditions: Conditions, zero_grads: bool) -> None:
         """Set the numbers of the next step, and have its machine code ready."""
-        numbers = self.launch.numbers
         rates, scale, limit = conditions
         same = conditions == self._conditions  # and with them the numbers of weight decay
         for row, parameter in enumerate(self._classes):
             group = parameter.group
             lr = rates[group.number]
             h = rule_numbers(group, group.checked, lr, parameter.step + 1, self._compute)
-            numbers[row, : len(h)] = h
+            self._of_rule[row][:] = h
             if not same:
                 c = decay_numbers(group, group.checked, self._decay, lr, scale, limit, self._compute)
-                numbers[row, len(h) :] = c
+                self.launch.numbers[row, len(h) :] = c
         self._conditions = conditions
         if self._random:
             key = state.random_key
