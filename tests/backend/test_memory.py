@@ -1,0 +1,201 @@
+"""Memory: arrays of a device, where they lie, and the scan that finds many at once."""
+
+from importlib.util import find_spec
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from backend.launches import BFLOAT, DOUBLE, HALF, SINGLE
+
+DTYPES = [SINGLE, DOUBLE, HALF, BFLOAT, np.dtype(np.uint8)]
+SHAPES = [(), (0, 4), (3,), (5, 7), (300, 100), (2, 3, 4)]
+
+
+@pytest.mark.covers("zeros", "address")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_are_aligned_zeros(device, dtype):
+    for shape in SHAPES:
+        array = device.backend.zeros(shape, dtype)
+        assert array.shape == shape and array.dtype == dtype
+        assert not any(device.get(array).tobytes())
+        if array.size:
+            assert device.backend.address(array) % 64 == 0
+
+
+@pytest.mark.covers("zeros")
+def test_zeros_are_zeros_in_memory_that_was_used(device):
+    ones, indices = device.put(np.ones((9, 100), np.float32)), device.put(np.arange(300) % 9)
+    for _ in range(3):
+        used = device.backend.gather(ones, indices)
+        del used
+        assert not device.get(device.backend.zeros((300, 100), SINGLE)).any()
+
+
+@pytest.mark.covers("empty", "address")
+@pytest.mark.parametrize("shape", [7, 50_000, (3, 5), (0, 4), (300, 100)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, BFLOAT], ids=str)
+def test_empty_arrays_are_apart(device, shape, dtype):
+    arrays = [device.backend.empty(shape, dtype) for _ in range(4)]
+    spans = []
+    for array in arrays:
+        assert array.shape == ((shape,) if isinstance(shape, int) else shape)
+        assert array.dtype == np.dtype(dtype)
+        start = device.backend.address(array)
+        spans.append((start, start + array.size * array.dtype.itemsize))
+    spans.sort()
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.covers("address")
+def test_address_is_that_of_the_first_element(device):
+    array = device.put(np.arange(24, dtype=np.float32).reshape(4, 6))
+    start = device.backend.address(array)
+    assert isinstance(start, int)
+    assert device.backend.address(array[2:]) == start + 2 * 6 * 4
+    assert device.backend.address(array[1:, 3:]) == start + (6 + 3) * 4  # of rows that lie apart
+    other = device.put(np.arange(24, dtype=np.float32).reshape(4, 6))
+    assert device.backend.address(other) != start
+    if device.has_read_only:
+        assert device.backend.address(device.read_only(array)) == start
+
+
+@pytest.mark.covers("Identities")
+def test_identities_are_of_objects_in_order(device):
+    values = [device.put(np.zeros(3)) for _ in range(3)]
+    identities = device.backend.Identities(values)
+    assert identities.are_those_of(values)
+    assert identities.are_those_of(list(values))
+    assert not identities.are_those_of(values[::-1])
+    assert not identities.are_those_of(values[:2])
+    assert not identities.are_those_of([*values, values[0]])
+    assert not identities.are_those_of([*values[:2], device.put(np.zeros(3))])
+    before = list(values)
+    values[1] = device.put(np.zeros(3))
+    assert not identities.are_those_of(values)
+    assert identities.are_those_of(before)
+    assert device.backend.Identities([]).are_those_of([])
+
+
+class Located:
+    """A locator of three parameters, and arrays as it expects."""
+
+    shapes = ((4, 6), (5,), ())
+    dtypes = (SINGLE, DOUBLE, SINGLE)
+
+    def __init__(self, device):
+        self.device = device
+        self.locator = device.backend.Locator(self.dtypes, self.shapes)
+        self.parameters, self.gradients = self.arrays(), self.arrays()
+
+    def arrays(self):
+        return [self.device.put(np.zeros(s, d)) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+
+    def unchanged(self, writeable=False):
+        return self.locator.unchanged(self.parameters, self.gradients, writeable)
+
+    def check(self, unknown=(), unknown_gradients=()):
+        """Addresses are those of all arrays but the unknown ones."""
+        for values, found, left in (
+            (self.parameters, self.locator.parameters(self.parameters), unknown),
+            (self.gradients, self.locator.gradients(self.gradients), unknown_gradients),
+        ):
+            addresses, positions = found
+            assert list(positions) == list(left)
+            for k, value in enumerate(values):
+                if k not in left:
+                    assert addresses[k] == self.device.backend.address(value)
+
+
+@pytest.mark.covers("Locator")
+@pytest.mark.parametrize("container", [list, tuple])
+def test_locator_recognises_arrays(device, container):
+    located = Located(device)
+    located.parameters, located.gradients = container(located.parameters), container(located.gradients)
+    assert not located.unchanged()  # nothing was read before
+    located.check()
+    assert located.unchanged()
+    located.check()
+
+
+@pytest.mark.covers("Locator")
+@pytest.mark.parametrize("which", ["parameters", "gradients"])
+def test_locator_sees_that_an_array_moved(device, which):
+    located = Located(device)
+    located.unchanged()
+    getattr(located, which)[1] = located.arrays()[1]
+    assert not located.unchanged()
+    located.check()
+    assert located.unchanged()
+
+
+STRANGE = {
+    "another dtype": lambda device: device.put(np.zeros(5, np.float32)),
+    "another shape": lambda device: device.put(np.zeros(6)),
+    "another number of dimensions": lambda device: device.put(np.zeros((5, 1))),
+    "strided": lambda device: device.put(np.zeros((5, 2)))[:, 0],
+    "none": lambda device: None,
+    "a list": lambda device: [0.0] * 5,
+}
+
+
+@pytest.mark.covers("Locator")
+@pytest.mark.parametrize("strange", STRANGE)
+def test_locator_leaves_what_it_does_not_recognise(device, strange):
+    located = Located(device)
+    located.unchanged()
+    known = located.gradients[1]
+    located.gradients[1] = STRANGE[strange](device)
+    for _ in range(2):  # it stays unknown, though it does not move
+        assert not located.unchanged()
+        located.check(unknown_gradients=[1])
+    located.gradients[1] = known
+    located.parameters[1] = STRANGE[strange](device)
+    assert not located.unchanged()
+    located.check(unknown=[1])
+
+
+@pytest.mark.covers("Locator")
+def test_locator_expects_gradients_of_other_dtypes(device):
+    located = Located(device)
+    located.locator.expect([BFLOAT, None, SINGLE])
+    located.gradients[0] = device.put(np.zeros((4, 6), BFLOAT))
+    located.unchanged()
+    located.check(unknown_gradients=[1])  # none is expected there
+    located.locator.expect([SINGLE, DOUBLE, SINGLE])
+    assert not located.unchanged()
+    located.check(unknown_gradients=[0])
+
+
+@pytest.mark.covers("Locator")
+def test_locator_wants_arrays_that_can_be_written(device):
+    if not device.has_read_only:
+        pytest.skip("this device has no read-only arrays")
+    located = Located(device)
+    located.gradients[0] = device.read_only(located.gradients[0])
+    for writeable in (False, True, False):
+        located.unchanged(writeable)
+        assert located.unchanged(writeable) is not writeable
+        located.check(unknown_gradients=[0] if writeable else [])
+    located.parameters[2] = device.read_only(located.parameters[2])
+    assert not located.unchanged()
+    located.check(unknown=[2])
+
+
+@pytest.mark.covers("Locator")
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not there")
+def test_locator_finds_torch_tensors(device):
+    located = Located(device)
+    located.parameters[0] = device.tensor(np.zeros((4, 6), np.float32))
+    located.gradients[0] = device.tensor(np.zeros((4, 6), np.float32))
+    located.gradients[1] = device.tensor(np.zeros((5, 2)))[:, 0]  # not contiguous
+    located.unchanged()
+    addresses, unknown = located.locator.parameters(located.parameters)
+    assert unknown == []
+    assert addresses[0] == located.parameters[0].data_ptr()
+    addresses, unknown = located.locator.gradients(located.gradients)
+    assert unknown == [1]
+    assert addresses[0] == located.gradients[0].data_ptr()
+    assert addresses[2] == device.backend.address(located.gradients[2])
+    located.locator.expect([DOUBLE, DOUBLE, SINGLE])
+    located.unchanged()
+    assert located.locator.gradients(located.gradients)[1] == [0, 1]

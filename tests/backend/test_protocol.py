@@ -1,0 +1,24 @@
+"""That a backend has every name of the protocol, and that each has a test in this folder."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from fastopt._core.backend import Backend
+
+NAMES = {name for name in {*Backend.__annotations__, *vars(Backend)} if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_backend_has_every_name_of_the_protocol(device, name):
+    assert callable(getattr(device.backend, name))
+
+
+def test_every_name_of_the_protocol_has_a_test():
+    covered = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.covers":
+                covered |= {ast.literal_eval(argument) for argument in node.args}
+    assert covered == NAMES
