@@ -13,7 +13,8 @@ Slots = tuple[tuple[np.ndarray, np.ndarray | None], ...]  # state arrays, each w
 class Spec(NamedTuple):
     """All that selects the machine code of a launch.
 
-    h, c: hyperparameters of the rule and of the weight decay, of which the types count and not the numbers.
+    h, c: hyperparameters of the rule and of the weight decay. Their types count; their numbers do where
+        missed steps are made up for, and elsewhere not.
     compute: the dtype that is computed with.
     formats: of the parameter, of the gradient, and of each state array that is shaped as the parameter.
     mode: for tables, what comes before the update of a row.
@@ -30,6 +31,14 @@ class Spec(NamedTuple):
         return RULES[type(self.h)]
 
     @property
+    def typed(self) -> tuple[Any, Any]:
+        """``h`` and ``c`` in the dtype that is computed with, as kernels get them; flags stay flags."""
+        cast = self.compute.type
+        return tuple(  # type: ignore[return-value]
+            type(own)(*(x if isinstance(x, bool) else cast(x) for x in own)) for own in (self.h, self.c)
+        )
+
+    @property
     def key(self) -> tuple:
         """What is equal where one launch can do the work of both."""
         return type(self.h), type(self.c), self.compute, self.formats, type(self.mode)
@@ -39,8 +48,8 @@ class ArrayWork(NamedTuple):
     """A parameter's share of a dense update; where it and its gradient lie is said later.
 
     numbers: the row of hyperparameters that it uses. position: the number, among all elements, of its first
-    one, which random bits are counted from. state: the rule's state arrays, of a factored parameter the
-    means over rows and over columns.
+    one, which random bits are counted from. state: the rule's state arrays, C-contiguous; of a factored
+    parameter the means over rows and over columns.
     """
 
     numbers: int
@@ -95,8 +104,9 @@ class TableGradient(NamedTuple):
 class StoredTable(NamedTuple):
     """A table and its state.
 
-    state: the rule's state arrays shaped as the table. row_state: those of one element a row. master: the
-    float32 copy of a table of 16 bits, or None. position, key: of the random bits.
+    state: the rule's state arrays shaped as the table, all with the same stride from row to row. row_state:
+    those of one element a row. master: the float32 copy of a table of 16 bits, or None. position, key: of the
+    random bits.
     """
 
     table: np.ndarray

@@ -11,8 +11,13 @@ FOLDER = Path(__file__).parent / "golden"
 DIGESTS = json.loads((FOLDER / "digests.json").read_text())
 
 
-@pytest.mark.parametrize("gradient", ["dense", "slices"])
-@pytest.mark.parametrize("optimizer", golden_runs.OPTIMIZERS)
+RUNS = [(optimizer, gradient) for optimizer in golden_runs.OPTIMIZERS for gradient in ("dense", "slices")]
+RUNS += [
+    (optimizer, "dense_rows") for optimizer in ("sgd", "nesterov", "adamw", "lion")
+]  # each way to catch up
+
+
+@pytest.mark.parametrize(("optimizer", "gradient"), RUNS, ids=map("-".join, RUNS))
 def test_the_bits_of_an_optimizer_are_what_they_were(optimizer, gradient):
     run = golden_runs.Run(optimizer, "float32", gradient, None, False, False)
     assert golden_runs.digest(run, 1) == DIGESTS["runs"][str(run)]

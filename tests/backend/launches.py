@@ -7,8 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fastopt.kernels import rules
-from fastopt.kernels.cpu import formats
+from fastopt.kernels import formats, rules
 from fastopt.kernels.work import ArrayWork, Segments, Spec, StoredTable, TableGradient, TableWork
 
 PLAIN, BFLOAT16 = formats.PLAIN, formats.BFLOAT16

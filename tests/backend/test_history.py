@@ -25,7 +25,7 @@ from fastopt.kernels.work import TableGradient
 BASE, NOW, ROWS, DIM = 3, 15, 12, 5
 LRS = [0.25 * (1 + math.sin(step)) for step in range(BASE + 1, NOW + 1)]  # of each step after BASE
 LAST_STEPS = np.array([15, 3, 4, 14, 3, 9, 15, 10, 3, 13, 12, 5])
-# an approximation, of whose error kernels/rest.py says more; relative to how far a row moves
+# an approximation, of whose error kernels/catch_up.py says more; relative to how far a row moves
 ERROR = 1e-5
 
 

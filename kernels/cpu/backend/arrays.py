@@ -20,11 +20,6 @@ from fastopt.kernels.layout import ARRAY_GRADIENT, ARRAY_KEY, ARRAY_NUMBERS, ARR
 from fastopt.kernels.work import ArrayWork, Spec
 
 
-def _ones(numbers: Any, compute: np.dtype) -> Any:
-    """A tuple of hyperparameters of the type that kernels compute with; flags stay flags."""
-    return type(numbers)(*(x if isinstance(x, bool) else compute.type(1) for x in numbers))
-
-
 class ArraysLaunch:
     """One launch over any number of arrays.
 
@@ -45,7 +40,7 @@ class ArraysLaunch:
         self._size = int(self._bases[-1])
         self._kinds = formats(*spec.formats)
         self._compute = spec.compute
-        self._types = _ones(spec.h, spec.compute), _ones(spec.c, spec.compute)
+        self._types = spec.typed
         self.numbers = np.zeros((classes, len(spec.h) + len(spec.c)))
         self._prepared: tuple = ()  # what the entry and its arguments were made for
         self._alive = works
@@ -94,7 +89,7 @@ class MatrixLaunch:
         self._state = [array.reshape(-1) for array, _ in work.state]
         self._places = np.array([0, _place(work.master), 0, 0], np.int64)
         self._like = spec.compute.type(0)
-        self._types = _ones(spec.h, spec.compute), _ones(spec.c, spec.compute)
+        self._types = spec.typed
         self._kinds = formats(*spec.formats)
         self.numbers = np.zeros((1, len(spec.h) + len(spec.c)))
         self._alive = work

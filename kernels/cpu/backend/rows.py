@@ -69,8 +69,7 @@ def update_rows(spec: Spec, works: Sequence[TableWork]) -> RowsLaunch:
     widest = max(work.stored.table.shape[1] for work in works)
     arguments = (
         spec.mode,
-        spec.h,
-        spec.c,
+        *spec.typed,
         spec.compute.type(0),
         kinds,
         np.stack([_row_of_work(work) for work in works]),
@@ -94,7 +93,8 @@ def catch_up(
     kinds = formats(*spec.formats)
     parts = max(1, min(PARTS_PER_THREAD * thread_count(), count))
     buffers = _buffers(parts, kinds, dim, spec.compute)
-    arguments = spec.mode, spec.h, spec.c, spec.compute.type(0), kinds, row, listed, count, buffers
+    like = spec.compute.type(0)
+    arguments = spec.mode, *spec.typed, like, kinds, row, listed, count, buffers
     return RowsLaunch(catch_up_rows, count * dim, arguments, (stored, row_steps))
 
 
