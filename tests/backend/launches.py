@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from fastopt.kernels import formats, rules
+from fastopt.kernels.rule import L2, RULES, Decoupled, Scaled
 from fastopt.kernels.work import ArrayWork, Segments, Spec, StoredTable, TableGradient, TableWork
 
 PLAIN, BFLOAT16 = formats.PLAIN, formats.BFLOAT16
@@ -21,14 +22,14 @@ ADAM = {"lr": 2.0**-6, "betas": (0.8, 0.97), "eps": 1e-3, "weight_decay": 0.125}
 
 
 def adam_numbers(step: int, lr: float = ADAM["lr"]) -> Any:
-    return rules.ADAM.fold(step, {**ADAM, "lr": lr})
+    return rules.ADAM.fold(step, {**ADAM, "lr": lr}, np.float64)
 
 
 def decay_numbers(kind: type, scale: float = 1.0, limit: float = math.inf, lr: float = ADAM["lr"]) -> Any:
     own = {
-        rules.Scaled: (),
-        rules.L2: (ADAM["weight_decay"],),
-        rules.Decoupled: (1.0 - lr * ADAM["weight_decay"],),
+        Scaled: (),
+        L2: (ADAM["weight_decay"],),
+        Decoupled: (1.0 - lr * ADAM["weight_decay"],),
     }
     return kind(scale, limit, *own[kind])
 
@@ -52,13 +53,13 @@ def stepped(h: Any, c: Any, p: np.ndarray, g: np.ndarray, *state: np.ndarray) ->
 
 
 def _element(h: Any, c: Any, p: Any, g: Any, *state: Any) -> list:
-    rule, given = rules.RULES[type(h)], iter(state)
+    rule, given = RULES[type(h)], iter(state)
     g = c.scale * g
     if not np.isnan(g):
         g = min(max(g, -c.limit), c.limit)
-    if isinstance(c, rules.L2):
+    if isinstance(c, L2):
         g = g + c.weight_decay * p
-    if isinstance(c, rules.Decoupled):
+    if isinstance(c, Decoupled):
         p = c.keep * p
     slots = [None if slot is None else next(given) for slot in rule.slots]
     return [number for number in rule.update(h, p, g, *slots) if number is not None]

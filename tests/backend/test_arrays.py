@@ -27,6 +27,7 @@ from backend.launches import (
 
 from fastopt._core.backend import DenseLaunch
 from fastopt.kernels import rules
+from fastopt.kernels.rule import L2, Decoupled, Scaled
 from fastopt.kernels.work import ArrayWork, Spec
 
 SHAPES = [(5, 7), (2300,), (), (0, 3), (257,)]  # one is longer than what is updated at a time
@@ -43,7 +44,7 @@ def drawn(rng, shapes, dtype=SINGLE, scale=1.0):
 @pytest.mark.covers("ArraysLaunch", "address")
 @pytest.mark.parametrize(
     ("decay", "dtype"),
-    [(rules.Scaled, SINGLE), (rules.L2, DOUBLE)],  # decoupled decay is tested with 16 bits below
+    [(Scaled, SINGLE), (L2, DOUBLE)],  # decoupled decay is tested with 16 bits below
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_arrays_are_updated_by_the_scalar_rule(device, rng, decay, dtype):
@@ -70,19 +71,19 @@ def test_arrays_are_updated_by_the_scalar_rule(device, rng, decay, dtype):
 
 @pytest.mark.covers("ArraysLaunch")
 def test_launch_has_what_the_protocol_says(device, rng):
-    dense = Dense(device, adam_spec(rules.Scaled), *drawn(rng, SHAPES), CLASSES)
+    dense = Dense(device, adam_spec(Scaled), *drawn(rng, SHAPES), CLASSES)
     names = {*DenseLaunch.__annotations__, *vars(DenseLaunch)}
     assert all(hasattr(dense.launch, name) for name in names if not name.startswith("_"))
     numbers = dense.launch.numbers
-    assert numbers.dtype == np.float64 and numbers.shape == (2, len(rules.AdamH._fields) + 2)
+    assert numbers.dtype == np.float64 and numbers.shape == (2, len(rules.ADAM.hyper._fields) + 2)
 
 
 @pytest.mark.covers("ArraysLaunch")
 def test_prepare_writes_nothing(device, rng):
     parameters, gradients, states = drawn(rng, SHAPES)
-    dense = Dense(device, adam_spec(rules.Scaled), parameters, gradients, states, CLASSES)
+    dense = Dense(device, adam_spec(Scaled), parameters, gradients, states, CLASSES)
     dense.launch.run = lambda: None
-    dense.run([(adam_numbers(1), decay_numbers(rules.Scaled))] * 2, zero_grads=True)
+    dense.run([(adam_numbers(1), decay_numbers(Scaled))] * 2, zero_grads=True)
     for k, p in enumerate(parameters):
         assert_same(dense.got(k), [p, *states[k]])
         np.testing.assert_array_equal(device.get(dense.gradients[k]), gradients[k])
@@ -91,8 +92,8 @@ def test_prepare_writes_nothing(device, rng):
 @pytest.mark.covers("ArraysLaunch")
 def test_gradients_become_zero_where_wanted(device, rng):
     parameters, gradients, states = drawn(rng, SHAPES)
-    dense = Dense(device, adam_spec(rules.Scaled), parameters, gradients, states, CLASSES)
-    numbers = [(adam_numbers(3), decay_numbers(rules.Scaled))] * 2
+    dense = Dense(device, adam_spec(Scaled), parameters, gradients, states, CLASSES)
+    numbers = [(adam_numbers(3), decay_numbers(Scaled))] * 2
     dense.run(numbers, zero_grads=True)
     for k, p in enumerate(parameters):
         assert_same(dense.got(k), stepped(*numbers[0], p, gradients[k], *states[k]))
@@ -108,8 +109,8 @@ def test_gradients_become_zero_where_wanted(device, rng):
 @pytest.mark.covers("ArraysLaunch")
 def test_a_run_uses_the_numbers_written_last(device, rng):
     parameters, gradients, states = drawn(rng, [(40,)])
-    dense = Dense(device, adam_spec(rules.Scaled), parameters, gradients, states)
-    first, second = [(adam_numbers(t), decay_numbers(rules.Scaled, 1.0 / t)) for t in (1, 2)]
+    dense = Dense(device, adam_spec(Scaled), parameters, gradients, states)
+    first, second = [(adam_numbers(t), decay_numbers(Scaled, 1.0 / t)) for t in (1, 2)]
     dense.run([first])
     dense.launch.numbers[0] = *second[0], *second[1]
     dense.launch.run()  # nothing else was placed or prepared
@@ -120,8 +121,8 @@ def test_a_run_uses_the_numbers_written_last(device, rng):
 @pytest.mark.covers("ArraysLaunch")
 def test_arrays_are_placed_elsewhere(device, rng):
     parameters, gradients, states = drawn(rng, SHAPES)
-    dense = Dense(device, adam_spec(rules.Scaled), parameters, gradients, states, CLASSES)
-    numbers = [(adam_numbers(2), decay_numbers(rules.Scaled))] * 2
+    dense = Dense(device, adam_spec(Scaled), parameters, gradients, states, CLASSES)
+    numbers = [(adam_numbers(2), decay_numbers(Scaled))] * 2
     dense.run(numbers)
     left = [device.get(array) for array in dense.parameters]
     old = dense.parameters
@@ -148,7 +149,7 @@ class Stochastic:
         self.g = rng.normal(size=SIZE).astype(BFLOAT)
         self.state = [m.astype(BFLOAT), v.astype(BFLOAT)]
         self.g[:20] = self.state[0][:20] = self.state[1][:20] = 0
-        self.numbers = adam_numbers(3), decay_numbers(rules.Decoupled, 0.5)
+        self.numbers = adam_numbers(3), decay_numbers(Decoupled, 0.5)
         wide = [array.astype(np.float32) for array in (self.g, *self.state)]
         self.exact = stepped(*self.numbers, self.master, *wide)
 
@@ -157,7 +158,7 @@ class Stochastic:
         parts = [slice(begin, end) for begin, end in pairwise(cuts)]
         dense = Dense(
             self.device,
-            adam_spec(rules.Decoupled, formats=(BFLOAT16_OF, BFLOAT16, STOCHASTIC, STOCHASTIC)),
+            adam_spec(Decoupled, formats=(BFLOAT16_OF, BFLOAT16, STOCHASTIC, STOCHASTIC)),
             # what the parameter holds before must not matter: the master is what is updated
             [np.full_like(self.g[part], 7) for part in parts],
             [self.g[part] for part in parts],
@@ -219,11 +220,11 @@ def test_lamb_takes_each_array_as_a_layer(device, rng):
     parameters[2][:] = 0  # without a norm, the trust ratio is 1
     parameters[3][:], gradients[3][:] = 0, 0
     states[3] = [np.zeros_like(slot) for slot in states[3]]
-    rule, c = rules.LAMB, decay_numbers(rules.Scaled, 0.5)
-    spec = Spec(rule.fold(1, ADAM), c, SINGLE, (PLAIN,) * 4)
+    rule, c = rules.LAMB, decay_numbers(Scaled, 0.5)
+    spec = Spec(rule.fold(1, ADAM, np.float32), c, SINGLE, (PLAIN,) * 4)
     dense = Dense(device, spec, parameters, gradients, states, [0, 1, 0, 0, 1])
     steps, options = [4, 9], [ADAM, {**ADAM, "lr": 0.25}]
-    dense.run([(rule.fold(step, own), c) for step, own in zip(steps, options, strict=True)])
+    dense.run([(rule.fold(step, own, np.float32), c) for step, own in zip(steps, options, strict=True)])
     for k, p in enumerate(parameters):
         own = dict(zip(rule.slots, (slot.astype(np.float64) for slot in states[k]), strict=True))
         row = [0, 1, 0, 0, 1][k]
@@ -244,8 +245,8 @@ def test_matrices_are_updated_by_adafactor(device, rng, shape):
     """Of each stack of matrices, three steps, the last of which sets the gradient to zero."""
     rule, backend = rules.ADAFACTOR, device.backend
     p, _, _ = adam_state(rng, shape)
-    c = rules.Decoupled(-0.5, math.inf, 1.0 - ADAFACTOR["lr"] * ADAFACTOR["weight_decay"])
-    spec = Spec(rule.fold(1, ADAFACTOR), c, SINGLE, (PLAIN, PLAIN))
+    c = Decoupled(-0.5, math.inf, 1.0 - ADAFACTOR["lr"] * ADAFACTOR["weight_decay"])
+    spec = Spec(rule.fold(1, ADAFACTOR, np.float32), c, SINGLE, (PLAIN, PLAIN))
     of_rows, of_columns = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
     state = [device.put(np.zeros(own, np.float32)) for own in (of_rows, of_columns)]
     parameter = device.put(p)
@@ -256,7 +257,7 @@ def test_matrices_are_updated_by_adafactor(device, rng, shape):
         g = rng.normal(size=shape).astype(np.float32)
         gradient = device.put(g)
         launch.place(np.array([backend.address(parameter)]), np.array([backend.address(gradient)]))
-        launch.numbers[0] = *rule.fold(step, ADAFACTOR), *c
+        launch.numbers[0] = *rule.fold(step, ADAFACTOR, np.float32), *c
         launch.set_keys([step])
         launch.prepare(step == 3)
         launch.run()

@@ -20,6 +20,7 @@ from backend.launches import (
 
 from fastopt._core import backend as seam
 from fastopt.kernels import rules
+from fastopt.kernels.rule import L2, Decoupled, Scaled
 from fastopt.kernels.work import TableGradient
 
 BASE, NOW, ROWS, DIM = 3, 15, 12, 5
@@ -84,7 +85,7 @@ class Behind:
 
 @pytest.mark.covers("History")
 def test_history_keeps_the_steps(device):
-    history = device.backend.History(rules.ADAM, rules.Decoupled, dict(ADAM), BASE)
+    history = device.backend.History(rules.ADAM, Decoupled, dict(ADAM), BASE)
     names = {*seam.History.__annotations__, *vars(seam.History)}
     assert all(hasattr(history, name) for name in names if not name.startswith("_"))
     assert (history.base, history.now, history.full, list(history.lrs)) == (BASE, BASE, False, [])
@@ -103,7 +104,7 @@ def test_history_keeps_the_steps(device):
 
 @pytest.mark.covers("History")
 def test_history_is_full_at_some_time(device):
-    history = device.backend.History(rules.SGD, rules.Scaled, {"weight_decay": 0.0}, 0)
+    history = device.backend.History(rules.SGD, Scaled, {"weight_decay": 0.0}, 0)
     for _ in range(history.MOST_STEPS):
         assert not history.full
         history.advance(0.5)
@@ -113,7 +114,7 @@ def test_history_is_full_at_some_time(device):
 @pytest.mark.covers("History", "catch_up")
 @pytest.mark.parametrize("rows", [None, np.array([8, 0, 11, 3])], ids=["all", "some"])
 def test_rows_catch_up(device, rng, rows):
-    behind = Behind(device, rng, rules.Decoupled)
+    behind = Behind(device, rng, Decoupled)
     got, last_step = behind.catch_up(rows)
     for k in range(ROWS):
         if LAST_STEPS[k] == NOW or (rows is not None and k not in rows):
@@ -128,7 +129,7 @@ def test_rows_catch_up(device, rng, rows):
 @pytest.mark.covers("History", "catch_up")
 def test_rows_catch_up_step_by_step_where_there_is_no_other_way(device, rng):
     """With an L2 penalty Adam has no closed form, and the bits are those of single steps."""
-    behind = Behind(device, rng, rules.L2)
+    behind = Behind(device, rng, L2)
     got, last_step = behind.catch_up(None)
     for k in range(ROWS):
         expected, _ = one_by_one(behind.row(k), LAST_STEPS[k], behind.decay)
@@ -138,10 +139,10 @@ def test_rows_catch_up_step_by_step_where_there_is_no_other_way(device, rng):
 
 @pytest.mark.covers("History", "update_rows", "segments_of")
 def test_rows_catch_up_before_their_update(device, rng):
-    behind = Behind(device, rng, rules.Decoupled)
+    behind = Behind(device, rng, Decoupled)
     indices = np.array([4, 6, 4, 1, 11])
     values = rng.normal(size=(5, DIM)).astype(np.float32)
-    h, c = adam_numbers(NOW + 1, 0.5), decay_numbers(rules.Decoupled, 0.5, lr=0.5)
+    h, c = adam_numbers(NOW + 1, 0.5), decay_numbers(Decoupled, 0.5, lr=0.5)
     found = segments(device, indices, ROWS)
     row_steps = behind.history.of_rows(behind.last_step, 4, SINGLE)
     gradient = TableGradient(device.put(values), found)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from backend.launches import BFLOAT, DOUBLE, HALF, SINGLE
+from backend.launches import BFLOAT, DOUBLE, HALF, SINGLE, formats
 
 DTYPES = [SINGLE, DOUBLE, HALF, BFLOAT, np.dtype(np.uint8)]
 SHAPES = [(), (0, 4), (3,), (5, 7), (300, 100), (2, 3, 4)]
@@ -199,3 +199,32 @@ def test_locator_finds_torch_tensors(device):
     located.locator.expect([DOUBLE, DOUBLE, SINGLE])
     located.unchanged()
     assert located.locator.gradients(located.gradients)[1] == [0, 1]
+
+
+@pytest.mark.covers("reblock")
+@pytest.mark.parametrize("kind", [formats.SIGNED8, formats.ROOT8], ids=lambda kind: kind.name)
+def test_codes_in_blocks_over_all_rows_become_codes_in_blocks_of_rows(device, rng, kind):
+    rows, dim = 3, 300
+    codes = rng.integers(0, 256, (rows, dim)).astype(np.uint8)
+    scales = rng.uniform(0.5, 2.0, -(-rows * dim // formats.BLOCK)).astype(np.float32)
+    blocks = -(-dim // formats.BLOCK)
+    new, new_scales = device.put(np.zeros_like(codes)), device.put(np.zeros((rows, blocks), np.float32))
+    device.backend.reblock(kind, device.put(codes), device.put(scales), new, new_scales)
+    new, new_scales = device.get(new), device.get(new_scales)
+
+    def numbers(codes, scales):  # see formats.py: floats whose exponent and first bits are the code
+        signed = kind is formats.SIGNED8
+        shift, span = (20, formats.SIGNED_SPAN) if signed else (19, formats.ROOT_SPAN)
+        magnitude = (codes & 127 if signed else codes).astype(np.uint32)
+        z = ((magnitude << shift) + formats.LOWEST_BITS).astype(np.uint32).view(np.float32) - formats.LOWEST
+        return np.where(codes & 128, -z, z) / span * scales if signed else (z / span) ** 2 * scales
+
+    want = numbers(codes.reshape(-1), scales[np.arange(rows * dim) // formats.BLOCK]).reshape(rows, dim)
+    of_columns = np.arange(dim) // formats.BLOCK
+    for row in range(rows):
+        for block in range(blocks):
+            largest = np.abs(want[row, of_columns == block]).max()
+            np.testing.assert_allclose(new_scales[row, block], largest, rtol=1e-6)
+        found = numbers(new[row], new_scales[row, of_columns])
+        # half of a code's width: 1/16 of a number, and of small ones 2^-19 of the scale
+        np.testing.assert_allclose(found, want[row], rtol=1 / 15, atol=2.0**-18)

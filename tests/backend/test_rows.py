@@ -19,11 +19,12 @@ from backend.launches import (
 
 from fastopt._core.backend import Launch
 from fastopt.kernels import rules
+from fastopt.kernels.rule import Scaled
 from fastopt.kernels.work import RowSteps, TableGradient
 
 
 def lazy_spec(device):
-    return adam_spec(rules.Scaled, mode=device.backend.Lazy())
+    return adam_spec(Scaled, mode=device.backend.Lazy())
 
 
 def row_sums(indices, values, weights=None):
@@ -56,8 +57,8 @@ def test_rows_of_two_tables_are_updated_once_each(device, rng):
         rng.normal(size=(size, dim)).astype(np.float32) for size, (_, dim) in zip(sizes, shapes, strict=True)
     ]
     numbers = [
-        (adam_numbers(1, 0.5), decay_numbers(rules.Scaled, -0.5, 0.75)),
-        (adam_numbers(30), decay_numbers(rules.Scaled)),
+        (adam_numbers(1, 0.5), decay_numbers(Scaled, -0.5, 0.75)),
+        (adam_numbers(30), decay_numbers(Scaled)),
     ]
     before = [adam_state(rng, shape) for shape in shapes]
     tables = [StoredAdam(device, *before[0]), StoredAdam(device, *before[1], together=True)]
@@ -87,7 +88,7 @@ class OneTable:
         self.device = device
         self.before = adam_state(rng, (10, dim))
         self.table = StoredAdam(device, *self.before)
-        self.numbers = adam_numbers(3), decay_numbers(rules.Scaled)
+        self.numbers = adam_numbers(3), decay_numbers(Scaled)
 
     def run(self, gradient, limit=math.inf):
         h, c = self.numbers
@@ -139,7 +140,7 @@ def test_winners_get_the_gradient_of_a_maximum(device, rng):
 @pytest.mark.covers("update_rows", "segments_of")
 def test_a_rows_gradient_is_limited_in_its_norm(device, rng):
     one = OneTable(device, rng, dim=8)
-    one.numbers = adam_numbers(3), decay_numbers(rules.Scaled, -2.0)
+    one.numbers = adam_numbers(3), decay_numbers(Scaled, -2.0)
     values = np.zeros((4, 8), np.float32)
     values[0], values[1], values[2, 3:5], values[3] = 2, 2, (0.3, 0.4), np.nan
     indices = np.array([6, 6, 2, 9])  # of norms 2 * 4 * sqrt(8), 2 * 0.5 and NaN
@@ -171,8 +172,8 @@ def test_rows_that_count_their_own_updates(device, rng):
     table = StoredAdam(device, *before)
     counts = np.array([0, 1, 2, 3, 40, 0, 0, 0, 1, 0])
     on_device = device.put(counts)
-    history = np.array([rules.ADAM.fold(t, {**ADAM, "lr": 1.0}) for t in (1, 2, 3)])
-    lr, c = 0.25, decay_numbers(rules.Scaled)
+    history = np.array([rules.ADAM.fold(t, {**ADAM, "lr": 1.0}, np.float64) for t in (1, 2, 3)])
+    lr, c = 0.25, decay_numbers(Scaled)
     indices = np.array([4, 0, 2, 0, 8, 4])
     values = rng.normal(size=(6, 5)).astype(np.float32)
     work = table.work(
@@ -181,7 +182,7 @@ def test_rows_that_count_their_own_updates(device, rng):
         step=3,
         row_steps=RowSteps(on_device, history),
     )
-    spec = adam_spec(rules.Scaled, mode=device.backend.PerRow())
+    spec = adam_spec(Scaled, mode=device.backend.PerRow())
     launch = device.backend.update_rows(spec, [work])
     launch.compile()
     np.testing.assert_array_equal(device.get(on_device), counts)
@@ -189,7 +190,7 @@ def test_rows_that_count_their_own_updates(device, rng):
     expected = before
     for row, total in zip(*row_sums(indices, values), strict=True):
         counts[row] += 1
-        h = rules.ADAM.fold(int(min(counts[row], 3)), {**ADAM, "lr": lr})
+        h = rules.ADAM.fold(int(min(counts[row], 3)), {**ADAM, "lr": lr}, np.float64)
         expected = updated(expected, np.array([row]), total[None], h, c)
     np.testing.assert_array_equal(device.get(on_device), counts)
     assert_same(table.got(), expected)
