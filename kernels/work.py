@@ -34,9 +34,8 @@ class Spec(NamedTuple):
     def typed(self) -> tuple[Any, Any]:
         """``h`` and ``c`` in the dtype that is computed with, as kernels get them; flags stay flags."""
         cast = self.compute.type
-        return tuple(  # type: ignore[return-value]
-            type(own)(*(x if isinstance(x, bool) else cast(x) for x in own)) for own in (self.h, self.c)
-        )
+        h, c = ([x if isinstance(x, bool) else cast(x) for x in own] for own in (self.h, self.c))
+        return type(self.h)(*h), type(self.c)(*c)
 
     @property
     def key(self) -> tuple:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastopt.kernels.formats import Format
 from fastopt.kernels.rule import Rule
 from fastopt.kernels.work import (
     ArrayWork,
@@ -118,45 +119,117 @@ class Identities(Protocol):
 
 
 class Backend(Protocol):
-    """What a device offers. Arrays that are passed and returned lie in its memory."""
+    """What a device offers: a module with these names.
 
-    # Memory
-    empty: Callable[[int | tuple[int, ...], Any], np.ndarray]
-    zeros: Callable[[tuple[int, ...], np.dtype], np.ndarray]
-    address: Callable[[np.ndarray], int]
-    Locator: Callable[..., Locator]
+    Arrays of parameters, gradients, state, indices and rows lie in its memory; addresses, numbers of
+    hyperparameters and histories are NumPy arrays. Where nothing else is said, floating point arrays are
+    float32 or float64, C-contiguous, and all of one call have the same dtype.
+    """
+
+    Locator: Callable[[Sequence[np.dtype], Sequence[tuple[int, ...]]], Locator]  # of dtypes and shapes
     Identities: Callable[[list], Identities]
-
-    # Indices
-    bounds: Callable[[np.ndarray], tuple[int, int]]
-    segments_of: Callable[[Sequence[tuple[np.ndarray, int]]], list[Segments]]
-
-    # Updates
-    ArraysLaunch: Callable[[Spec, Sequence[ArrayWork], int], DenseLaunch]
-    MatrixLaunch: Callable[[Spec, ArrayWork], DenseLaunch]
-    update_rows: Callable[[Spec, Sequence[TableWork]], Launch]
-    catch_up: Callable[[Spec, StoredTable, RowSteps, int, np.ndarray | None], Launch]
+    ArraysLaunch: Callable[[Spec, Sequence[ArrayWork], int], DenseLaunch]  # the last: how many classes
+    MatrixLaunch: Callable[[Spec, ArrayWork], DenseLaunch]  # of a parameter with state of rows and columns
+    Squares: Callable[[np.dtype, Format, Sequence[int]], Squares]  # of a format, sizes
     History: type[History]
-    Lazy: type
-    PerRow: type
+    Lazy: type  # the mode of tables whose rows just take the update
+    PerRow: type  # of those whose rows count their own: what is folded for lr 1 is times the first number
 
-    # Norms and clipping
-    Squares: Callable[..., Squares]
-    sum_squares_rows: Callable[[Sequence[TableGradient], float], float]
-    scale: Callable[[np.ndarray, float], None]
-    clip: Callable[[np.ndarray, float], None]
-    coalesce: Callable[[np.ndarray, Segments], None]
+    def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array of any content."""
 
-    # Rows
-    widen: Callable[[np.ndarray], np.ndarray]
-    reblock: Callable[..., None]
-    gather: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    pool: Callable[..., np.ndarray]
-    pool_max: Callable[..., tuple[np.ndarray, np.ndarray]]
-    bags_of_positions: Callable[..., np.ndarray]
-    take: Callable[[np.ndarray, Segments], np.ndarray]
-    row_products: Callable[..., np.ndarray]
-    limit_norms: Callable[[np.ndarray, np.ndarray, float], None]
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Zeros, which begin with a cache line."""
+
+    def address(self, array: np.ndarray) -> int:
+        """The address of the first element."""
+
+    def bounds(self, indices: np.ndarray) -> tuple[int, int]:
+        """Smallest and largest of 1-D indices, which are not empty."""
+
+    def segments_of(self, parts: Sequence[tuple[np.ndarray, int]]) -> list[Segments]:
+        """Segments of the 1-D indices of each table, given with how many rows it has, by one stable sort."""
+
+    def update_rows(self, spec: Spec, works: Sequence[TableWork]) -> Launch:
+        """The update of the rows that gradients name, each once, of tables that share ``spec``."""
+
+    def catch_up(
+        self, spec: Spec, stored: StoredTable, row_steps: RowSteps, step: int, rows: np.ndarray | None
+    ) -> Launch:
+        """Have different rows, or all, take the steps that they missed, up to the history's last."""
+
+    def sum_squares_rows(self, gradients: Sequence[TableGradient], scale: float) -> float:
+        """The sum of squares of the gradients of all rows, times ``scale**2``."""
+
+    def scale(self, array: np.ndarray, factor: float) -> None:
+        """Multiply an array, of 16 bits too, by a number, in place."""
+
+    def clip(self, array: np.ndarray, limit: float) -> None:
+        """Clip each element, of 16 bits too, to [-limit, limit], in place."""
+
+    def coalesce(self, values: np.ndarray, segments: Segments) -> None:
+        """Put the sum of a segment's values in the place of its first, and zeros in those of the others."""
+
+    def widen(self, array: np.ndarray) -> np.ndarray:
+        """``array``, in float32 if it is of 16 bits."""
+
+    def gather(self, table: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """The rows of ``table``, of 16 bits too, that 1-D indices name."""
+
+    def pool(
+        self,
+        table: np.ndarray,
+        indices: np.ndarray,
+        offsets: np.ndarray,
+        weights: np.ndarray | None,
+        mean: bool,
+        padding: int,
+    ) -> np.ndarray:
+        """[bags, dim]: sums of rows times weights, or these divided by how many rows; without ``padding``."""
+
+    def pool_max(
+        self, table: np.ndarray, indices: np.ndarray, offsets: np.ndarray, padding: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """[bags, dim]: maxima, and the positions, int32, that they come from."""
+
+    def bags_of_positions(
+        self,
+        offsets: np.ndarray,
+        indices: np.ndarray,
+        scales: np.ndarray | None,
+        mean: bool,
+        padding: int,
+    ) -> np.ndarray:
+        """The bag of each position, int32; ``scales`` are divided by the number of the bag's rows if
+        ``mean``."""
+
+    def take(self, values: np.ndarray, segments: Segments) -> np.ndarray:
+        """The 1-D ``values``, one for each position, in the order of the segments."""
+
+    def row_products(
+        self,
+        table: np.ndarray,
+        indices: np.ndarray,
+        bags_of: np.ndarray,
+        scales: np.ndarray | None,
+        padding: int,
+        grad_output: np.ndarray,
+    ) -> np.ndarray:
+        """The product of each position's row with its bag's ``grad_output``, times its scale."""
+
+    def limit_norms(self, table: np.ndarray, rows: np.ndarray, max_norm: float) -> None:
+        """Scale those of the different ``rows`` whose norm is above ``max_norm`` down to it, in place."""
+
+    def reblock(
+        self,
+        kind: Format,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        new: np.ndarray,
+        new_scales: np.ndarray,
+    ) -> None:
+        """Set ``new`` and ``new_scales`` to 8-bit codes whose blocks end with rows, of codes whose blocks do
+        not."""
 
 
 @functools.cache

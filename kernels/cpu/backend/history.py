@@ -22,7 +22,7 @@ class History:
     What ``steps`` holds, and how it is read, is said in ``fastopt.kernels.catch_up``.
 
     Args:
-        rule, decay_type: the rule, and Scaled, L2 or Decoupled.
+        rule, decay: the rule, and Scaled, L2 or Decoupled.
         options: its options, checked; the learning rate among them is not used.
         base: the parameter's step from which on steps are kept.
 
@@ -35,14 +35,14 @@ class History:
 
     MOST_STEPS = 1 << 14  # 2 MB; then all rows are brought up to date, and a history starts anew
 
-    def __init__(self, rule: Rule, decay_type: type, options: dict[str, Any], base: int) -> None:
-        self.kind = catch_up.missed_kind(rule, decay_type, options)
+    def __init__(self, rule: Rule, decay: type, options: dict[str, Any], base: int) -> None:
+        self.kind = catch_up.missed_kind(rule, decay, options)
         self.base = self.now = base
         self.window = 0
-        self._rule, self._options, self._decay_type = rule, dict(options), decay_type
+        self._rule, self._options, self._decay_type = rule, dict(options), decay
         weight_decay = float(options.get("weight_decay", 0.0))
-        self._decoupled = weight_decay if decay_type is Decoupled else 0.0
-        self._penalty = weight_decay if decay_type is L2 else 0.0
+        self._decoupled = weight_decay if decay is Decoupled else 0.0
+        self._penalty = weight_decay if decay is L2 else 0.0
         self._decay = float(getattr(self._fold(base + 1, 0.0), "alpha", 1.0))
         if self.kind is Adaptive:
             self.window = catch_up.window_of(rule, options)

@@ -82,7 +82,8 @@ def bags_of_positions(
     bag of position k, the row ``padding`` not counted."""
     found = empty(indices.size, np.int32)
     given = np.empty(0, np.float32) if scales is None else scales
-    bags.bags_of_positions(indices.size, offsets, indices, padding, mean, found, given)
+    divided = mean and scales is not None
+    bags.bags_of_positions(indices.size, offsets, indices, padding, divided, found, given)
     return found
 
 
