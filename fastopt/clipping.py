@@ -45,8 +45,8 @@ def clip_grad_norm(grads: Any, max_norm: float) -> float:
     norm = _norm(prepared)
     factor = clip_factor(norm, max_norm)
     if factor != 1.0:
-        for _, array, label in prepared:
-            backend_of(array, label).scale(array, factor)
+        for _, array, _ in prepared:
+            backend_of(array).scale(array, factor)
     return norm
 
 
@@ -74,8 +74,8 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
                 f"{label} has dtype {array.dtype}, in which sums of rows can't be stored: expected "
                 "float32 or float64, or use step(clip_value=...)"
             )
-    for gradient, array, label in prepared:
-        backend = backend_of(array, label)
+    for gradient, array, _ in prepared:
+        backend = backend_of(array)
         if gradient is not None:
             backend.coalesce(gradient.values, gradient.indices.segments)
         backend.clip(array, clip_value)
@@ -92,8 +92,8 @@ class _Prepared(NamedTuple):
 def _norm(prepared: list[_Prepared]) -> float:
     """The norm of all."""
     whole = [array for gradient, array, _ in prepared if gradient is None]
-    squares = DenseSquares([array.dtype for array in whole], [array.size for array in whole])
-    addresses = np.array([backend_of(array, "").address(array) for array in whole], np.int64)
+    squares = DenseSquares((backend_of(array), array.dtype, array.size) for array in whole)
+    addresses = np.array([backend_of(array).address(array) for array in whole], np.int64)
     return norm_of(squares, addresses, [one.gradient for one in prepared if one.gradient is not None])
 
 

@@ -45,7 +45,7 @@ def embedding(
     source = _table(table, max_norm is not None)
     where = Indices.checked(indices, "indices", source.shape[0])
     _make_ready(table, source, where, max_norm, optimizer)
-    return backend_of(source, "table").gather(source, where.flat).reshape(*where.array.shape, source.shape[1])
+    return backend_of(source).gather(source, where.flat).reshape(*where.array.shape, source.shape[1])
 
 
 def embedding_bag(
@@ -123,4 +123,4 @@ def _make_ready(
     if max_norm is not None and not math.isinf(max_norm):
         rows = indices.segments.own_rows()
         arrays.before_writing(table, rows)
-        backend_of(source, "table").limit_norms(source, rows, max_norm)
+        backend_of(source).limit_norms(source, rows, max_norm)

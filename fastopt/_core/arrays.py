@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fastopt._core.backend import backend_of, host
+from fastopt._core.backend import backend_of
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 LOW_DTYPES = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -165,7 +165,7 @@ def refuse_overlap(label: str, other: str) -> None:
 
 def check_apart(written: Sequence[tuple[np.ndarray, str]]) -> None:
     """Refuse contiguous arrays that share memory with another."""
-    starts = np.array([host().address(array) for array, _ in written], np.int64)
+    starts = np.array([backend_of(array).address(array) for array, _ in written], np.int64)
     ends = starts + np.array([array.nbytes for array, _ in written], np.int64)
     found = overlapping(starts, ends, np.full(len(starts), True))
     if found is not None:

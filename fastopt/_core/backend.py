@@ -243,7 +243,7 @@ def host() -> Backend:
     return _load("cpu")
 
 
-def backend_of(value: Any, label: str) -> Backend:
+def backend_of(value: Any, label: str = "array") -> Backend:
     """The backend that works where ``value`` lies: a NumPy array, a torch tensor, a table in files.
 
     Raises:

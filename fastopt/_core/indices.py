@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastopt._core import arrays
-from fastopt._core.backend import host
+from fastopt._core.backend import Backend, backend_of
 from fastopt.kernels.work import Segments
 
 MOST_ROWS = 2**40
@@ -47,7 +47,8 @@ class IndexPlan:
         if not 0 <= self.rows <= MOST_ROWS:
             raise ValueError(f"rows is {rows!r}: expected a whole number from 0 to 2**40")
         self._indices = np.array(checked_indices(indices, "indices", self.rows), order="C")
-        [self._segments] = host().segments_of([(self._indices.reshape(-1), self.rows)])
+        flat = self._indices.reshape(-1)
+        [self._segments] = backend_of(flat).segments_of([(flat, self.rows)])
 
     @property
     def indices(self) -> np.ndarray:
@@ -88,7 +89,7 @@ def checked_indices(indices: Any, label: str, rows: int | None) -> np.ndarray:
         if array.size < SMALL or not array.flags.c_contiguous:
             low, high = int(array.min()), int(array.max())
         else:
-            low, high = host().bounds(array.reshape(-1))
+            low, high = backend_of(array).bounds(array.reshape(-1))
         if low < 0 or (rows is not None and high >= rows):
             bad = low if low < 0 else high
             limit = "not negative" if rows is None else f"in [0, {rows}), the rows of the table"
@@ -140,8 +141,11 @@ class Indices:
 
 def sort_together(many: list[Indices]) -> None:
     """Sort, all at once, those that are not sorted into segments yet."""
-    missing = [indices for indices in many if indices._segments is None]
-    if missing:
-        found = host().segments_of([(indices.flat, indices.rows) for indices in missing])
+    alike: dict[Backend, list[Indices]] = {}
+    for indices in many:
+        if indices._segments is None:
+            alike.setdefault(backend_of(indices.array), []).append(indices)
+    for backend, missing in alike.items():
+        found = backend.segments_of([(indices.flat, indices.rows) for indices in missing])
         for indices, segments in zip(missing, found, strict=True):
             indices._segments = segments

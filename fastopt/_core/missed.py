@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fastopt._core.backend import History, host
+from fastopt._core.backend import History, backend_of
 from fastopt.kernels.rule import Rule
 
 ROW_STEPS = "row_steps"  # with step_per_row: how often each row was updated
@@ -30,7 +30,7 @@ class Tracking:
     ) -> None:
         self.last_step = last_step
         self.options = options
-        self.history: History = host().History(rule, decay, dict(options), step)
+        self.history: History = backend_of(last_step).History(rule, decay, dict(options), step)
 
 
 class Counts:

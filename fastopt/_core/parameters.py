@@ -10,7 +10,7 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.arrays import TableInFiles
-from fastopt._core.backend import host
+from fastopt._core.backend import Backend, backend_of
 from fastopt._core.missed import ROW_STEPS, Counts, Tracking
 from fastopt._core.options import FIXED, SHARED, checked_options
 from fastopt._core.state import (
@@ -156,6 +156,11 @@ class Parameter:
         return self.shape[0] if self.shape else 1
 
     @property
+    def backend(self) -> Backend:
+        """What works where it lies."""
+        return backend_of(self.value, self.label)
+
+    @property
     def compute(self) -> np.dtype:
         """The dtype that its updates are computed with."""
         return computed_with(self.dtype)
@@ -219,7 +224,7 @@ class Parameter:
             self.state = self.in_files.state(slots)
         elif slots:
             together = rule.state_slots if by_row and len(self.shape) == 2 else ()
-            self.state = new_state(slots, together)
+            self.state = new_state(slots, together, self.backend)
             if MASTER in slots:
                 self.state[MASTER][...] = self.view()
         elif by_row and not self.codes_by_row:
@@ -381,7 +386,7 @@ class Parameters:
 
 def _place(array: np.ndarray) -> tuple:
     """Where an array lies, and what it is."""
-    return host().address(array), array.shape, array.dtype
+    return backend_of(array).address(array), array.shape, array.dtype
 
 
 def checked_group(options: Mapping[str, Any], label: str, definition: Definition) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastopt._core.arrays import DTYPES
 from fastopt._core.arrays import LOW_DTYPES as LOW
-from fastopt._core.backend import host
+from fastopt._core.backend import Backend, backend_of
 from fastopt.kernels import formats
 from fastopt.kernels.formats import BLOCK, Format
 from fastopt.kernels.rule import Rule
@@ -92,9 +92,11 @@ def is_factored(rule: Rule, shape: tuple[int, ...]) -> bool:
     return bool(rule.matrix_slots) and len(shape) >= 2
 
 
-def new_state(slots: Mapping[str, Slot], together: tuple[str, ...]) -> dict[str, np.ndarray]:
+def new_state(
+    slots: Mapping[str, Slot], together: tuple[str, ...], backend: Backend
+) -> dict[str, np.ndarray]:
     """State arrays; those of ``together`` lie row by row side by side, which memory answers faster."""
-    zeros = host().zeros
+    zeros = backend.zeros
     state = {}
     if len(together) > 1:
         (rows, dim), dtype, _ = slots[together[0]]
@@ -120,7 +122,7 @@ def by_rows(kind: Format, codes: np.ndarray, scales: np.ndarray) -> tuple[np.nda
     """Codes of a table whose blocks go on over its rows, with their scales, as those of blocks that end with
     its rows, rounded to the nearest."""
     new, own = np.empty_like(codes), np.empty(scale_shape(codes.shape, True), np.float32)
-    host().reblock(kind, codes, scales, new, own)
+    backend_of(codes).reblock(kind, codes, scales, new, own)
     return new, own
 
 

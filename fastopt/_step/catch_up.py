@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 
-from fastopt._core.backend import host
 from fastopt._core.indices import Indices
 from fastopt._core.missed import Tracking
 from fastopt._core.parameters import Parameter
@@ -43,7 +42,7 @@ def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
         stored = parameter.stored_table(-parameter.step - 1)
         count = parameter.rows if rows is None else rows.size
         row_steps = tracking.history.of_rows(tracking.last_step, count, compute)
-        launch = host().catch_up(spec, stored, row_steps, parameter.step, rows)
+        launch = parameter.backend.catch_up(spec, stored, row_steps, parameter.step, rows)
         parameter.before_writing(rows)
         launch.run()
     if indices is None:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fastopt._core import state
-from fastopt._core.backend import DenseLaunch, host
+from fastopt._core.backend import DenseLaunch
 from fastopt._core.parameters import Parameter
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
 from fastopt.kernels.formats import Format
-from fastopt.kernels.rule import L2, Decoupled, Scaled
+from fastopt.kernels.rule import Scaled
 from fastopt.kernels.work import ArrayWork, Spec
 
 
@@ -20,7 +20,7 @@ class DenseUpdate:
     every step: they are a class.
 
     Args:
-        parameters: with their state ready, alike in rule, dtypes and formats.
+        parameters: with their state ready, alike in backend, rule, dtypes and formats.
         formats: of the parameter, the gradient, and the state arrays.
         conditions: of the first step.
 
@@ -52,9 +52,9 @@ class DenseUpdate:
         spec = Spec(h, c, self._compute, formats)
         self.launch: DenseLaunch
         if state.is_factored(spec.rule, parameters[0].shape):
-            self.launch = host().MatrixLaunch(spec, works[0])
+            self.launch = decaying.backend.MatrixLaunch(spec, works[0])
         else:
-            self.launch = host().ArraysLaunch(spec, works, len(self._classes))
+            self.launch = decaying.backend.ArraysLaunch(spec, works, len(self._classes))
         self._of_rule = [numbers[: len(h)] for numbers in self.launch.numbers]  # where those of rules go
 
     def place(self, parameters_at: np.ndarray, gradients_at: np.ndarray) -> None:
@@ -95,20 +95,19 @@ def dense_updates(
     parameters: Iterable[tuple[Parameter, Format]], conditions: Conditions
 ) -> list[DenseUpdate]:
     """The updates of parameters, whose state is ready, by dense gradients of these formats."""
-    alike: dict[tuple, list[Parameter]] = {}
+    updates = []
+    alike: dict[tuple, dict[type, list[Parameter]]] = {}
     for parameter, gradient in parameters:
-        rule, decay = parameter.group.rule, parameter.group.decay
-        if state.is_factored(rule, parameter.shape):  # which has a launch of its own
-            key: tuple = parameter.index, parameter.own_format, gradient
+        group, formats = parameter.group, (parameter.own_format, gradient)
+        if state.is_factored(group.rule, parameter.shape):
+            updates.append(DenseUpdate([parameter], formats, conditions))
         else:
-            formats = parameter.own_format, gradient, *parameter.state_formats
-            # L2 and decoupled decay are not both zero: groups without any go with either
-            key = rule, parameter.compute, decay, formats
-        alike.setdefault(key, []).append(parameter)
-    for rule, compute, decay, formats in [key for key in alike if len(key) == 4]:
-        others = [(rule, compute, other, formats) for other in (Decoupled, L2)]
-        other = next((key for key in others if key in alike), None)
-        if decay is Scaled and other is not None:
-            joined = alike.pop((rule, compute, decay, formats)) + alike[other]
-            alike[other] = sorted(joined, key=lambda parameter: parameter.index)
-    return [DenseUpdate(own, key[-1] if len(key) == 4 else key[1:], conditions) for key, own in alike.items()]
+            key = parameter.backend, group.rule, parameter.compute, (*formats, *parameter.state_formats)
+            alike.setdefault(key, {}).setdefault(group.decay, []).append(parameter)
+    for (*_, members), by_decay in alike.items():
+        if len(by_decay) > 1 and Scaled in by_decay:  # none is a decay by 0
+            without = by_decay.pop(Scaled)
+            decay = next(iter(by_decay))
+            by_decay[decay] = sorted(by_decay[decay] + without, key=lambda parameter: parameter.index)
+        updates += [DenseUpdate(own, members, conditions) for own in by_decay.values()]
+    return updates

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fastopt._core.arrays import DTYPES
-from fastopt._core.backend import host
+from fastopt._core.backend import Backend, backend_of
 from fastopt._core.state import computed_with, gradient_format
 from fastopt.gradients.protocol import RowGradient
 from fastopt.kernels.element import NORM_EPS
+from fastopt.kernels.work import TableGradient
 
 SMALL, LARGE = 1e-140, 1e150  # norms beyond which squares of float64 lose digits or overflow
 
@@ -18,20 +19,20 @@ class DenseSquares:
     """Sums of squares of dense gradients of any dtypes.
 
     Args:
-        dtypes, sizes: of each gradient.
+        gradients: of each where it lies, its dtype and its size.
     """
 
-    def __init__(self, dtypes: Iterable[np.dtype], sizes: Sequence[int]) -> None:
-        alike: dict[np.dtype, list[int]] = {}
-        for i, dtype in enumerate(dtypes):
-            alike.setdefault(dtype, []).append(i)
-        self.has_double = DTYPES[1] in alike
+    def __init__(self, gradients: Iterable[tuple[Backend, np.dtype, int]]) -> None:
+        alike: dict[tuple[Backend, np.dtype], dict[int, int]] = {}
+        for i, (backend, dtype, size) in enumerate(gradients):
+            alike.setdefault((backend, dtype), {})[i] = size
+        self.has_double = any(dtype == DTYPES[1] for _, dtype in alike)
         self._parts = [
             (
-                host().Squares(computed_with(dtype), gradient_format(dtype), [sizes[i] for i in own]),
-                np.array(own),
+                backend.Squares(computed_with(dtype), gradient_format(dtype), [*own.values()]),
+                np.array([*own]),
             )
-            for dtype, own in alike.items()
+            for (backend, dtype), own in alike.items()
         ]
 
     def sum(self, addresses: np.ndarray, scale: float) -> float:
@@ -55,11 +56,12 @@ def _scaled_norm(
     dense: DenseSquares, addresses: np.ndarray, rows: Sequence[RowGradient], scale: float
 ) -> float:
     total = dense.sum(addresses, scale)
-    alike: dict[np.dtype, list[RowGradient]] = {}
+    alike: dict[tuple[Backend, np.dtype], list[TableGradient]] = {}
     for gradient in rows:
         if gradient.values.size and gradient.indices.array.size:
-            alike.setdefault(gradient.values.dtype, []).append(gradient)
-    sums = (host().sum_squares_rows([one.by_row() for one in many], scale) for many in alike.values())
+            key = backend_of(gradient.values), gradient.values.dtype
+            alike.setdefault(key, []).append(gradient.by_row())
+    sums = (backend.sum_squares_rows(own, scale) for (backend, _), own in alike.items())
     return math.sqrt(total + sum(sums)) / scale
 
 

@@ -81,8 +81,7 @@ class Plan:
     def norm(self) -> float:
         """The L2 norm of all gradients."""
         if self._squares is None:
-            sizes = [parameter.size for parameter in self.dense]
-            self._squares = DenseSquares(map(self.gradient_dtype, self.dense), sizes)
+            self._squares = DenseSquares((p.backend, self.gradient_dtype(p), p.size) for p in self.dense)
         addresses = self.gradients_at[self._dense_at]
         return norm_of(self._squares, addresses, [update.gradient for update in self.rows])
 

@@ -110,7 +110,7 @@ class Planner:
         everyone, entries = self._parameters.all, gradients.entries
         parameters_at, unknown = self._locator.parameters(self._values)
         for i in unknown:
-            parameters_at[i] = host().address(everyone[i].view())
+            parameters_at[i] = everyone[i].backend.address(everyone[i].view())
         gradients_at, unknown = self._locator.gradients(entries)
         kinds = np.full(len(entries), SAME, np.int8)
         rows: list[RowUpdate] = []
@@ -123,7 +123,7 @@ class Planner:
                 rows.append(RowUpdate(everyone[i], found))
                 gradients_at[i], kinds[i] = 0, ROWS
             else:
-                gradients_at[i] = host().address(found)
+                gradients_at[i] = everyone[i].backend.address(found)
                 kinds[i] = SAME if found.dtype == everyone[i].dtype else FLOAT32
         if kept is None or kept.kinds.tobytes() != kinds.tobytes():
             kept = Plan(self._parameters, kinds)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastopt._core.backend import Launch, host
+from fastopt._core.backend import Backend, Launch
 from fastopt._core.missed import ROW_STEPS
 from fastopt._core.parameters import Parameter
 from fastopt._step.catch_up import begin_tracking, catch_up
@@ -23,11 +23,12 @@ class RowUpdate(NamedTuple):
 
 def row_launches(updates: Sequence[RowUpdate], conditions: Conditions) -> list[Launch]:
     """The launches of these updates; state that is missing is made."""
-    alike: dict[tuple, tuple[Spec, list[TableWork]]] = {}
+    alike: dict[tuple, tuple[Backend, Spec, list[TableWork]]] = {}
     for update in updates:
         spec, work = _work(update, conditions)
-        alike.setdefault(spec.key, (spec, []))[1].append(work)
-    return [host().update_rows(spec, works) for spec, works in alike.values()]
+        backend = update.parameter.backend
+        alike.setdefault((backend, *spec.key), (backend, spec, []))[-1].append(work)
+    return [backend.update_rows(spec, works) for backend, spec, works in alike.values()]
 
 
 def _work(update: RowUpdate, conditions: Conditions) -> tuple[Spec, TableWork]:
@@ -42,10 +43,10 @@ def _work(update: RowUpdate, conditions: Conditions) -> tuple[Spec, TableWork]:
     h = rule_numbers(group, options, lr, step, compute)
     c = decay_numbers(group, options, group.decay, lr, conditions.scale, conditions.limit, compute)
     by_row = gradient.by_row()
-    mode, row_steps, numbers = host().Lazy(), None, (*h, *c)
+    mode, row_steps, numbers = parameter.backend.Lazy(), None, (*h, *c)
     if ROW_STEPS in parameter.state:
         # kernels multiply what is folded for the learning rate 1 by the first number
-        mode, numbers = host().PerRow(), (lr, *h[1:], *c)
+        mode, numbers = parameter.backend.PerRow(), (lr, *h[1:], *c)
         row_steps = RowSteps(parameter.state[ROW_STEPS], parameter.counts.up_to(step, group.rule, options))
     elif parameter.tracking is not None:
         history = parameter.tracking.history

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastopt._core import arrays
-from fastopt._core.backend import host
+from fastopt._core.backend import backend_of
 from fastopt.gradients.pooling import Bags, checked_bags, checked_table
 from fastopt.gradients.protocol import RowGradient, SparseGradient
 
@@ -91,6 +91,7 @@ class BagGradient(SparseGradient):
             bags, rows = bags.of_rows_read(source)
         of_positions, scales = bags.of_positions(rows.dtype)
         flat = bags.indices.flat
-        values = host().widen(values)
-        products = host().row_products(rows, flat, of_positions, scales, bags.padding, values)
+        backend = backend_of(source)
+        values = backend.widen(values)
+        products = backend.row_products(rows, flat, of_positions, scales, bags.padding, values)
         return products.astype(source.dtype, copy=False).reshape(shape)

@@ -7,7 +7,7 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.arrays import LOW_DTYPES
-from fastopt._core.backend import host
+from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 
 MODES = ("sum", "mean", "max")
@@ -35,12 +35,12 @@ class Bags:
 
     def of_rows_read(self, table: np.ndarray) -> "tuple[Bags, np.ndarray]":
         """The same bags over a table that holds a row for each position, in float32, for one of 16 bits."""
-        read = host().gather(table, self.indices.flat)
+        read = backend_of(table).gather(table, self.indices.flat)
         where = np.arange(len(read))
         if self.padding >= 0:
             where[self.indices.flat == self.padding] = len(read)
         alone = Indices(where, where.size + 1)
-        return Bags(alone, self.offsets, self.mode, self.weights, len(read)), host().widen(read)
+        return Bags(alone, self.offsets, self.mode, self.weights, len(read)), backend_of(read).widen(read)
 
     def pool(self, table: np.ndarray) -> np.ndarray:
         """[count, dim]: each bag's rows summed or averaged; rows of 16 bits are added in float32."""
@@ -48,7 +48,9 @@ class Bags:
             bags, rows = self.of_rows_read(table)
             return bags.pool(rows).astype(table.dtype)
         mean = self.mode == "mean"
-        return host().pool(table, self.indices.flat, self.offsets, self.weights, mean, self.padding)
+        return backend_of(table).pool(
+            table, self.indices.flat, self.offsets, self.weights, mean, self.padding
+        )
 
     def pool_max(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[count, dim]: the largest element of each bag's rows, and the position it comes from."""
@@ -56,16 +58,16 @@ class Bags:
             bags, rows = self.of_rows_read(table)
             largest, winners = bags.pool_max(rows)
             return largest.astype(table.dtype), winners
-        return host().pool_max(table, self.indices.flat, self.offsets, self.padding)
+        return backend_of(table).pool_max(table, self.indices.flat, self.offsets, self.padding)
 
     def of_positions(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray | None]:
         """The bag of each position, and the factor on its row, None where all are 1."""
-        mean = self.mode == "mean"
+        backend, mean = backend_of(self.offsets), self.mode == "mean"
         scales = None
         if self.weights is not None or mean:
-            scales = host().empty(self.indices.array.size, dtype)
+            scales = backend.empty(self.indices.array.size, dtype)
             scales[:] = 1 if self.weights is None else self.weights
-        bags = host().bags_of_positions(self.offsets, self.indices.flat, scales, mean, self.padding)
+        bags = backend.bags_of_positions(self.offsets, self.indices.flat, scales, mean, self.padding)
         return bags, scales
 
 
@@ -154,7 +156,7 @@ def _weights(given: Any, indices: np.ndarray, dtype: np.dtype, prefix: str) -> n
         raise TypeError(f"{label} has dtype {weights.dtype}: expected {dtype}, that of the table")
     if weights.shape != indices.shape:
         raise ValueError(f"{label} has shape {weights.shape}: expected {indices.shape}, that of indices")
-    return host().widen(np.ascontiguousarray(weights).reshape(-1))
+    return backend_of(weights).widen(np.ascontiguousarray(weights).reshape(-1))
 
 
 def _padding(padding_idx: Any, rows: int | None, prefix: str) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastopt._core import arrays
-from fastopt._core.backend import host
+from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 from fastopt.gradients.pooling import Bags
 from fastopt.kernels.work import TableGradient
@@ -30,7 +30,7 @@ class RowGradient:
         self, values: np.ndarray, indices: Indices, bags: Bags | None = None, *, dense: bool = False
     ) -> None:
         self._given = values
-        self.values = host().widen(values)
+        self.values = backend_of(values).widen(values)
         self.indices = indices
         self.bags = bags
         self.dense = dense
@@ -72,7 +72,7 @@ class RowGradient:
                 self._by_row = TableGradient(self.values, segments)
             else:
                 source, weights = self.bags.of_positions(self.values.dtype)
-                take = host().take
+                take = backend_of(self.values).take
                 weights = None if weights is None else take(weights, segments)
                 padding = self.bags.padding
                 self._by_row = TableGradient(
