@@ -67,11 +67,11 @@ class ParameterGroup:
     params: Any
     label: str
     number: int
-    parameters: list["Parameter"]
-    checked: dict[str, Any]
-    rule: Rule
-    decay: type
-    first: dict[str, float]
+    parameters: list["Parameter"] = field(default_factory=list)
+    checked: dict[str, Any] = field(init=False)
+    rule: Rule = field(init=False)
+    decay: type = field(init=False)
+    first: dict[str, float] = field(init=False)
     _seen: dict[str, Any] | None = None  # the options as adopted, if they can only change by assignment
     _fixed_rate: bool = False
 
@@ -130,10 +130,10 @@ class Parameter:
     label: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    group: ParameterGroup
     index: int = 0
     first: int = 0
     clock: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-    group: ParameterGroup = None  # type: ignore[assignment]
     state: dict[str, np.ndarray] = field(default_factory=dict)
     tracking: Tracking | None = None
     counts: Counts = field(default_factory=Counts)
@@ -322,8 +322,8 @@ class Parameters:
     def _add(self, given: dict[str, Any], label: str, params_label: str, definition: Definition) -> None:
         options = {**definition.defaults, **given}
         params = options["params"] = as_container(given["params"], params_label)
+        group = ParameterGroup(options, params, label, len(self.groups))
         taken = {parameter.key for parameter in self.all}
-        parameters = []
         for key, value, suffix in named_values(params, params_label):
             own_label = params_label + suffix
             view = arrays.parameter_view(value, own_label)
@@ -334,16 +334,12 @@ class Parameters:
                     f"{params_label} has the name {key!r} of an earlier group: expected each name once"
                 )
             dtype = np.dtype(view.dtype.type)  # the one object that stands for it
-            parameters.append(Parameter(value, key, own_label, view.shape, dtype))
+            group.parameters.append(Parameter(value, key, own_label, view.shape, dtype, group))
         checked = checked_group(options, label, definition)
         definition.check_options(checked, label)
-        rule, number = definition.rule(checked), len(self.groups)
-        group = ParameterGroup(options, params, label, number, parameters, checked, rule, Scaled, {})
         group.adopt(checked, definition)
-        for parameter in parameters:
-            parameter.group = group
         self.groups.append(group)
-        self.all += parameters
+        self.all += group.parameters
 
     def structure(self) -> Structure:
         """In which gradients come."""
