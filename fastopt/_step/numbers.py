@@ -59,8 +59,7 @@ def rule_numbers(
     """The rule's hyperparameters for the ``step``-th update of a parameter."""
     own = options if options["lr"] is lr else {**options, "lr": lr}
     h = group.rule.fold(step, own, compute)
-    most = MOST[compute]
-    if max(h) > most or min(h) < -most:
+    if math.hypot(*h) > MOST[compute]:  # then one of them may be, and else none
         _check_range(h, compute, group.label)
     return h
 
