@@ -37,7 +37,7 @@ def update(p, g, state, step, options, members=(PLAIN, PLAIN), master=None, scal
     places = np.array([address(p), 0 if master is None else address(master), address(g), 0])
     h, c = (type(t)(*map(dtype, t)) for t in (h, c))
     kinds = formats.formats(*members)
-    update_matrices(h, c, dtype(0), kinds, places, shape, row_var, col_var, numbers, zero_grads)
+    update_matrices(p.size, h, c, dtype(0), kinds, places, shape, row_var, col_var, numbers, zero_grads)
 
 
 CASES = [(shape, np.float32) for shape in SHAPES] + [(shape, np.float64) for shape in SHAPES[:-1]]

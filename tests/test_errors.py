@@ -714,6 +714,31 @@ def test_a_kernel_that_can_not_be_compiled_changes_nothing(monkeypatch):
     assert snapshot(opt, params) == before
 
 
+@pytest.mark.parametrize(
+    ("make", "kernel"),
+    [(fastopt.LAMB, "trust.find_trust_ratios"), (fastopt.Adafactor, "factored.update_tiles")],
+    ids=["LAMB", "Adafactor"],
+)
+def test_kernels_of_several_passes_are_compiled_before_the_first_write(make, kernel, monkeypatch):
+    params = [np.ones(3), np.ones((4, 2))]  # Adafactor's vector is updated by another kernel, or a first one
+
+    class Interrupted(Kernel):
+        def __call__(self, work, *_):
+            raise KeyboardInterrupt
+
+        def entry(self, serial, args):
+            raise KeyboardInterrupt
+
+    module, name = kernel.split(".")
+    for where in (f"fastopt.kernels.cpu.{module}", "fastopt.kernels.cpu.backend.arrays"):
+        monkeypatch.setattr(f"{where}.{name}", Interrupted(lambda: None), raising=False)
+    opt = make(params)
+    before = snapshot(opt, params)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step([np.ones(3), np.ones((4, 2))])
+    assert snapshot(opt, params) == before
+
+
 def test_metadata_that_is_no_dict_or_no_json_is_refused(tmp_path):
     opt = fastopt.SGD(np.ones(2))
     for metadata in ("abc", [1], {"a": np.ones(2)}):

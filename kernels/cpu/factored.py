@@ -36,7 +36,14 @@ LANES = 512  # elements of a row that are worked on at a time, a divisor of TILE
 CHUNK = TILE_ROWS * TILE_COLUMNS  # elements that a thread takes at a time, or a few more
 
 
-def update_matrices(
+def update_matrices(work: int, *given: Any) -> None:
+    """Update an array of ``work`` elements, a stack of matrices, and its state with its gradient. ``given``:
+    what :func:`tile_arguments` takes."""
+    if work:
+        update_tiles(work, *tile_arguments(*given))
+
+
+def tile_arguments(
     h: Any,
     c: Any,
     like: Any,
@@ -47,8 +54,8 @@ def update_matrices(
     col_var: np.ndarray,
     numbers: np.ndarray,
     zero_grads: bool,
-) -> None:
-    """Update an array, a stack of matrices, and its state with its gradient.
+) -> tuple:
+    """The arguments of :data:`update_tiles`.
 
     h, c: AdafactorH, and Scaled or Decoupled; their types count. like: a number of the type that is computed
     with. kinds: formats of parameter and gradient. places: two addresses of each (see layout.py).
@@ -56,11 +63,8 @@ def update_matrices(
     type of ``like``. numbers: fields of h and of c, float64. zero_grads: whether gradients become 0.
     """
     matrices, rows, columns = shape
-    work = matrices * rows * columns
-    if not work:
-        return
     bands, stripes = _pieces(rows, TILE_ROWS), _pieces(columns, TILE_COLUMNS)
-    chunk = max(1, CHUNK // (min(rows, TILE_ROWS) * min(columns, TILE_COLUMNS)))
+    chunk = max(1, CHUNK // max(1, min(rows, TILE_ROWS) * min(columns, TILE_COLUMNS)))
     memory = (
         empty((matrices * stripes, rows), np.float64),
         empty((matrices * bands, columns), np.float64),
@@ -68,7 +72,7 @@ def update_matrices(
         empty((2, matrices * bands * stripes), np.float64),
     )
     given = h, c, like, kinds, places, shape, row_var, col_var, numbers, zero_grads, chunk
-    update_tiles(work, *given, *memory)
+    return *given, *memory
 
 
 def _pieces(size: int, most: int) -> int:

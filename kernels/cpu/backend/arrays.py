@@ -10,7 +10,7 @@ from fastopt.kernels.cpu import norms
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.backend.rows import PARTS_PER_THREAD
 from fastopt.kernels.cpu.dense import update_arrays
-from fastopt.kernels.cpu.factored import update_matrices
+from fastopt.kernels.cpu.factored import tile_arguments, update_matrices, update_tiles
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.runs import RUN
 from fastopt.kernels.cpu.threads import runs_serial, thread_count
@@ -86,6 +86,8 @@ class MatrixLaunch:
 
     def __init__(self, spec: Spec, work: ArrayWork) -> None:
         self._shape = math.prod(work.shape[:-2]), work.shape[-2], work.shape[-1]
+        self._work = math.prod(work.shape)
+        self._compiled: bool | None = None  # which variant, serial or not
         self._state = [array.reshape(-1) for array, _ in work.state]
         self._places = np.array([0, _place(work.master), 0, 0], np.int64)
         self._like = spec.compute.type(0)
@@ -103,10 +105,13 @@ class MatrixLaunch:
     def prepare(self, zero_grads: bool) -> None:
         given = self._like, self._kinds, self._places, self._shape, *self._state
         self._arguments = *self._types, *given, self.numbers[0], zero_grads
+        serial = runs_serial(self._work)
+        if self._work and serial is not self._compiled:
+            update_tiles.entry(serial, tile_arguments(*self._arguments))
+            self._compiled = serial
 
     def run(self) -> None:
-        if math.prod(self._shape):
-            update_matrices(*self._arguments)
+        update_matrices(self._work, *self._arguments)
 
 
 def _place(array: np.ndarray | None) -> int:
