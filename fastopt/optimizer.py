@@ -81,7 +81,7 @@ class Optimizer:
         self.defaults = {**defaults, **SHARED, **shared}
         self._parameters = Parameters(params, self)
         self.param_groups = [group.options for group in self._parameters.groups]
-        self._planner = Planner(self._parameters)
+        self._planner = Planner(self._parameters, type(self).__name__)
         resumed = flushing.resume(self._snapshot(), self)
         if resumed.steps is not None:
             self._parameters.steps = resumed.steps
@@ -94,7 +94,7 @@ class Optimizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._planner = Planner(self._parameters)
+        self._planner = Planner(self._parameters, type(self).__name__)
 
     @property
     def steps(self) -> int:
@@ -180,29 +180,34 @@ class Optimizer:
         parameters.check_unchanged(self.param_groups, self)
         options = planner.options(self)
         plan = planner.plan(grads, options, zero_grads)
-        if options.changed:
-            for group, own in zip(parameters.groups, options.checked, strict=True):
-                if own is not group.checked:
-                    self._adopt(group, own)
         norm, factor = None, 1.0
-        if plan.rows:
-            plan.find_winners()
-        if settings.need_norm:
-            unscaled = plan.norm()
-            norm = settings.grad_scale * unscaled
-            if skip_nonfinite and not math.isfinite(unscaled):
-                return StepInfo(norm, skipped=True, nonfinite=plan.first_nonfinite(planner.entries(grads)))
-            if settings.clip_norm is not None:
-                factor = clip_factor(norm, settings.clip_norm)
-        conditions = Conditions(options.rates, settings.grad_scale * factor, settings.limit)
-        plan.prepare(conditions, zero_grads)
-        plan.run(conditions, zero_grads)
+        try:
+            if options.changed:
+                for group, own in zip(parameters.groups, options.checked, strict=True):
+                    if own is not group.checked:
+                        self._adopt(group, own)
+            if plan.rows:
+                plan.find_winners()
+            if settings.need_norm:
+                unscaled = plan.norm()
+                norm = settings.grad_scale * unscaled
+                if skip_nonfinite and not math.isfinite(unscaled):
+                    offender = plan.first_nonfinite(planner.entries(grads))
+                    return StepInfo(norm, skipped=True, nonfinite=offender)
+                if settings.clip_norm is not None:
+                    factor = clip_factor(norm, settings.clip_norm)
+            conditions = Conditions(options.rates, settings.grad_scale * factor, settings.limit)
+            plan.prepare(conditions, zero_grads)
+            plan.run(conditions, zero_grads)
+        finally:
+            if plan.rows:
+                plan.release_rows()
         return _DONE if norm is None else StepInfo(norm, factor != 1.0)
 
     def _adopt(self, group: ParameterGroup, options: dict[str, Any]) -> None:
         """Go on with changed options; rows first take the steps they have missed under the old ones."""
         if {**options, "lr": None} != {**group.checked, "lr": None}:
-            for parameter in group.parameters:
+            for parameter in self._parameters.of_group(group):
                 catch_up(parameter)
         group.adopt(options, self)
 
@@ -235,7 +240,7 @@ class Optimizer:
         flushing.flush(self._snapshot())
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(type(self).__name__, self.steps, self._parameters.groups)
+        return Snapshot(type(self).__name__, self.steps, self._parameters.groups, self._parameters.all)
 
     # State
 
@@ -257,7 +262,7 @@ class Optimizer:
         """What is saved: where rows are behind, options changed since the last step are adopted first, since
         the missed steps belong to the old ones."""
         for group in self._parameters.groups:
-            if any(parameter.tracking is not None for parameter in group.parameters):
+            if any(p.tracking is not None for p in self._parameters.of_group(group)):
                 options = self._planner.group_options(group, self)
                 if options is not group.checked:
                     self._adopt(group, options)
@@ -328,6 +333,9 @@ class Optimizer:
         return loaded.metadata
 
     def __repr__(self) -> str:
-        lines = [group.described(self.defaults) for group in self._parameters.groups]
+        lines = []
+        for group in self._parameters.groups:
+            size = sum(parameter.size for parameter in self._parameters.of_group(group))
+            lines.append(group.described(size, self.defaults))
         body = lines[0] if len(lines) == 1 else "".join(f"\n  {line}" for line in lines) + "\n"
         return f"{type(self).__name__}({body})"

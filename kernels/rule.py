@@ -98,7 +98,7 @@ class Rule:
     missed_l2: type = Loop
     own_decay: bool = False
 
-    @property
+    @functools.cached_property
     def state_slots(self) -> tuple[str, ...]:
         """The state arrays shaped as the parameter."""
         return tuple(slot for slot in self.slots if slot is not None)

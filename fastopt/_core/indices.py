@@ -62,10 +62,6 @@ class IndexPlan:
     def counts(self) -> np.ndarray:
         return np.diff(self._segments.starts)
 
-    def as_indices(self) -> "Indices":
-        """What lookups and updates start from."""
-        return Indices(self._indices, self.rows, self._segments)
-
     def __repr__(self) -> str:
         sizes = f"{self.indices.size:,} indices, {self.distinct.size:,} distinct, of {self.rows:,} rows"
         return f"IndexPlan({sizes})"
@@ -115,7 +111,7 @@ class Indices:
                 raise ValueError(
                     f"{label} is a plan for a table of {given.rows} rows: expected one for {rows} rows"
                 )
-            return given.as_indices()
+            return cls(given._indices, given.rows, given._segments)
         array = checked_indices(given, label, rows)
         if rows is None:
             rows = int(array.max()) + 1 if array.size else 0

@@ -57,7 +57,8 @@ class ParameterGroup:
 
     Attributes:
         options: the dict that the caller sees and may change.
-        params: the caller's container.
+        params: the caller's container. keys: of its parameters, which know their group and not the other way
+            round: a circle would keep memory until the collection of garbage.
         checked: the options as they were last adopted, checked.
         rule, decay: the rule that they choose, and the type of weight decay.
         first: first values of state slots that do not start from 0.
@@ -67,7 +68,7 @@ class ParameterGroup:
     params: Any
     label: str
     number: int
-    parameters: list["Parameter"] = field(default_factory=list)
+    keys: list[str | int] = field(default_factory=list)
     checked: dict[str, Any] = field(init=False)
     rule: Rule = field(init=False)
     decay: type = field(init=False)
@@ -103,13 +104,13 @@ class ParameterGroup:
         except ValueError:  # an array among them, which compares element by element
             return True
 
-    def described(self, defaults: Mapping[str, Any]) -> str:
-        """Its sizes, and its options but for those that all optimizers have and that are as by default."""
-        size = sum(parameter.size for parameter in self.parameters)
-        noun = "array" if len(self.parameters) == 1 else "arrays"
+    def described(self, size: int, defaults: Mapping[str, Any]) -> str:
+        """Its ``size`` elements, and its options but for those that all optimizers have and that are as by
+        default."""
+        noun = "array" if len(self.keys) == 1 else "arrays"
         names = (name for name in defaults if self.options.get(name) != SHARED.get(name, ()))
         options = ", ".join(f"{name}={self.options.get(name)!r}" for name in names)
-        return f"{len(self.parameters)} {noun}, {size:,} parameters: {options}"
+        return f"{len(self.keys)} {noun}, {size:,} parameters: {options}"
 
 
 @dataclass(eq=False)
@@ -266,10 +267,7 @@ class Snapshot(NamedTuple):
     optimizer: str
     steps: int
     groups: list[ParameterGroup]
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        return [parameter for group in self.groups for parameter in group.parameters]
+    parameters: list[Parameter]
 
 
 def decay_type(definition: Definition, checked: Mapping[str, Any]) -> type:
@@ -323,7 +321,7 @@ class Parameters:
         options = {**definition.defaults, **given}
         params = options["params"] = as_container(given["params"], params_label)
         group = ParameterGroup(options, params, label, len(self.groups))
-        taken = {parameter.key for parameter in self.all}
+        taken, parameters = {parameter.key for parameter in self.all}, []
         for key, value, suffix in named_values(params, params_label):
             own_label = params_label + suffix
             view = arrays.parameter_view(value, own_label)
@@ -334,19 +332,23 @@ class Parameters:
                     f"{params_label} has the name {key!r} of an earlier group: expected each name once"
                 )
             dtype = np.dtype(view.dtype.type)  # the one object that stands for it
-            group.parameters.append(Parameter(value, key, own_label, view.shape, dtype, group))
+            group.keys.append(key)
+            parameters.append(Parameter(value, key, own_label, view.shape, dtype, group))
         checked = checked_group(options, label, definition)
         definition.check_options(checked, label)
         group.adopt(checked, definition)
         self.groups.append(group)
-        self.all += group.parameters
+        self.all += parameters
+
+    def of_group(self, group: ParameterGroup) -> list[Parameter]:
+        return [parameter for parameter in self.all if parameter.group is group]
 
     def structure(self) -> Structure:
         """In which gradients come."""
         return Structure(
             [group.params for group in self.groups],
-            [[parameter.key for parameter in group.parameters] for group in self.groups],
-            [[parameter.value for parameter in group.parameters] for group in self.groups],
+            [group.keys for group in self.groups],
+            [[parameter.value for parameter in self.of_group(group)] for group in self.groups],
             self.grouped,
         )
 

@@ -65,6 +65,7 @@ class DenseUpdate:
         """Set the numbers of the next step, and have its machine code ready."""
         rates, scale, limit = conditions
         same = conditions == self._conditions  # and with them the numbers of weight decay
+        self._conditions = None  # until all are set, since an error may come between
         for row, parameter in enumerate(self._classes):
             group = parameter.group
             lr = rates[group.number]

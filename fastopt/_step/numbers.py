@@ -32,12 +32,13 @@ class StepOptions(NamedTuple):
     """The options of a step.
 
     checked: of each group. rates: the learning rate of each group. changed: whether any of ``checked`` is
-    another dict than the group adopted.
+    another dict than the group adopted. other_plan: whether more than learning rates changed.
     """
 
     checked: list[dict[str, Any]]
     rates: list[float]
     changed: bool
+    other_plan: bool
 
 
 def learning_rate(group: ParameterGroup, options: Mapping[str, Any], steps: int) -> float:
@@ -76,6 +77,8 @@ def decay_numbers(
     """The gradient's scale and limit and the weight decay."""
     if options["maximize"]:
         scale = -scale
+    if limit > MOST[compute]:
+        limit = math.inf
     c: Any
     if decay is Scaled:
         c = Scaled(scale, limit)

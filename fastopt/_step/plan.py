@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastopt._core import arrays
+from fastopt._core.backend import backend_of
 from fastopt._core.parameters import Parameter, Parameters
 from fastopt._core.state import gradient_format
 from fastopt._core.structure import Gradients
@@ -43,6 +44,8 @@ class Plan:
         self.parameters_at = self.gradients_at = np.empty(0, np.int64)
         self._parameters = parameters
         self._dense_at = np.flatnonzero(kinds <= FLOAT32)
+        nbytes = np.where(kinds == FLOAT32, 4 * parameters.sizes, parameters.nbytes)  # of the gradients
+        self._dense_bytes = nbytes[self._dense_at]
         self.dense: list[Parameter] = [parameters.all[i] for i in self._dense_at]
         self._increments = (kinds != NONE).astype(np.int64)
         self._squares: DenseSquares | None = None
@@ -143,13 +146,14 @@ class Plan:
         parameters = self._parameters
         np.add(parameters.clock, self._increments, parameters.clock)
         parameters.steps += 1
-        if not self.rows:
-            return
         for parameter, gradient in self.rows:
             if zero_grads:
                 gradient.clear()
             if parameter.tracking is not None:
                 parameter.tracking.history.advance(conditions.rates[parameter.group.number])
+
+    def release_rows(self) -> None:
+        """Hold nothing of a step's gradients: what they are is found anew in the next."""
         self._launches, self.rows = [], ()
 
     def _new_updates(self, conditions: Conditions) -> list[DenseUpdate]:
@@ -167,12 +171,11 @@ class Plan:
         """Refuse parameters, and gradients that are to become zero, that share memory with others."""
         all_parameters = self._parameters.all
         values = [update.gradient.values for update in self.rows]
-        values_at = [array.__array_interface__["data"][0] for array in values]
+        values_at = [backend_of(array).address(array) for array in values]
         parts = self.parameters_at, self.gradients_at[self._dense_at], np.array(values_at, np.int64)
         starts = np.concatenate(parts)
-        sizes = [parameter.size * self.gradient_dtype(parameter).itemsize for parameter in self.dense]
-        sizes += [array.nbytes for array in values]
-        ends = starts + np.concatenate([self._parameters.nbytes, np.array(sizes, np.int64)])
+        rows_bytes = np.array([array.nbytes for array in values], np.int64)
+        ends = starts + np.concatenate([self._parameters.nbytes, self._dense_bytes, rows_bytes])
         written = np.full(len(starts), zero_grads)
         written[: len(all_parameters)] = True
         found = arrays.overlapping(starts, ends, written)

@@ -25,9 +25,10 @@ class Planner:
     step costs microseconds.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, name: str) -> None:
         everyone = parameters.all
         self._parameters = parameters
+        self._name = name
         self._values = [parameter.value for parameter in everyone]
         self._structure = parameters.structure()
         self._locator = host().Locator(
@@ -59,8 +60,9 @@ class Planner:
         checked = [self.group_options(group, definition) for group in parameters.groups]
         pairs = list(zip(parameters.groups, checked, strict=True))
         rates = [learning_rate(group, own, parameters.steps) for group, own in pairs]
-        changed = any(own is not group.checked for group, own in pairs)
-        found = StepOptions(checked, rates, changed)
+        changed = [(group, own) for group, own in pairs if own is not group.checked]
+        other = any({**own, "lr": None} != {**group.checked, "lr": None} for group, own in changed)
+        found = StepOptions(checked, rates, bool(changed), other)
         self._steady = None if changed else found
         return found
 
@@ -84,7 +86,7 @@ class Planner:
             TypeError, ValueError: a gradient does not fit its parameter.
         """
         kept, self._plan = self._plan, None  # an error leaves none
-        if options.changed:
+        if options.other_plan:
             kept = None
         if kept is None or (self._has_codes and kept.rows_planned):
             self._locator.expect(self._expected(options.checked))
@@ -118,7 +120,7 @@ class Planner:
             if entries[i] is None:
                 gradients_at[i], kinds[i] = 0, NONE
                 continue
-            found = _checked(everyone[i], gradients, options[everyone[i].group.number])
+            found = _checked(everyone[i], gradients, options[everyone[i].group.number], self._name)
             if isinstance(found, RowGradient):
                 rows.append(RowUpdate(everyone[i], found))
                 gradients_at[i], kinds[i] = 0, ROWS
@@ -136,14 +138,16 @@ class Planner:
         return kept
 
 
-def _checked(parameter: Parameter, gradients: Gradients, options: Options) -> np.ndarray | RowGradient:
+def _checked(
+    parameter: Parameter, gradients: Gradients, options: Options, optimizer: str
+) -> np.ndarray | RowGradient:
     """A gradient checked against its parameter: an array, or a gradient by rows."""
     value, label = gradients.entries[parameter.index], gradients.label(parameter.index)
     view, rule = parameter.view(), parameter.group.rule
     if isinstance(value, SparseGradient):
         if rule.matrix_slots:
             raise TypeError(
-                f"{label} is {type(value).__name__}: the optimizer has means over columns, expected a dense "
+                f"{label} is {type(value).__name__}: {optimizer} has means over columns, expected a dense "
                 "gradient"
             )
         return value.for_parameter(label, view, parameter.label)
@@ -151,7 +155,7 @@ def _checked(parameter: Parameter, gradients: Gradients, options: Options) -> np
     if by_rows and rule.trust_ratio is not None:
         raise ValueError(
             f"{label} is dense but is used row by row (clip_row_norm, step_per_row, or 8-bit state made for "
-            "sparse gradients): the optimizer needs the whole array, expected IndexedSlices"
+            f"sparse gradients): {optimizer} needs the whole array, expected IndexedSlices"
         )
     array = arrays.gradient_view(value, label, view, parameter.label)
     if not by_rows:

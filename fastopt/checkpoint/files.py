@@ -43,7 +43,7 @@ def save(
         ],
         "param_groups": [
             {**{k: _to_json(v) for k, v in checked_group(group.options, group.label, definition).items()},
-             "params": [p.key for p in group.parameters]}
+             "params": list(group.keys)}
             for group in snapshot.groups
         ],
         "params": params,

@@ -59,7 +59,7 @@ def state_dict(snapshot: Snapshot) -> dict[str, Any]:
         },
         "param_groups": [
             {**{name: value for name, value in group.options.items() if name != "params"},
-             "params": [p.key for p in group.parameters]}
+             "params": list(group.keys)}
             for group in snapshot.groups
         ],
     }  # fmt: skip
@@ -101,11 +101,7 @@ def checked_state(snapshot: Snapshot, definition: Definition, state_dict: Mappin
             f"state_dict['state'] has {_length(saved_state)}: expected one entry for each of the parameters "
             f"{', '.join(map(repr, keys))}"
         )
-    states = [
-        _state(definition, own, parameter, saved_state[parameter.key])
-        for group, own in zip(snapshot.groups, options, strict=True)
-        for parameter in group.parameters
-    ]
+    states = [_state(definition, options[p.group.number], p, saved_state[p.key]) for p in snapshot.parameters]
     return Restored(steps, options, states)
 
 
@@ -115,7 +111,7 @@ def _options(definition: Definition, group: ParameterGroup, saved: Any, label: s
         saved = {**{name: SHARED[name] for name in SHARED if name in expected}, **saved}
     if not isinstance(saved, Mapping) or set(saved) != expected:
         raise ValueError(f"{label} has {_length(saved)}: expected the options {', '.join(sorted(expected))}")
-    keys = [parameter.key for parameter in group.parameters]
+    keys = group.keys
     if not isinstance(saved["params"], list | tuple) or list(saved["params"]) != keys:
         raise ValueError(
             f"{label}['params'] is {saved['params']!r}: expected {keys!r}, the optimizer's parameters"

@@ -104,8 +104,10 @@ class SparseGradient(ABC):
     def for_parameter(self, label: str, parameter: np.ndarray, parameter_label: str) -> RowGradient:
         """What it says, checked against its parameter; its indices are not sorted yet."""
         if parameter.ndim != 2:
+            name = type(self).__name__
+            name = name if name.endswith("s") else arrays.article(name)
             raise ValueError(
-                f"{label} is {arrays.article(type(self).__name__)} but {parameter_label} has shape "
+                f"{label} is {name} but {parameter_label} has shape "
                 f"{parameter.shape}: expected a 2-D parameter, pass a dense gradient"
             )
         values, values_label = self.numbers(label)

@@ -61,6 +61,7 @@ class ArraysLaunch:
         prepared = self._serial, zero_grads, parts
         if prepared == self._prepared:
             return
+        self._prepared = ()  # until all is ready, since compiling may fail
         chunk = max(-(-self._size // (parts * RUN)), 1) * RUN
         like = self._compute.type(0)
         given = like, self._kinds, self._table, self._bases, self.numbers, zero_grads, chunk
