@@ -7,7 +7,7 @@ import numba
 import numpy as np
 from numba import prange
 
-import fastopt
+from fastopt.kernels.cpu.index import segments_of
 from fastopt.kernels.cpu.segments import add_row, sum_rows
 from fastopt.kernels.intrinsics import AHEAD, prefetch, view
 
@@ -56,14 +56,14 @@ def floor(p: np.ndarray, g: np.ndarray, states: list[np.ndarray]) -> Callable[[]
 
 @numba.njit(parallel=True)
 def _rows(table, state, row_state, values, rows, order, starts, parts):
-    groups, dim = starts.size - 1, values.shape[1]
+    segments, dim = starts.size - 1, values.shape[1]
     like = values.dtype.type(0)
     stride = dim * values.itemsize
     no_weights = np.empty(0, values.dtype)
     for part in prange(parts):
         total = np.empty(dim, values.dtype)
-        for k in range(part * groups // parts, (part + 1) * groups // parts):
-            if k + AHEAD < groups:
+        for k in range(part * segments // parts, (part + 1) * segments // parts):
+            if k + AHEAD < segments:
                 prefetch(table.ctypes.data + rows[k + AHEAD] * stride, stride)
                 for n in range(state.shape[1]):
                     at = rows[k + AHEAD] * state.shape[1] + n
@@ -85,8 +85,8 @@ def row_floor(
 ) -> Callable[[], Any]:
     """A call that reads all ``values`` and adds them up, and reads and writes the rows ``indices`` of
     ``table``, of ``states`` arrays as large, side by side, and of ``row_states`` (0 or 1) of one number a
-    row, all grouped beforehand."""
-    rows, order, starts, *_ = fastopt.IndexPlan(indices, table.shape[0])._groups
+    row, all sorted beforehand."""
+    [(rows, order, starts, *_)] = segments_of([(indices, table.shape[0])])
     state = np.zeros((table.shape[0], states, table.shape[1]), table.dtype)
     row_state = np.zeros(table.shape[0] * row_states, table.dtype)
     parts = 8 * numba.get_num_threads()

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from pathlib import Path
 
 if not (Path(__file__).parent / "kernels").is_dir():
-    # a source checkout, whose kernels/ stands beside fastopt/: found as an installed one is
+    # In a source checkout kernels/ stands beside fastopt/; it is to be found as in an installed package.
     __path__.append(str(Path(__file__).parents[1]))
 
 from fastopt import schedules

@@ -89,7 +89,7 @@ class Optimizer:
             parameter.step = step
 
     def __getstate__(self) -> dict[str, Any]:
-        # the planner belongs to these very arrays in memory
+        # The planner belongs to these very arrays in memory.
         return {name: value for name, value in self.__dict__.items() if name != "_planner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

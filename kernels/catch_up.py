@@ -3,7 +3,7 @@
 A row of a table without a gradient in the steps t0 + 1 .. t1 goes on moving under a dense optimizer:
 momentum, the decay of the moments and weight decay act on it. When the row is next needed,
 :func:`coefficients` looks up what these steps come to, once a row, and :func:`caught_up` applies it
-to each element. ``fastopt.history.History`` keeps what there is to look up, in float64: one array
+to each element. A history (see cpu/backend/history.py) keeps what there is to look up, in float64: one array
 ``steps``, whose row i belongs to step base + i. There are four kinds, chosen by :func:`missed_kind`.
 
 Still: p and each slot are multiplied by a number. The product of the keeps is the exponential
@@ -185,7 +185,7 @@ def _quotient_source() -> list[str]:
         for j in range(k, 2 * n - k):
             older = f" - b{k - 1} * s{k - 2}_{j}" if k > 1 else ""
             lines.append(f"s{k}_{j} = s{k - 1}_{j + 1} - a{k - 1} * s{k - 1}_{j}{older}")
-        # fewer points, those left over at 0, where that is all the moments tell
+        # There are fewer points, those left over at 0, where that is all that the moments tell.
         lines += [
             f"real = real and s{k}_{k} > NEGLIGIBLE * m{2 * k}",
             f"a{k} = max(s{k}_{k + 1} / s{k}_{k} - s{k - 1}_{k} / s{k - 1}_{k - 1}, 0.0) if real else 0.0",

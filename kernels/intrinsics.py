@@ -69,7 +69,7 @@ def prefetch_instruction(module: ir.Module) -> Any:
     instruction = cgutils.get_or_insert_function(
         module, ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32]), "llvm.prefetch.p0"
     )
-    # to be read, kept in all levels, data
+    # The row is going to be read, as data, and is to be kept in all levels of the cache.
     return lambda builder, pointer: builder.call(instruction, [pointer, i32(0), i32(3), i32(1)])
 
 

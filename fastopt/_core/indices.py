@@ -1,4 +1,4 @@
-"""Indices checked, copied and grouped by row: what lookups and updates of a table start from."""
+"""Indices checked, copied and sorted into segments by row: what lookups and updates of a table start from."""
 
 import operator
 from typing import Any
@@ -14,7 +14,7 @@ SMALL = 4096  # indices; below, NumPy finds their bounds as fast as a kernel
 
 
 class IndexPlan:
-    """Indices of one table, grouped by row: made once, ahead if you like, used for lookup and update.
+    """Indices of one table, sorted by row: made once, ahead if you like, used for lookup and update.
 
     Wherever ``indices`` are taken (:func:`fastopt.embedding`, :func:`fastopt.embedding_bag`,
     :class:`fastopt.IndexedSlices`, :class:`fastopt.BagGradient`) a plan serves in their place, and
@@ -36,7 +36,7 @@ class IndexPlan:
             64 bits hold together with the rows).
         TypeError: another dtype.
 
-    The grouping is a stable radix sort: positions of equal indices keep their order, so that sums
+    The sort is a stable radix sort: positions of equal indices keep their order, so that sums
     over them are the same for any number of threads.
     """
 

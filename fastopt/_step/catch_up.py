@@ -38,7 +38,7 @@ def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
             (parameter.own_format, formats.PLAIN, *parameter.state_formats),
             tracking.history.kind(),
         )
-        # other random numbers than those of the update of that step
+        # The random numbers differ from those of the update of that step.
         stored = parameter.stored_table(-parameter.step - 1)
         count = parameter.rows if rows is None else rows.size
         row_steps = tracking.history.of_rows(tracking.last_step, count, compute)

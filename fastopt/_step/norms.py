@@ -43,7 +43,7 @@ class DenseSquares:
 def norm_of(dense: DenseSquares, addresses: np.ndarray, rows: Sequence[RowGradient]) -> float:
     """L2 norm over dense gradients and gradients by rows, rows named several times counted as their sum."""
     norm = _scaled_norm(dense, addresses, rows, 1.0)
-    # squares of float64 may have left its range; those of smaller types never do
+    # Squares of float64 may have left its range; those of smaller types never do.
     if dense.has_double or any(gradient.values.dtype == np.float64 for gradient in rows):
         if norm < SMALL:
             norm = _scaled_norm(dense, addresses, rows, 2.0**540)

@@ -16,8 +16,8 @@ from fastopt._step.numbers import Conditions
 from fastopt._step.rows import RowUpdate, row_launches
 from fastopt.gradients.protocol import numbers_of
 
-# What the gradient of a parameter is: an array of its dtype, one of float32 for a parameter of 16 bits, none,
-# or by rows
+# The gradient of a parameter is an array of its dtype, one of float32 for a parameter of 16 bits, none, or
+# by rows.
 SAME, FLOAT32, NONE, ROWS = range(4)
 
 _SLICE = 1 << 20  # elements that are looked at at a time
@@ -122,7 +122,7 @@ class Plan:
             for update in self._updates:
                 update.prepare(conditions, zero_grads)
             self._launches = row_launches(self.rows, conditions) if self.rows else []
-            # compiling takes seconds, and must not be interrupted after a first write
+            # Compiling takes seconds, and must not be interrupted after a first write.
             if len(self._launches) + len(self._updates) > 1:
                 for launch in self._launches:
                     launch.compile()

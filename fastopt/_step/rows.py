@@ -45,7 +45,7 @@ def _work(update: RowUpdate, conditions: Conditions) -> tuple[Spec, TableWork]:
     by_row = gradient.by_row()
     mode, row_steps, numbers = parameter.backend.Lazy(), None, (*h, *c)
     if ROW_STEPS in parameter.state:
-        # kernels multiply what is folded for the learning rate 1 by the first number
+        # Kernels multiply what is folded for the learning rate 1 by the first number.
         mode, numbers = parameter.backend.PerRow(), (lr, *h[1:], *c)
         row_steps = RowSteps(parameter.state[ROW_STEPS], parameter.counts.up_to(step, group.rule, options))
     elif parameter.tracking is not None:

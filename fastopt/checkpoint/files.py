@@ -121,7 +121,7 @@ def load(snapshot: Snapshot, definition: Definition, path: Any, *, params: bool)
 def _read(snapshot: Snapshot, path: Any, params: bool) -> _Saved:
     from safetensors import safe_open
 
-    # open() tells a missing file from one that can't be read; safe_open does not
+    # open() tells a missing file from one that can't be read, which safe_open does not.
     with open(path, "rb"), safe_open(path, framework="numpy") as file:
         header = _header(file.metadata(), path)
         state = {}
@@ -178,7 +178,7 @@ def _from_json(snapshot: Snapshot, number: int, saved: dict[str, Any]) -> dict[s
         groups = snapshot.groups
         own = groups[number].options["lr"] if number < len(groups) else None
         stored = options["lr"]["schedule"]
-        # the repr of a plain function names its address, which differs from run to run
+        # The repr of a plain function names its address, which differs from run to run.
         if not callable(own) or (" at 0x" not in stored and repr(own) != stored):
             raise ValueError(
                 f"the saved lr is the schedule {stored}: build the optimizer with it, not {own!r}"

@@ -133,7 +133,7 @@ def _offsets(given: Any, indices: np.ndarray, prefix: str) -> np.ndarray:
         own[:-1] = offsets
         own[-1] = indices.size
     if own[0] != 0:
-        # without bags, all indices would belong to none
+        # Without bags, all indices would belong to none.
         got = f"begin with {own[0]}" if own.size > 1 else f"are empty, and there are {indices.size} indices"
         raise ValueError(f"{prefix}offsets {got}: expected the first to be 0")
     if (own[1:] < own[:-1]).any():

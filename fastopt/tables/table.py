@@ -185,7 +185,7 @@ class Table(arrays.TableInFiles):
         self._opened()
         if self._next is None:
             raise RuntimeError(f"commit of {self.path} without a prepare: call prepare(progress) first")
-        # missing where an earlier call was interrupted right after renaming it
+        # It is missing where an earlier call was interrupted right after renaming it.
         with contextlib.suppress(FileNotFoundError):
             os.replace(self._folder.meta(self._next.generation), self.path / META)
         self._advance()
@@ -230,7 +230,7 @@ class Table(arrays.TableInFiles):
                 f"rows of {self.path} were kept since its last flush: close it and open it again first"
             )
         try:
-            # from here the later flush is an unfinished one, for a crash too
+            # From here on the later flush is an unfinished one, for a crash too.
             os.replace(self._folder.meta(self._former.generation), self.path / META)
             sync(self.path)
             self._meta, self._former, self._next = self._former, None, None
@@ -304,7 +304,7 @@ class Table(arrays.TableInFiles):
 
     def _prepare(self, progress: dict[str, Any] | None) -> None:
         if self._unsynced:
-            # the system takes pages for written after it failed to write them: trying again would not
+            # The system takes pages for written after it failed to write them; trying again would not.
             raise RuntimeError(
                 f"{self.path} could not be written to the disk before: close it and open it again, which "
                 "goes back to the last flush"
@@ -335,6 +335,6 @@ class Table(arrays.TableInFiles):
         """Begin the interval after the flush that was prepared."""
         assert self._next is not None
         log, following = self._log, self._log_of(self._next)
-        # together: an interrupt must not leave the log of one flush with the meta file of another
+        # An interrupt must not leave the log of one flush with the meta file of another.
         self._former, self._meta, self._next, self._log = self._meta, self._next, None, following
         log.close()

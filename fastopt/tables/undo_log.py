@@ -32,7 +32,7 @@ class UndoLog:
         self._arrays = arrays
         self._rows = len(arrays[0])
         self._row_bytes = 8 + sum(array.nbytes // self._rows for array in arrays)
-        # a bit for each row; zeros come from the system unread, so it costs what is touched of it
+        # A bit for each row; zeros come from the system unread, so they cost what is touched of them.
         self._kept = np.zeros((self._rows + 7) // 8, np.uint8)
         self._descriptor = -1  # of the file
         self._end = 0

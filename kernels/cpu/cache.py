@@ -23,7 +23,7 @@ from fastopt.kernels.rule import RULES
 
 OWN = "fastopt.kernels."  # begins the names of modules whose code the package's digest covers
 FOLDER = Path(__file__).parents[1]
-# Files and folders whose code gets into no machine code for the CPU; a test sees to it
+# The code of these files and folders gets into no machine code for the CPU, which a test sees to.
 HOST_ONLY = "cpu/backend", "cpu/cache.py", "cpu/memory.py", "cpu/threads.py", "cuda", "work.py"
 
 
@@ -147,7 +147,7 @@ def _class_key(cls: type) -> str:
     seen = [f"{cls.__module__}.{cls.__qualname__}"]
     rule = RULES.get(cls)
     if rule is not None and not cls.__module__.startswith(OWN):
-        # the types of a signature have no field names
+        # The types of a signature have no field names.
         seen.append(repr((rule.hyper._fields, rule.slots, rule.row_slots)))  # type: ignore[attr-defined]
         for function in (rule.update, rule.update_row, rule.trust_ratio):
             seen.extend(_fingerprint(function, set()))

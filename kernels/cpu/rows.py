@@ -51,7 +51,7 @@ def _enter_per_row(mode, h, c, like, table, row, p, state, row_state):
     count = view(table[TABLE_ROW_STEPS] + row * 8, 1, np.int64(0))
     count[0] += 1
     columns = table[TABLE_HISTORY_COLUMNS]
-    # a count from a damaged file must not lead astray
+    # A count from a damaged file must not lead astray.
     known = max(min(count[0], table[TABLE_HISTORY_ROWS]), 1)
     numbers = view(table[TABLE_HISTORY] + (known - 1) * columns * 8, columns, np.float64(0))
     return unpack(h, numbers, like, np.float64(h[0]))

@@ -49,7 +49,7 @@ def _block_function(
     address, stride, rows, base, weights, first, last, end, out = function.args
     vector = number if width == 1 else ir.VectorType(number, width)
     size = 4 if number == ir.FloatType() else 8
-    # to -0.0 every number can be added without changing it
+    # Any number can be added to -0.0 and stays as it is.
     start, zero = (ir.Constant(vector, x if width == 1 else [x] * width) for x in (-0.0, 0.0))
     entry = function.append_basic_block()
     loop = function.append_basic_block()

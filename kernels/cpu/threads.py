@@ -13,7 +13,8 @@ import numba
 _config: Any = numba.config  # its attributes are set at run time
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
-# elements, 50 microseconds of Adam; below, waking the other threads costs more than it saves
+# So many elements take 50 microseconds of Adam; for fewer, waking the other threads costs more than it
+# saves.
 PARALLEL_FROM = 131_072
 
 
@@ -29,8 +30,8 @@ class Launcher:
 
     OpenMP kills or hangs a forked child that starts a parallel region after its parent did, be it
     through Numba or through a library that shares OpenMP, as torch can: forked children run serial
-    kernels. The workqueue layer aborts the process when two Python threads
-    launch at once, so there launches take turns.
+    kernels. The workqueue layer aborts the process when two Python threads launch at once, so there
+    launches take turns.
     """
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from fastopt.kernels.element import element_of, load, store, update_element, upd
 
 def flat(h, c, p, g, state):
     """Update ``p`` with ``g``, both 1-D, and each array of the tuple ``state``."""
-    # unsigned: with signed 64-bit indices the loop carries sign checks and slow divisions
+    # With signed 64-bit indices the loop would carry sign checks and slow divisions.
     i = np.uint64(cuda.grid(1))
     stride = np.uint64(cuda.gridsize(1))
     size = np.uint64(p.size)

@@ -36,7 +36,7 @@ def adafactor_direction(h, g, variance):
     The length of the step is :func:`adafactor_factor`'s. The estimate v of a matrix's g^2 is
     R_i * C_j / max(mean(R), eps1), of means over rows and columns that decay as v in :func:`adafactor`.
     """
-    # this way round a NaN stays one
+    # This way round a NaN stays one.
     variance = h.smallest_variance if variance < h.smallest_variance else variance
     return g / math.sqrt(variance)
 

@@ -49,7 +49,7 @@ def adam(h, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq):
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * g * g
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
-        # this way round a NaN in exp_avg_sq is taken over
+        # This way round a NaN in exp_avg_sq is taken over.
         max_exp_avg_sq = max_exp_avg_sq if max_exp_avg_sq > exp_avg_sq else exp_avg_sq
         second = max_exp_avg_sq
     p = p - h.step_size * exp_avg / (math.sqrt(second) * h.root_correction + h.eps)

@@ -28,7 +28,7 @@ def lion(h, p, g, exp_avg):
     m = beta2 * m + (1 - beta2) * g
     """
     direction = h.beta1 * exp_avg + h.one_minus_beta1 * g
-    # x > -x is x > 0 without a literal; 0 and NaN stay what they are
+    # x > -x says x > 0 without a literal; 0 and NaN stay what they are.
     move = h.lr if direction > -direction else direction
     move = -h.lr if direction < -direction else move
     return p - move, h.beta2 * exp_avg + h.one_minus_beta2 * g

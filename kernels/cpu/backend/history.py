@@ -118,7 +118,7 @@ class History:
             first[[catch_up.DECAY1, catch_up.DECAY2, catch_up.FIRST]] = 1.0
 
     def _add_still(self, i: int, lr: float) -> None:
-        # an L2 penalty is SGD's alone here, and does to p what decoupled decay does
+        # An L2 penalty is SGD's alone here, and does to p what decoupled decay does.
         keep = self._positive(1.0 - lr * (self._decoupled or self._penalty), lr)
         before = self.steps[i - 1]
         self.steps[i] = before[catch_up.LOG_KEEP] + math.log(keep), before[catch_up.DECAY] * self._decay

@@ -1,4 +1,4 @@
-"""Rules with a layer's part, LAMB and Adafactor's of vectors: arrays in a table, and rows as layers."""
+"""Rules with a trust ratio: the length of a step depends on the whole array, or row."""
 
 import ml_dtypes
 import numba
