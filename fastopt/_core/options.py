@@ -128,10 +128,13 @@ def _state_dtype(value: Any, where: str) -> str:
 
 def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]) -> int | float:
     accepts, expected = allowed
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+    number: int | float
+    if type(value) is float:  # which ABCs take long to find out
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: expected {expected}")
-    is_whole = type(value) is not float and isinstance(value, numbers.Integral)
-    number = int(value) if is_whole else float(value)
+    else:
+        number = int(value) if isinstance(value, numbers.Integral) else float(value)
     if not abs(number) <= sys.float_info.max or not accepts(number):
         raise ValueError(f"{where}: expected {expected}")
     return number
@@ -143,7 +146,7 @@ def check_limit(value: Any, name: str) -> float:
     Raises:
         TypeError, ValueError: it is no number, negative, or out of the range of float64.
     """
-    if type(value) is float and value >= 0:  # which ABCs take long to find out
+    if type(value) is float and value >= 0:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}: expected a number")
