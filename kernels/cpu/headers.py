@@ -16,7 +16,7 @@ import numba
 import numpy as np
 
 from fastopt.kernels.cpu.jit import Direct, helper
-from fastopt.kernels.intrinsics import view
+from fastopt.kernels.intrinsics import view, view_2d
 
 WORD = 8
 OBJECT = object.__basicsize__ // WORD  # words before what a type adds
@@ -30,19 +30,33 @@ UNKNOWN = np.int64(-1)  # in place of the address of what is no array as expecte
 
 @Direct
 def _read(
-    parameters, parameters_are_list, gradients, gradients_are_list, array_type, expected, extents, addresses
+    parameters,
+    parameters_are_list,
+    gradients,
+    gradients_are_list,
+    array_type,
+    count,
+    expected,
+    extents,
+    addresses,
 ):
-    """See :class:`Headers`; expected: [parameters or gradients, array, (dtype, dimensions, the first of its
-    extents, flags)]."""
-    return (
-        _read_all(parameters, parameters_are_list, array_type, expected[0], extents, addresses[0]),
-        _read_all(gradients, gradients_are_list, array_type, expected[1], extents, addresses[1]),
+    """See :class:`Headers`. All arguments are numbers, which cost least to pass: the last three are addresses
+    of [parameters or gradients, array, (dtype, dimensions, the first of its extents, flags)], of the extents,
+    and of [parameters or gradients, array]. Returns the number of an entry of FOUND."""
+    changed, unknown = _read_all(
+        parameters, parameters_are_list, array_type, count, expected, extents, addresses
     )
+    size = count * WORD
+    moved, unknown_gradients = _read_all(
+        gradients, gradients_are_list, array_type, count, expected + 4 * size, extents, addresses + size
+    )
+    return changed + 2 * unknown + 4 * moved + 8 * unknown_gradients
 
 
 @helper
-def _read_all(items, is_list, array_type, expected, extents, addresses):
-    count = addresses.size
+def _read_all(items, is_list, array_type, count, expected_at, extents_at, addresses_at):
+    expected = view_2d(expected_at, count, np.int64(4), np.int64(0))
+    addresses = view(addresses_at, count, np.int64(0))
     if is_list:
         items = view(items + ITEMS * WORD, 1, np.int64(0))[0]
     else:
@@ -58,8 +72,9 @@ def _read_all(items, is_list, array_type, expected, extents, addresses):
             fits = words[DTYPE] == expected[i, 0] and np.int32(words[NDIM]) == ndim
             if fits and np.int32(words[FLAGS]) & flags == flags:
                 shape = view(words[SHAPE], ndim, np.int64(0))
+                extents = view(extents_at + expected[i, 2] * WORD, ndim, np.int64(0))
                 for k in range(ndim):
-                    fits = fits and shape[k] == extents[expected[i, 2] + k]
+                    fits = fits and shape[k] == extents[k]
                 if fits:
                     address = words[DATA]
         changed = changed or address != addresses[i]
@@ -93,6 +108,8 @@ class Identities:
 
 
 Found = tuple[tuple[bool, bool], tuple[bool, bool]]
+# What :meth:`Headers.read` returns: the number's bits, the lowest first.
+FOUND = [((bool(n & 1), bool(n & 2)), (bool(n & 4), bool(n & 8))) for n in range(16)]
 
 
 class Headers:
@@ -114,7 +131,8 @@ class Headers:
         self._extents = np.array([extent for shape in shapes for extent in shape], np.int64)
         self.dtypes: tuple[Sequence[np.dtype | None], ...] = dtypes, dtypes
         self._writeable = False
-        self._fixed = id(np.ndarray), self._expected, self._extents, self.addresses
+        places = (a.ctypes.data for a in (self._expected, self._extents, self.addresses))
+        self._fixed = id(np.ndarray), len(shapes), *places
 
     def expect(self, dtypes: Sequence[np.dtype | None]) -> None:
         """Take gradients of these dtypes, and none for None."""
@@ -134,7 +152,8 @@ class Headers:
         if len(parameters) != len(self._shapes) or len(gradients) != len(self._shapes):
             raise ValueError(f"{len(parameters)} and {len(gradients)}: expected {len(self._shapes)}")
         if readable() and kinds[0] in _READ and kinds[1] in _READ:
-            return _read.call(id(parameters), kinds[0] is list, id(gradients), kinds[1] is list, *self._fixed)
+            given = id(parameters), kinds[0] is list, id(gradients), kinds[1] is list
+            return FOUND[_read.call(*given, *self._fixed)]
         return self._look(0, parameters), self._look(1, gradients)
 
     def _look(self, which: int, values: list | tuple) -> tuple[bool, bool]:
@@ -183,7 +202,7 @@ def readable() -> bool:
     for container in (values, tuple(values)):
         headers.addresses[:] = 0
         where, is_list = id(container), type(container) is list
-        found = _read.call(where, is_list, where, is_list, *headers._fixed)
+        found = FOUND[_read.call(where, is_list, where, is_list, *headers._fixed)]
         if found != looked or (headers.addresses != expected).any():
             return False
     return True

@@ -40,7 +40,7 @@ class ArraysLaunch:
         self._size = int(self._bases[-1])
         self._kinds = formats(*spec.formats)
         self._compute = spec.compute
-        self._types = spec.typed
+        self._types = spec.h, spec.c  # Python's floats, which cost least to pass
         self.numbers = np.zeros((classes, len(spec.h) + len(spec.c)))
         self._prepared: tuple = ()  # what the entry and its arguments were made for
         self._alive = works
@@ -92,7 +92,7 @@ class MatrixLaunch:
         self._state = [array.reshape(-1) for array, _ in work.state]
         self._places = np.array([0, _place(work.master), 0, 0], np.int64)
         self._like = spec.compute.type(0)
-        self._types = spec.typed
+        self._types = spec.h, spec.c
         self._kinds = formats(*spec.formats)
         self.numbers = np.zeros((1, len(spec.h) + len(spec.c)))
         self._alive = work
