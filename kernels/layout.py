@@ -10,7 +10,7 @@ if there are weights. With winners, [rows of values, dim], only those elements c
 position itself: the gradient of a maximum.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -75,11 +75,10 @@ def array_table(
     return table
 
 
-def table_row(state: Sequence[int], **columns: int) -> np.ndarray:
+def table_row(state: Sequence[int], columns: Mapping[str, int]) -> list[int]:
     """The row of a table: the columns named, without ``TABLE_`` and in small letters, others 0, and two
     addresses of each state array."""
-    row = np.zeros(TABLE_STATE + len(state), np.int64)
+    row = [0] * TABLE_STATE
     for name, value in columns.items():
         row[_COLUMNS[name]] = value
-    row[TABLE_STATE:] = state
-    return row
+    return [*row, *state]

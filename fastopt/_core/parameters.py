@@ -242,6 +242,11 @@ class Parameter:
         return chosen_formats(self.group.rule, self.dtype, self.group.checked)
 
     @property
+    def rounds_at_random(self) -> bool:
+        """Whether storing its state takes random bits."""
+        return any(kind.random for kind in self.state_formats)
+
+    @property
     def own_format(self) -> formats.Format:
         return parameter_format(self.dtype, self.group.checked)
 
@@ -254,7 +259,7 @@ class Parameter:
             tuple(own[slot] for slot in rule.row_slots),
             own.get(MASTER),
             self.first,
-            random_key(self.group.checked["seed"], step),
+            random_key(self.group.checked["seed"], step) if self.rounds_at_random else 0,
         )
 
 

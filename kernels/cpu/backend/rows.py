@@ -72,7 +72,7 @@ def update_rows(spec: Spec, works: Sequence[TableWork]) -> RowsLaunch:
         *spec.typed,
         spec.compute.type(0),
         kinds,
-        np.stack([_row_of_work(work) for work in works]),
+        np.array([_row_of_work(work) for work in works], np.int64),
         np.array([work.numbers for work in works], np.float64),
         np.array([work.limit for work in works]),
         parts,
@@ -86,7 +86,7 @@ def catch_up(
 ) -> RowsLaunch:
     """Have rows, the different ones of ``rows`` or all, take the steps up to ``step`` that they missed."""
     columns = {**_of_table(stored), **_of_row_steps(row_steps), "step": step + 1}
-    row = table_row(_places(stored), **columns)
+    row = np.array(table_row(_places(stored), columns), np.int64)
     count, dim = stored.table.shape
     listed = np.empty(0, np.int64) if rows is None else rows
     count = count if rows is None else rows.size
@@ -100,7 +100,8 @@ def catch_up(
 
 def sum_squares_rows(gradients: Sequence[TableGradient], scale: float) -> float:
     """The sum of squares of the gradients of all rows, of tables of one dtype, times ``scale**2``."""
-    rows = np.stack([table_row([], parameter=address(g.values), **_of_gradient(g)) for g in gradients])
+    described = ({"parameter": address(g.values), **_of_gradient(g)} for g in gradients)
+    rows = np.array([table_row([], columns) for columns in described], np.int64)
     counts = [-(-gradient.segments.rows.size // norms.SEGMENTS_PER_BLOCK) for gradient in gradients]
     blocks = np.array([(t, block) for t, count in enumerate(counts) for block in range(count)], np.int64)
     partials = np.zeros(len(blocks))
@@ -110,11 +111,11 @@ def sum_squares_rows(gradients: Sequence[TableGradient], scale: float) -> float:
     return float(partials.sum())
 
 
-def _row_of_work(work: TableWork) -> np.ndarray:
+def _row_of_work(work: TableWork) -> list[int]:
     columns = {**_of_gradient(work.gradient), **_of_table(work.stored), "step": work.step}
     if work.row_steps is not None:
         columns.update(_of_row_steps(work.row_steps))
-    return table_row(_places(work.stored), **columns)
+    return table_row(_places(work.stored), columns)
 
 
 def _of_gradient(gradient: TableGradient) -> dict[str, int]:
