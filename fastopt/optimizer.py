@@ -2,19 +2,29 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from operator import setitem
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from fastopt._core.backend import host
+from fastopt._core.exclusive import exclusive
 from fastopt._core.indices import Indices
 from fastopt._core.options import SHARED
 from fastopt._core.parameters import ParameterGroup, Parameters, Snapshot
+from fastopt._core.versions import written
 from fastopt._step.catch_up import catch_up
 from fastopt._step.norms import clip_factor
 from fastopt._step.numbers import Conditions
 from fastopt._step.planner import Planner
+from fastopt._step.rows import find_winners
 from fastopt._step.settings import StepInfo, checked_settings
 from fastopt.checkpoint import files
 from fastopt.checkpoint import state_dict as states
+from fastopt.gradients.protocol import numbers_of
+from fastopt.kernels.at_once import at_once
 from fastopt.kernels.rule import Rule
 from fastopt.tables import flushing
 
@@ -82,18 +92,21 @@ class Optimizer:
         self._parameters = Parameters(params, self)
         self.param_groups = [group.options for group in self._parameters.groups]
         self._planner = Planner(self._parameters, type(self).__name__)
+        self.calls: dict[object, None] = {}  # see fastopt._core.exclusive
         resumed = flushing.resume(self._snapshot(), self)
         if resumed.steps is not None:
-            self._parameters.steps = resumed.steps
+            self._parameters.clock[-1] = resumed.steps
         for parameter, step in resumed.steps_of:
             parameter.step = step
 
+    @exclusive
     def __getstate__(self) -> dict[str, Any]:
         # The planner belongs to these very arrays in memory.
-        return {name: value for name, value in self.__dict__.items() if name != "_planner"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_planner", "calls")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.calls = {}
         self._planner = Planner(self._parameters, type(self).__name__)
 
     @property
@@ -137,6 +150,7 @@ class Optimizer:
 
     # Step
 
+    @exclusive
     def step(
         self,
         grads: Any,
@@ -179,29 +193,26 @@ class Optimizer:
         parameters, planner = self._parameters, self._planner
         parameters.check_unchanged(self.param_groups, self)
         options = planner.options(self)
-        plan = planner.plan(grads, options, zero_grads)
+        plan, entries, rows = planner.plan(grads, options, zero_grads)
         norm, factor = None, 1.0
-        try:
-            if options.changed:
-                for group, own in zip(parameters.groups, options.checked, strict=True):
-                    if own is not group.checked:
-                        self._adopt(group, own)
-            if plan.rows:
-                plan.find_winners()
-            if settings.need_norm:
-                unscaled = plan.norm()
-                norm = settings.grad_scale * unscaled
-                if skip_nonfinite and not math.isfinite(unscaled):
-                    offender = plan.first_nonfinite(planner.entries(grads))
-                    return StepInfo(norm, skipped=True, nonfinite=offender)
-                if settings.clip_norm is not None:
-                    factor = clip_factor(norm, settings.clip_norm)
-            conditions = Conditions(options.rates, settings.grad_scale * factor, settings.limit)
-            plan.prepare(conditions, zero_grads)
-            plan.run(conditions, zero_grads)
-        finally:
-            if plan.rows:
-                plan.release_rows()
+        if options.changed:
+            for group, own in zip(parameters.groups, options.checked, strict=True):
+                if own is not group.checked:
+                    self._adopt(group, own)
+        find_winners(rows)
+        if settings.need_norm:
+            unscaled = plan.norm(rows)
+            norm = settings.grad_scale * unscaled
+            if skip_nonfinite and not math.isfinite(unscaled):
+                return StepInfo(norm, skipped=True, nonfinite=plan.first_nonfinite(entries, rows))
+            if settings.clip_norm is not None:
+                factor = clip_factor(norm, settings.clip_norm)
+        conditions = Conditions(options.rates, settings.grad_scale * factor, settings.limit)
+        ready = plan.prepare(rows, conditions, zero_grads)
+        written(plan.written)
+        if zero_grads:
+            written([numbers_of(entry, "")[0] for entry in entries if entry is not None])
+        host().run(ready.calls)  # the one place where a step changes parameters, state and counts
         return _DONE if norm is None else StepInfo(norm, factor != 1.0)
 
     def _adopt(self, group: ParameterGroup, options: dict[str, Any]) -> None:
@@ -211,6 +222,7 @@ class Optimizer:
                 catch_up(parameter)
         group.adopt(options, self)
 
+    @exclusive
     def catch_up(self, table: Any, indices: Any) -> None:
         """With ``rows="dense"``, let rows of a table take the steps that they have missed, in place.
 
@@ -224,6 +236,7 @@ class Optimizer:
         found = self._parameters.of(table)
         catch_up(found, Indices.checked(indices, "indices", found.rows))
 
+    @exclusive
     def flush(self) -> None:
         """Bring every row up to date, and tables in files to the disk.
 
@@ -244,6 +257,7 @@ class Optimizer:
 
     # State
 
+    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything but the parameters.
 
@@ -269,6 +283,7 @@ class Optimizer:
                     self._planner.forget()
         return self._snapshot()
 
+    @exclusive
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; arrays are copied.
 
@@ -280,22 +295,27 @@ class Optimizer:
 
     def _take_over(self, restored: states.Restored) -> None:
         """Go on with what was restored; tables in files have first values where a state is empty."""
-        self._planner.forget()
-        self._parameters.steps = restored.steps
-        for group, options in zip(self._parameters.groups, restored.options, strict=True):
-            group.options.update(options)
-            group.adopt(options, self)
-        for parameter, (step, state, tracking) in zip(self._parameters.all, restored.states, strict=True):
-            parameter.step, parameter.tracking = step, tracking
+        parameters = self._parameters
+        steps = [*(own.step for own in restored.states), restored.steps]
+        calls = [partial(setitem, parameters.clock, ..., np.array(steps))]
+        for group, options in zip(parameters.groups, restored.options, strict=True):
+            calls.append(partial(group.options.update, options))
+            calls += group.adopting(options, {**group.options, **options}, self)
+        for parameter, (_, state, tracking) in zip(parameters.all, restored.states, strict=True):
+            calls.append(partial(setattr, parameter, "tracking", tracking))
             if parameter.in_files is None:
-                parameter.state = state
+                calls.append(partial(setattr, parameter, "state", state))
             elif state or parameter.state:
-                parameter.before_writing(None)
                 slots = parameter.slots()
-                parameter.state = parameter.state or parameter.in_files.state(slots)
+                own = parameter.state or parameter.in_files.state(slots)
+                parameter.before_writing(None)
+                calls.append(partial(setattr, parameter, "state", own))
                 for name, slot in slots.items():
-                    parameter.state[name][...] = state.get(name, slot.first)
+                    calls.append(partial(setitem, own[name], ..., state.get(name, slot.first)))
+        self._planner.forget()
+        at_once(calls)
 
+    @exclusive
     def save(self, path: Any, *, params: bool = False, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the state to a safetensors file, atomically: a crash leaves the old file whole.
 
@@ -310,6 +330,7 @@ class Optimizer:
         """
         files.save(self._saved(), self, path, params=params, metadata=metadata)
 
+    @exclusive
     def load(self, path: Any, *, params: bool = False) -> dict[str, Any]:
         """Restore what :meth:`save` wrote, into an optimizer built in the same way.
 

@@ -9,7 +9,7 @@ import reference
 from fastopt.kernels import formats, rules
 from fastopt.kernels.cpu import threads
 from fastopt.kernels.cpu.backend.addresses import address
-from fastopt.kernels.cpu.factored import LANES, TILE_COLUMNS, TILE_ROWS, update_matrices
+from fastopt.kernels.cpu.factored import LANES, TILE_COLUMNS, TILE_ROWS, tile_arguments, update_tiles
 from fastopt.kernels.rule import Decoupled
 
 PLAIN, BFLOAT16 = formats.PLAIN, formats.BFLOAT16
@@ -37,7 +37,8 @@ def update(p, g, state, step, options, members=(PLAIN, PLAIN), master=None, scal
     places = np.array([address(p), 0 if master is None else address(master), address(g), 0])
     h, c = (type(t)(*map(dtype, t)) for t in (h, c))
     kinds = formats.formats(*members)
-    update_matrices(p.size, h, c, dtype(0), kinds, places, shape, row_var, col_var, numbers, zero_grads)
+    given = h, c, dtype(0), kinds, places, shape, row_var, col_var, numbers, zero_grads
+    update_tiles(p.size, *tile_arguments(*given))
 
 
 CASES = [(shape, np.float32) for shape in SHAPES] + [(shape, np.float64) for shape in SHAPES[:-1]]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastopt.kernels import catch_up, rules
+from fastopt.kernels.at_once import at_once
 from fastopt.kernels.cpu.backend.history import History
 from fastopt.kernels.element import load, store
 from fastopt.kernels.rule import L2, Adaptive, Decoupled, Linear, Loop, Rule, Scaled
@@ -95,7 +96,7 @@ def take_row(kind, steps, window, base, t0, t1, h, p, slots, row_slots):
 
 def arrived(history, lrs):
     for lr in lrs:
-        history.advance(lr)
+        at_once(history.advance(lr))
     return history
 
 
@@ -371,7 +372,7 @@ def test_a_weight_decay_that_takes_all_is_refused(name):
     history = arrived(History(CASES[name][0], Decoupled, {**FIXED, "weight_decay": 2.0}, 0), [0.1] * 5)
     before = history.steps.copy()
     with pytest.raises(ValueError, match=r"lr is 0.5 and weight_decay 2.0: .* lr \* weight_decay below 1"):
-        history.advance(0.5)
+        at_once(history.advance(0.5))
     assert history.now == 5 and history.lrs.size == 5
     assert history.steps.tobytes() == before.tobytes()
 

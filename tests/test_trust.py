@@ -10,6 +10,7 @@ from fastopt.kernels import formats, layout, rules
 from fastopt.kernels.cpu import trust
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.stored_rows import update_apart
+from fastopt.kernels.cpu.threads import run
 from fastopt.kernels.rule import Scaled
 
 # around the ends of runs, of what is gathered and of blocks of sums
@@ -92,8 +93,8 @@ class Table:
         kinds = formats.formats(*self.members)
         return h, c, self.dtype(0), kinds, table, bases, numbers, zero_grads, chunk
 
-    def step(self, grads, step, options, work=0, **others):
-        trust.update_whole_arrays(work, *self.arguments(grads, step, options, **others))
+    def step(self, grads, step, options, work=1, **others):
+        run(trust.update_whole_arrays(work, *self.arguments(grads, step, options, **others)))
 
     def gradients(self, rng):
         return [Stored(rng.standard_normal(p.first.size), self.members[1], self.dtype) for p in self.ps]
@@ -176,9 +177,9 @@ def test_bits_depend_on_neither_threads_nor_chunks_nor_company(restored_threads)
                 first += p.first.size
         return table.bits()
 
-    want = run(0, 256, alone=False)
-    assert run(0, 65_536, alone=False) == want
-    assert run(0, 1_024, alone=True) == want
+    want = run(1, 256, alone=False)
+    assert run(1, 65_536, alone=False) == want
+    assert run(1, 1_024, alone=True) == want
     for threads in (1, numba.config.NUMBA_NUM_THREADS):
         numba.set_num_threads(threads)
         assert run(MANY, 4_096, alone=False) == want

@@ -7,7 +7,7 @@ it is first used; an array of a device that no backend works on is refused.
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,21 +27,22 @@ from fastopt.kernels.work import (
 _MODULES = {"cpu": "fastopt.kernels.cpu.backend"}
 
 
+Calls = Sequence[Callable[[], object]]  # for :meth:`Backend.run`
+
+
 class Launch(Protocol):
-    """Work that is ready to be done: all of it was checked and placed."""
+    """Work on tables: all of it was checked and placed."""
 
-    def compile(self) -> None:
-        """Have the machine code ready, which takes seconds the first time and writes nothing."""
-
-    def run(self) -> None:
-        """Do it."""
+    def prepare(self) -> Calls:
+        """The calls that do it. Their machine code is ready, which takes seconds the first time; nothing that
+        they change has changed yet. What they work on lives as long as the launch."""
 
 
 class DenseLaunch(Protocol):
     """A dense update, which is kept from step to step.
 
     numbers: float64 [class, fields of the rule's and the weight decay's hyperparameters]; what the caller
-    writes there the next run uses.
+    writes there the next calls use.
     """
 
     numbers: np.ndarray
@@ -52,11 +53,9 @@ class DenseLaunch(Protocol):
     def set_keys(self, keys: list[int]) -> None:
         """Set the key of the random bits of each class."""
 
-    def prepare(self, zero_grads: bool) -> None:
-        """Have the machine code ready for a run, which sets gradients to zero if ``zero_grads``."""
-
-    def run(self) -> None:
-        """Update the parameters and their state."""
+    def prepare(self, zero_grads: bool) -> Calls:
+        """The calls that update the parameters and their state, and set gradients to zero if ``zero_grads``;
+        as those of a :class:`Launch`."""
 
 
 class Locator(Protocol):
@@ -104,8 +103,8 @@ class History(Protocol):
     @property
     def full(self) -> bool: ...
 
-    def advance(self, lr: float) -> None:
-        """Take in the next step; raises ValueError where ``lr * weight_decay`` is too large for it."""
+    def advance(self, lr: float) -> Calls:
+        """The calls that take in the next step; ValueError if ``lr * weight_decay`` is too large for it."""
 
     def of_rows(self, last_step: np.ndarray, rows: int, compute: np.dtype) -> RowSteps:
         """What a launch needs to know for ``rows`` of the table's rows."""
@@ -134,6 +133,10 @@ class Backend(Protocol):
     History: type[History]
     Lazy: type  # the mode of tables whose rows just take the update
     PerRow: type  # of those whose rows count their own: what is folded for lr 1 is times the first number
+
+    def run(self, calls: Iterable[Callable[[], object]]) -> None:
+        """Make these calls in turn, of launches and of C, with no signal handler run between them (see
+        ``fastopt.kernels.at_once``)."""
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array of any content."""

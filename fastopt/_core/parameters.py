@@ -2,8 +2,9 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ from fastopt._core.state import (
 from fastopt._core.state import state_formats as chosen_formats
 from fastopt._core.structure import Structure, as_container, is_groups, named_values
 from fastopt.kernels import formats
+from fastopt.kernels.at_once import at_once
 from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 from fastopt.kernels.work import StoredTable
 
@@ -77,16 +79,26 @@ class ParameterGroup:
     _fixed_rate: bool = False
 
     def adopt(self, checked: dict[str, Any], definition: Definition) -> None:
-        """Go on with these options."""
-        self.checked = checked
-        self.rule, self.decay = definition.rule(checked), decay_type(definition, checked)
-        self.first = definition.initial_state(checked)
+        """Go on with these options, ``options`` as it is now being what they were checked from."""
+        at_once(self.adopting(checked, self.options, definition))
+
+    def adopting(
+        self, checked: dict[str, Any], options: Mapping[str, Any], definition: Definition
+    ) -> list[Callable[[], object]]:
+        """The calls that go on with these options, ``options`` being what they were checked from."""
         fixed = all(
             name == "params" or value is None or callable(value) or isinstance(value, _IMMUTABLE)
-            for name, value in self.options.items()
+            for name, value in options.items()
         )
-        self._seen = dict(self.options) if fixed else None
-        self._fixed_rate = not callable(checked["lr"])
+        new = {
+            "checked": checked,
+            "rule": definition.rule(checked),
+            "decay": decay_type(definition, checked),
+            "first": definition.initial_state(checked),
+            "_seen": dict(options) if fixed else None,
+            "_fixed_rate": not callable(checked["lr"]),
+        }
+        return [partial(setattr, self, name, value) for name, value in new.items()]
 
     def is_steady(self) -> bool:
         """Whether its options are known to be those adopted, and give the same learning rate in each step."""
@@ -217,24 +229,32 @@ class Parameter:
             slots[ROW_STEPS] = Slot((self.rows,), np.dtype(np.int64))
         return slots
 
-    def ready_state(self, by_row: bool) -> None:
-        """Make its state at its first gradient; ``by_row``: whether this is used row by row."""
+    def ready_state(self, by_row: bool) -> dict[str, np.ndarray]:
+        """Its state as a step needs it, new at its first gradient.
+
+        ``by_row``: whether the gradient is used row by row; if not, all arrays are C-contiguous.
+        """
         rule = self.group.rule
         slots = {} if self.state else self.slots(by_row)
         if slots and self.in_files is not None:
-            self.state = self.in_files.state(slots)
-        elif slots:
+            return self.in_files.state(slots)
+        if slots:
             together = rule.state_slots if by_row and len(self.shape) == 2 else ()
-            self.state = new_state(slots, together, self.backend)
+            new = new_state(slots, together, self.backend)
             if MASTER in slots:
-                self.state[MASTER][...] = self.view()
-        elif by_row and not self.codes_by_row:
-            own = dict(self.state)
-            for slot, kind in zip(rule.state_slots, self.state_formats, strict=True):
-                if kind.coded:
-                    scales = slot + SCALES
-                    own[slot], own[scales] = by_rows(kind, own[slot], own[scales])
-            self.state = own
+                new[MASTER][...] = self.view()
+            return new
+        if not by_row:  # rows of several arrays may lie together
+            apart = all(array.flags.c_contiguous for array in self.state.values())
+            return self.state if apart else {k: np.asarray(v, order="C") for k, v in self.state.items()}
+        if self.codes_by_row:
+            return self.state
+        own = dict(self.state)
+        for slot, kind in zip(rule.state_slots, self.state_formats, strict=True):
+            if kind.coded:
+                scales = slot + SCALES
+                own[slot], own[scales] = by_rows(kind, own[slot], own[scales])
+        return own
 
     @property
     def state_formats(self) -> tuple[formats.Format, ...]:
@@ -250,9 +270,9 @@ class Parameter:
     def own_format(self) -> formats.Format:
         return parameter_format(self.dtype, self.group.checked)
 
-    def stored_table(self, step: int) -> StoredTable:
-        """The parameter and its state by rows; ``step``: of the random bits."""
-        rule, own = self.group.rule, self.state
+    def stored_table(self, own: Mapping[str, np.ndarray], step: int) -> StoredTable:
+        """The parameter and ``own``, its state, by rows; ``step``: of the random bits."""
+        rule = self.group.rule
         return StoredTable(
             self.rows_of(self.view()),
             tuple((self.rows_of(own[slot]), own.get(slot + SCALES)) for slot in rule.state_slots),
@@ -291,7 +311,7 @@ class Parameters:
 
     Attributes:
         groups; all: every parameter, in order.
-        steps: how many the optimizer has finished; clock: int64, those of each parameter.
+        clock: int64, how many steps each parameter has finished, and last the optimizer.
         sizes, nbytes: int64, of each.
         in_files: those that are tables in files. dense_rows: whether rows of some may be behind. all_plain:
             whether there is neither.
@@ -301,7 +321,6 @@ class Parameters:
     def __init__(self, params: Any, definition: Definition) -> None:
         self.groups: list[ParameterGroup] = []
         self.all: list[Parameter] = []
-        self.steps = 0
         params = as_container(params, "params")
         self.grouped = is_groups(params)
         if self.grouped:
@@ -313,7 +332,7 @@ class Parameters:
             raise ValueError("params holds no arrays: expected at least one to update")
         self.sizes = np.array([parameter.size for parameter in self.all])
         self.nbytes = self.sizes * [parameter.dtype.itemsize for parameter in self.all]
-        self.clock = np.zeros(len(self.all), np.int64)
+        self.clock = np.zeros(len(self.all) + 1, np.int64)
         for i, (parameter, last) in enumerate(zip(self.all, np.cumsum(self.sizes).tolist(), strict=True)):
             parameter.index, parameter.first, parameter.clock = i, last - parameter.size, self.clock
         self.in_files = [parameter for parameter in self.all if parameter.in_files is not None]
@@ -344,6 +363,10 @@ class Parameters:
         group.adopt(checked, definition)
         self.groups.append(group)
         self.all += parameters
+
+    @property
+    def steps(self) -> int:
+        return int(self.clock[-1])
 
     def of_group(self, group: ParameterGroup) -> list[Parameter]:
         return [parameter for parameter in self.all if parameter.group is group]

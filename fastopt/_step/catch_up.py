@@ -12,18 +12,22 @@ from fastopt.kernels import formats
 from fastopt.kernels.work import Spec
 
 
-def begin_tracking(parameter: Parameter) -> None:
-    """Have it known which rows of a table are behind, before a sparse gradient updates some."""
-    tracking = parameter.tracking
-    if tracking is not None and tracking.history.full:
+def tracked(parameter: Parameter) -> Tracking:
+    """What tells which rows of a table are behind, before a sparse gradient updates some."""
+    if parameter.tracking is not None and parameter.tracking.history.full:
         catch_up(parameter)
-    if parameter.tracking is None:
-        group, last_step = parameter.group, np.full(parameter.rows, parameter.step, np.int64)
-        parameter.tracking = Tracking(group.rule, group.decay, group.checked, parameter.step, last_step)
+    if parameter.tracking is not None:
+        return parameter.tracking
+    group, last_step = parameter.group, np.full(parameter.rows, parameter.step, np.int64)
+    return Tracking(group.rule, group.decay, group.checked, parameter.step, last_step)
 
 
 def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
-    """Let rows, those that ``indices`` name or all, take the steps that they have missed."""
+    """Let rows, those that ``indices`` name or all, take the steps that they have missed.
+
+    The results of later steps and lookups do not depend on when they do, so that this stays done where a
+    step that needed it fails.
+    """
     tracking = parameter.tracking
     if tracking is None:
         return
@@ -39,11 +43,12 @@ def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
             tracking.history.kind(),
         )
         # The random numbers differ from those of the update of that step.
-        stored = parameter.stored_table(-parameter.step - 1)
+        stored = parameter.stored_table(parameter.state, -parameter.step - 1)
         count = parameter.rows if rows is None else rows.size
         row_steps = tracking.history.of_rows(tracking.last_step, count, compute)
         launch = parameter.backend.catch_up(spec, stored, row_steps, parameter.step, rows)
+        calls = launch.prepare()
         parameter.before_writing(rows)
-        launch.run()
+        parameter.backend.run(calls)
     if indices is None:
         parameter.tracking = None

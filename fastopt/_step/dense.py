@@ -5,12 +5,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fastopt._core import state
-from fastopt._core.backend import DenseLaunch
+from fastopt._core.backend import Calls, DenseLaunch
 from fastopt._core.parameters import Parameter
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
 from fastopt.kernels.formats import Format
 from fastopt.kernels.rule import Scaled
 from fastopt.kernels.work import ArrayWork, Spec
+
+State = dict[str, np.ndarray]
+Ready = tuple[Parameter, State]  # a parameter, and its state as a step needs it
 
 
 class DenseUpdate:
@@ -20,7 +23,7 @@ class DenseUpdate:
     every step: they are a class.
 
     Args:
-        parameters: with their state ready, alike in backend, rule, dtypes and formats.
+        parameters: alike in backend, rule, dtypes and formats, each with its state.
         formats: of the parameter, the gradient, and the state arrays.
         conditions: of the first step.
 
@@ -28,21 +31,21 @@ class DenseUpdate:
     """
 
     def __init__(
-        self, parameters: Sequence[Parameter], formats: tuple[Format, ...], conditions: Conditions
+        self, parameters: Sequence[Ready], formats: tuple[Format, ...], conditions: Conditions
     ) -> None:
-        decaying = next((p for p in parameters if p.group.decay is not Scaled), parameters[0])
+        decaying = next((p for p, _ in parameters if p.group.decay is not Scaled), parameters[0][0])
         self._compute = decaying.compute
         self._decay = decaying.group.decay
-        self._indices = np.array([parameter.index for parameter in parameters])
+        self._indices = np.array([parameter.index for parameter, _ in parameters])
         rows: dict[tuple[int, int, int], int] = {}
         self._classes: list[Parameter] = []  # one parameter of each
         works = []
-        for parameter in parameters:
+        for parameter, own in parameters:
             seed = parameter.group.checked["seed"]
             row = rows.setdefault((parameter.group.number, parameter.step, seed), len(rows))
             if row == len(self._classes):
                 self._classes.append(parameter)
-            works.append(_work(parameter, row))
+            works.append(_work(parameter, own, row))
         self._conditions: Conditions | None = None
         self._random = any(kind.random for kind in formats)
         group, lr = decaying.group, conditions.rates[decaying.group.number]
@@ -51,7 +54,7 @@ class DenseUpdate:
         c = decay_numbers(group, group.checked, self._decay, lr, scale, limit, self._compute)
         spec = Spec(h, c, self._compute, formats)
         self.launch: DenseLaunch
-        if state.is_factored(spec.rule, parameters[0].shape):
+        if state.is_factored(spec.rule, decaying.shape):
             self.launch = decaying.backend.MatrixLaunch(spec, works[0])
         else:
             self.launch = decaying.backend.ArraysLaunch(spec, works, len(self._classes))
@@ -61,8 +64,8 @@ class DenseUpdate:
         """Take over the addresses of all the optimizer's parameters and gradients."""
         self.launch.place(parameters_at[self._indices], gradients_at[self._indices])
 
-    def prepare(self, conditions: Conditions, zero_grads: bool) -> None:
-        """Set the numbers of the next step, and have its machine code ready."""
+    def prepare(self, conditions: Conditions, zero_grads: bool) -> Calls:
+        """The calls of the next step, its numbers set and its machine code ready."""
         rates, scale, limit = conditions
         same = conditions == self._conditions  # and with them the numbers of weight decay
         self._conditions = None  # until all are set, since an error may come between
@@ -78,37 +81,34 @@ class DenseUpdate:
         if self._random:
             key = state.random_key
             self.launch.set_keys([key(p.group.checked["seed"], p.step + 1) for p in self._classes])
-        self.launch.prepare(zero_grads)
+        return self.launch.prepare(zero_grads)
 
 
-def _work(parameter: Parameter, row: int) -> ArrayWork:
-    """The parameter's share of a launch; ``row``: of its hyperparameters."""
-    rule, own = parameter.group.rule, parameter.state
-    factored = state.is_factored(rule, parameter.shape)
-    slots = rule.matrix_slots if factored else rule.state_slots
-    for slot in slots:
-        own[slot] = np.asarray(own[slot], order="C")  # rows of several arrays may lie together
+def _work(parameter: Parameter, own: State, row: int) -> ArrayWork:
+    """The share of a launch of a parameter with the state ``own``; ``row``: of its hyperparameters."""
+    rule = parameter.group.rule
+    slots = rule.matrix_slots if state.is_factored(rule, parameter.shape) else rule.state_slots
     arrays = tuple((own[slot], own.get(slot + state.SCALES)) for slot in slots)
     return ArrayWork(row, parameter.first, parameter.shape, own.get(state.MASTER), arrays)
 
 
 def dense_updates(
-    parameters: Iterable[tuple[Parameter, Format]], conditions: Conditions
+    parameters: Iterable[tuple[Parameter, State, Format]], conditions: Conditions
 ) -> list[DenseUpdate]:
-    """The updates of parameters, whose state is ready, by dense gradients of these formats."""
+    """The updates of parameters, with their state, by dense gradients of these formats."""
     updates = []
-    alike: dict[tuple, dict[type, list[Parameter]]] = {}
-    for parameter, gradient in parameters:
+    alike: dict[tuple, dict[type, list[Ready]]] = {}
+    for parameter, own, gradient in parameters:
         group, formats = parameter.group, (parameter.own_format, gradient)
         if state.is_factored(group.rule, parameter.shape):
-            updates.append(DenseUpdate([parameter], formats, conditions))
+            updates.append(DenseUpdate([(parameter, own)], formats, conditions))
         else:
             key = parameter.backend, group.rule, parameter.compute, (*formats, *parameter.state_formats)
-            alike.setdefault(key, {}).setdefault(group.decay, []).append(parameter)
+            alike.setdefault(key, {}).setdefault(group.decay, []).append((parameter, own))
     for (*_, members), by_decay in alike.items():
         if len(by_decay) > 1 and Scaled in by_decay:  # none is a decay by 0
             without = by_decay.pop(Scaled)
             decay = next(iter(by_decay))
-            by_decay[decay] = sorted(by_decay[decay] + without, key=lambda parameter: parameter.index)
-        updates += [DenseUpdate(own, members, conditions) for own in by_decay.values()]
+            by_decay[decay] = sorted(by_decay[decay] + without, key=lambda ready: ready[0].index)
+        updates += [DenseUpdate(ready, members, conditions) for ready in by_decay.values()]
     return updates

@@ -1,6 +1,8 @@
 """A plan: what a step is going to do, found and checked; nothing has changed yet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from fastopt._step.catch_up import catch_up
 from fastopt._step.dense import DenseUpdate, dense_updates
 from fastopt._step.norms import DenseSquares, norm_of
 from fastopt._step.numbers import Conditions
-from fastopt._step.rows import RowUpdate, row_launches
+from fastopt._step.rows import RowUpdate, ready_rows, row_launches
 from fastopt.gradients.protocol import numbers_of
 
 # The gradient of a parameter is an array of its dtype, one of float32 for a parameter of 16 bits, none, or
@@ -21,6 +23,16 @@ from fastopt.gradients.protocol import numbers_of
 SAME, FLOAT32, NONE, ROWS = range(4)
 
 _SLICE = 1 << 20  # elements that are looked at at a time
+
+
+class Ready(NamedTuple):
+    """A step, to be made by ``Backend.run``.
+
+    calls: all that changes parameters, gradients, state and counts. alive: holds what the calls work on.
+    """
+
+    calls: list[Callable[[], object]]
+    alive: Any
 
 
 class Plan:
@@ -32,14 +44,15 @@ class Plan:
 
     Attributes:
         dense: the parameters with dense gradients.
-        rows: the updates by rows of the next step.
         clears: whether gradients were found to be such that they can be set to zero.
         parameters_at, gradients_at: addresses of all parameters, and of the dense gradients.
+        written: the values of those parameters that the caller gave as something else than NumPy arrays.
+
+    Updates by rows are those of one step, and are passed to the methods.
     """
 
     def __init__(self, parameters: Parameters, kinds: np.ndarray) -> None:
         self.kinds = kinds
-        self.rows: Sequence[RowUpdate] = ()
         self.clears = False
         self.parameters_at = self.gradients_at = np.empty(0, np.int64)
         self._parameters = parameters
@@ -47,10 +60,12 @@ class Plan:
         nbytes = np.where(kinds == FLOAT32, 4 * parameters.sizes, parameters.nbytes)  # of the gradients
         self._dense_bytes = nbytes[self._dense_at]
         self.dense: list[Parameter] = [parameters.all[i] for i in self._dense_at]
-        self._increments = (kinds != NONE).astype(np.int64)
+        updated = [parameters.all[i].value for i in np.flatnonzero(kinds != NONE)]
+        self.written = [value for value in updated if not isinstance(value, np.ndarray)]
+        increments = np.append(kinds != NONE, True).astype(np.int64)
+        self._count = partial(np.add, parameters.clock, increments, parameters.clock)
         self._squares: DenseSquares | None = None
-        self._updates: list[DenseUpdate] | None = None  # made when they are first needed
-        self._launches: list = []
+        self._updates: list[DenseUpdate] | None = None  # kept from the first step on
 
     @property
     def rows_planned(self) -> bool:
@@ -74,23 +89,16 @@ class Plan:
 
     # The gradients of all parameters
 
-    def find_winners(self) -> None:
-        """Find where the maxima of bags come from, in rows that are up to date."""
-        for parameter, gradient in self.rows:
-            if gradient.takes_maxima:
-                catch_up(parameter, gradient.indices)
-                gradient.find_winners(parameter.view())
-
-    def norm(self) -> float:
+    def norm(self, rows: Sequence[RowUpdate]) -> float:
         """The L2 norm of all gradients."""
         if self._squares is None:
             self._squares = DenseSquares((p.backend, self.gradient_dtype(p), p.size) for p in self.dense)
         addresses = self.gradients_at[self._dense_at]
-        return norm_of(self._squares, addresses, [update.gradient for update in self.rows])
+        return norm_of(self._squares, addresses, [update.gradient for update in rows])
 
-    def first_nonfinite(self, entries: Sequence) -> str | int | None:
+    def first_nonfinite(self, entries: Sequence, rows: Sequence[RowUpdate]) -> str | int | None:
         """The key of the first parameter whose gradient holds NaN or infinity."""
-        by_row = {parameter.index: gradient for parameter, gradient in self.rows}
+        by_row = {parameter.index: gradient for parameter, gradient in rows}
         for parameter, value in zip(self._parameters.all, entries, strict=True):
             if value is None:
                 continue
@@ -103,74 +111,61 @@ class Plan:
 
     # The step
 
-    def prepare(self, conditions: Conditions, zero_grads: bool) -> None:
-        """Make ready all that is launched: make state that is missing, set numbers, compile, and have tables
-        in files keep what is about to change. Nothing has changed if that fails."""
-        if self._updates is not None and not self.rows and self._parameters.all_plain:
-            for update in self._updates:
-                update.prepare(conditions, zero_grads)
-            return
-        fresh = self.dense if self._updates is None else []
-        affected = [*fresh, *(update.parameter for update in self.rows)]
-        before = [(parameter, parameter.state, parameter.tracking) for parameter in affected]
-        try:
-            if self._updates is None:
-                self._updates = self._new_updates(conditions)
-            if self._parameters.dense_rows:
-                for parameter in self.dense:
-                    catch_up(parameter)
-            for update in self._updates:
-                update.prepare(conditions, zero_grads)
-            self._launches = row_launches(self.rows, conditions) if self.rows else []
-            # Compiling takes seconds, and must not be interrupted after a first write.
-            if len(self._launches) + len(self._updates) > 1:
-                for launch in self._launches:
-                    launch.compile()
-            if self._parameters.in_files:
-                for parameter, gradient in self.rows:
-                    parameter.before_writing(gradient.rows_written)
-                for parameter in self.dense:
-                    parameter.before_writing(None)
-        except BaseException:
-            for parameter, state, tracking in before:
-                parameter.state, parameter.tracking = state, tracking
-            self._updates = None
-            raise
+    def prepare(self, rows: Sequence[RowUpdate], conditions: Conditions, zero_grads: bool) -> Ready:
+        """The step, of which nothing has happened yet.
 
-    def run(self, conditions: Conditions, zero_grads: bool) -> None:
-        """Do what was prepared: the one place where a step changes parameters, state and counts."""
-        for update in self._updates or ():
-            update.launch.run()
-        for launch in self._launches:
-            launch.run()
-        parameters = self._parameters
-        np.add(parameters.clock, self._increments, parameters.clock)
-        parameters.steps += 1
-        for parameter, gradient in self.rows:
+        State that is missing is made, numbers are set, machine code is compiled, and tables in files keep
+        what is about to change.
+        """
+        kept = self._updates
+        if kept is not None and not rows and self._parameters.all_plain:
+            calls = [call for update in kept for call in update.prepare(conditions, zero_grads)]
+            calls.append(self._count)
+            return Ready(calls, kept)
+        if self._parameters.dense_rows:
+            for parameter in self.dense:
+                catch_up(parameter)
+        adopted: list[Callable[[], object]] = []
+        if kept is None:
+            states = [parameter.ready_state(by_row=False) for parameter in self.dense]
+            kept = self._new_updates(states, conditions)
+            adopted = [partial(setattr, p, "state", own) for p, own in zip(self.dense, states, strict=True)]
+            adopted.append(partial(setattr, self, "_updates", kept))
+        ready = [ready_rows(update) for update in rows]
+        launches = row_launches(ready, conditions) if ready else []
+        calls = [call for update in kept for call in update.prepare(conditions, zero_grads)]
+        calls += [call for launch in launches for call in launch.prepare()]
+        for parameter, gradient, state, tracking in ready:
+            adopted += [
+                partial(setattr, parameter, "state", state),
+                partial(setattr, parameter, "tracking", tracking),
+            ]
+            if tracking is not None:
+                adopted += tracking.history.advance(conditions.rates[parameter.group.number])
             if zero_grads:
-                gradient.clear()
-            if parameter.tracking is not None:
-                parameter.tracking.history.advance(conditions.rates[parameter.group.number])
+                adopted.append(gradient.clear)
+        if self._parameters.in_files:
+            for parameter, gradient in rows:
+                parameter.before_writing(gradient.rows_written)
+            for parameter in self.dense:
+                parameter.before_writing(None)
+        return Ready([*calls, *adopted, self._count], (kept, launches))
 
-    def release_rows(self) -> None:
-        """Hold nothing of a step's gradients: what they are is found anew in the next."""
-        self._launches, self.rows = [], ()
-
-    def _new_updates(self, conditions: Conditions) -> list[DenseUpdate]:
-        for parameter in self.dense:
-            parameter.ready_state(by_row=False)
-        formats = ((parameter, gradient_format(self.gradient_dtype(parameter))) for parameter in self.dense)
-        updates = dense_updates(formats, conditions)
+    def _new_updates(
+        self, states: Sequence[dict[str, np.ndarray]], conditions: Conditions
+    ) -> list[DenseUpdate]:
+        formats = [gradient_format(self.gradient_dtype(parameter)) for parameter in self.dense]
+        updates = dense_updates(zip(self.dense, states, formats, strict=True), conditions)
         for update in updates:
             update.place(self.parameters_at, self.gradients_at)
         return updates
 
     # Memory
 
-    def check_apart(self, gradients: Gradients, zero_grads: bool) -> None:
+    def check_apart(self, gradients: Gradients, rows: Sequence[RowUpdate], zero_grads: bool) -> None:
         """Refuse parameters, and gradients that are to become zero, that share memory with others."""
         all_parameters = self._parameters.all
-        values = [update.gradient.values for update in self.rows]
+        values = [update.gradient.values for update in rows]
         values_at = [backend_of(array).address(array) for array in values]
         parts = self.parameters_at, self.gradients_at[self._dense_at], np.array(values_at, np.int64)
         starts = np.concatenate(parts)
@@ -179,7 +174,7 @@ class Plan:
         written = np.full(len(starts), zero_grads)
         written[: len(all_parameters)] = True
         found = arrays.overlapping(starts, ends, written)
-        owners = [*self._dense_at.tolist(), *(update.parameter.index for update in self.rows)]
+        owners = [*self._dense_at.tolist(), *(update.parameter.index for update in rows)]
         if found is not None:
             labels = [
                 all_parameters[k].label

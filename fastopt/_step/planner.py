@@ -1,7 +1,7 @@
 """From gradients to a plan: what is the same as in the step before is not found out again."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,14 @@ from fastopt._step.rows import RowUpdate
 from fastopt.gradients.protocol import RowGradient, SparseGradient
 
 Options = Mapping[str, Any]
+
+
+class Planned(NamedTuple):
+    """What a step is to do; ``entries``: the gradient of each parameter, ``rows``: those that are by rows."""
+
+    plan: Plan
+    entries: list | tuple
+    rows: Sequence[RowUpdate]
 
 
 class Planner:
@@ -75,11 +83,7 @@ class Planner:
             )
         return changed_options(group, definition)
 
-    def entries(self, grads: Any) -> list | tuple:
-        """The gradient of each parameter."""
-        return self._structure.entries(grads)
-
-    def plan(self, grads: Any, options: StepOptions, zero_grads: bool) -> Plan:
+    def plan(self, grads: Any, options: StepOptions, zero_grads: bool) -> Planned:
         """What a step with these gradients and options is to do.
 
         Raises:
@@ -92,11 +96,12 @@ class Planner:
             self._locator.expect(self._expected(options.checked))
         entries = self._structure.entries(grads)
         same = self._locator.unchanged(self._values, entries, zero_grads)
+        rows: Sequence[RowUpdate] = ()
         if kept is None or not same or (zero_grads and not kept.clears):
             gradients = Gradients(entries, grads, self._structure)
-            kept = self._looked_at(kept, gradients, options.checked, zero_grads)
+            kept, rows = self._looked_at(kept, gradients, options.checked, zero_grads)
         self._plan = kept
-        return kept
+        return Planned(kept, entries, rows)
 
     def _expected(self, options: Sequence[Options]) -> list[np.dtype | None]:
         """The dtypes of the dense gradients that need no closer look."""
@@ -107,8 +112,8 @@ class Planner:
 
     def _looked_at(
         self, kept: Plan | None, gradients: Gradients, options: Sequence[Options], zero_grads: bool
-    ) -> Plan:
-        """A plan for gradients that are not all where they were."""
+    ) -> tuple[Plan, list[RowUpdate]]:
+        """A plan for gradients that are not all where they were, and the updates by rows."""
         everyone, entries = self._parameters.all, gradients.entries
         parameters_at, unknown = self._locator.parameters(self._values)
         for i in unknown:
@@ -129,13 +134,12 @@ class Planner:
                 kinds[i] = SAME if found.dtype == everyone[i].dtype else FLOAT32
         if kept is None or kept.kinds.tobytes() != kinds.tobytes():
             kept = Plan(self._parameters, kinds)
-        kept.rows = rows
         moved = kept.place(parameters_at, gradients_at)
         if rows or moved or zero_grads:
-            kept.check_apart(gradients, zero_grads)
+            kept.check_apart(gradients, rows, zero_grads)
             kept.clears = zero_grads
         sort_together([update.gradient.indices for update in rows])
-        return kept
+        return kept, rows
 
 
 def _checked(

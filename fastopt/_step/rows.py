@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from fastopt._core.backend import Backend, Launch
-from fastopt._core.missed import ROW_STEPS
+from fastopt._core.missed import ROW_STEPS, Tracking
 from fastopt._core.parameters import Parameter
-from fastopt._step.catch_up import begin_tracking, catch_up
+from fastopt._step.catch_up import catch_up, tracked
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
 from fastopt.gradients.protocol import RowGradient
 from fastopt.kernels.formats import PLAIN
@@ -21,8 +23,36 @@ class RowUpdate(NamedTuple):
     gradient: RowGradient
 
 
-def row_launches(updates: Sequence[RowUpdate], conditions: Conditions) -> list[Launch]:
-    """The launches of these updates; state that is missing is made."""
+def find_winners(updates: Sequence[RowUpdate]) -> None:
+    """Find where the maxima of bags come from, in rows that are up to date."""
+    for parameter, gradient in updates:
+        if gradient.takes_maxima:
+            catch_up(parameter, gradient.indices)
+            gradient.find_winners(parameter.view())
+
+
+class ReadyRows(NamedTuple):
+    """An update by rows with what it needs of its parameter: its state, and which rows are behind."""
+
+    parameter: Parameter
+    gradient: RowGradient
+    state: dict[str, np.ndarray]
+    tracking: Tracking | None
+
+
+def ready_rows(update: RowUpdate) -> ReadyRows:
+    """An update with state and tracking, new where they are missing: the parameter is to have them."""
+    parameter, gradient = update
+    tracking = None
+    if gradient.dense:
+        catch_up(parameter)
+    elif parameter.group.checked["rows"] == "dense":
+        tracking = tracked(parameter)
+    return ReadyRows(*update, parameter.ready_state(by_row=True), tracking)
+
+
+def row_launches(updates: Sequence[ReadyRows], conditions: Conditions) -> list[Launch]:
+    """The launches of these updates."""
     alike: dict[tuple, tuple[Backend, Spec, list[TableWork]]] = {}
     for update in updates:
         spec, work = _work(update, conditions)
@@ -31,28 +61,23 @@ def row_launches(updates: Sequence[RowUpdate], conditions: Conditions) -> list[L
     return [backend.update_rows(spec, works) for backend, spec, works in alike.values()]
 
 
-def _work(update: RowUpdate, conditions: Conditions) -> tuple[Spec, TableWork]:
-    parameter, gradient = update
+def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
+    parameter, gradient, state, tracking = update
     group, options, compute = parameter.group, parameter.group.checked, parameter.compute
-    parameter.ready_state(by_row=True)
-    if options["rows"] == "dense" and gradient.dense:
-        catch_up(parameter)
-    elif options["rows"] == "dense":
-        begin_tracking(parameter)
     lr, step = conditions.rates[group.number], parameter.step + 1
     h = rule_numbers(group, options, lr, step, compute)
     c = decay_numbers(group, options, group.decay, lr, conditions.scale, conditions.limit, compute)
     by_row = gradient.by_row()
     mode, row_steps, numbers = parameter.backend.Lazy(), None, (*h, *c)
-    if ROW_STEPS in parameter.state:
+    if ROW_STEPS in state:
         # Kernels multiply what is folded for the learning rate 1 by the first number.
         mode, numbers = parameter.backend.PerRow(), (lr, *h[1:], *c)
-        row_steps = RowSteps(parameter.state[ROW_STEPS], parameter.counts.up_to(step, group.rule, options))
-    elif parameter.tracking is not None:
-        history = parameter.tracking.history
+        row_steps = RowSteps(state[ROW_STEPS], parameter.counts.up_to(step, group.rule, options))
+    elif tracking is not None:
+        history = tracking.history
         mode = history.kind()
-        row_steps = history.of_rows(parameter.tracking.last_step, by_row.segments.rows.size, compute)
+        row_steps = history.of_rows(tracking.last_step, by_row.segments.rows.size, compute)
     spec = Spec(h, c, compute, (parameter.own_format, PLAIN, *parameter.state_formats), mode)
     limit = options["clip_row_norm"]
     limit = math.inf if limit is None else limit
-    return spec, TableWork(parameter.stored_table(step), by_row, numbers, limit, step, row_steps)
+    return spec, TableWork(parameter.stored_table(state, step), by_row, numbers, limit, step, row_steps)

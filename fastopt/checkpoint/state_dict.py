@@ -18,6 +18,7 @@ from fastopt._core.parameters import (
     decay_type,
 )
 from fastopt._core.state import SCALES
+from fastopt.kernels.at_once import at_once
 
 _KEYS = ("optimizer", "steps", "state", "param_groups")
 
@@ -199,7 +200,7 @@ def _tracking(
     for lr in lrs.tolist():
         if not 0 <= lr < np.inf:
             raise ValueError(f"{label}[{LR_HISTORY!r}] holds {lr!r}: expected finite numbers, at least 0")
-        tracking.history.advance(lr)
+        at_once(tracking.history.advance(lr))
     return tracking
 
 

@@ -1,6 +1,8 @@
 """What a kind of sparse gradient has to say, so that steps, norms and clipping can use it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,9 +57,10 @@ class RowGradient:
         """The rows that an update writes, None for all."""
         return None if self.dense else self.indices.segments.own_rows()
 
-    def clear(self) -> None:
-        """Set the values to zero."""
-        self._given[...] = 0
+    @property
+    def clear(self) -> Callable[[], object]:
+        """The call that sets the values to zero."""
+        return partial(self._given.fill, 0)
 
     def find_winners(self, table: np.ndarray) -> None:
         """Find the rows of ``table`` that the maxima come from."""

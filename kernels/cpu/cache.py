@@ -24,7 +24,7 @@ from fastopt.kernels.rule import RULES
 OWN = "fastopt.kernels."  # begins the names of modules whose code the package's digest covers
 FOLDER = Path(__file__).parents[1]
 # The code of these files and folders gets into no machine code for the CPU, which a test sees to.
-HOST_ONLY = "cpu/backend", "cpu/cache.py", "cpu/memory.py", "cpu/threads.py", "cuda", "work.py"
+HOST_ONLY = "at_once.py", "cpu/backend", "cpu/cache.py", "cpu/memory.py", "cpu/threads.py", "cuda", "work.py"
 
 
 def cache_for(function: Callable, parallel: bool) -> FunctionCache | NullCache:

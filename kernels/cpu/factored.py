@@ -36,13 +36,6 @@ LANES = 512  # elements of a row that are worked on at a time, a divisor of TILE
 CHUNK = TILE_ROWS * TILE_COLUMNS  # elements that a thread takes at a time, or a few more
 
 
-def update_matrices(work: int, *given: Any) -> None:
-    """Update an array of ``work`` elements, a stack of matrices, and its state with its gradient. ``given``:
-    what :func:`tile_arguments` takes."""
-    if work:
-        update_tiles(work, *tile_arguments(*given))
-
-
 def tile_arguments(
     h: Any,
     c: Any,
@@ -82,9 +75,10 @@ def _pieces(size: int, most: int) -> int:
 @Kernel
 def update_tiles(h, c, like, kinds, places, shape, row_var, col_var, numbers, zero_grads, chunk,
                  row_sums, col_sums, means, sums):  # fmt: skip
-    """:func:`update_matrices`, with memory for sums of squares: row_sums: [matrix and stripe, row].
-    col_sums: [matrix and band, column]. means: [matrix], of row_var. sums: [2, tile], of p and the update.
-    chunk: tiles a thread takes at a time."""
+    """Update an array, a stack of matrices, and its state with its gradient. The arguments up to ``chunk``,
+    tiles a thread takes at a time, are those of :func:`tile_arguments`; the others are memory for sums of
+    squares: row_sums: [matrix and stripe, row]. col_sums: [matrix and band, column]. means: [matrix], of
+    row_var. sums: [2, tile], of p and the update."""
     tiles = sums.shape[1]
     chunks = (tiles + chunk - 1) // chunk
     for k in prange(chunks):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 
 from fastopt.kernels.cpu.cache import cache_for
 from fastopt.kernels.cpu.threads import launcher, runs_serial
@@ -58,6 +59,7 @@ class Kernel:
     def __init__(self, function: Callable) -> None:
         functools.update_wrapper(self, function)
         self._function = function
+        self._entries: dict[tuple, Callable] = {}  # by variant and types of arguments
 
     def __call__(self, work: int, *args: Any) -> None:
         if runs_serial(work):
@@ -65,17 +67,17 @@ class Kernel:
         else:
             launcher.launch(self.parallel, args)
 
-    def entry(self, serial: bool, args: tuple) -> Callable:
-        """What runs arguments of the types of ``args``, compiled, without finding out their types again,
-        which takes ten times as long as a call; to be called with such arguments alone, by :meth:`run`."""
-        return _entry(self.serial if serial else self.parallel, args)
-
-    @staticmethod
-    def run(entry: Callable, serial: bool, args: tuple) -> None:
-        if serial:
-            entry(*args)
-        else:
-            launcher.launch(entry, args)
+    def ready(self, work: int, args: tuple) -> Callable[[], None]:
+        """The call of the variant that suits ``work`` with these arguments, compiled, in which no Python code
+        runs: for :func:`~fastopt.kernels.cpu.threads.run`."""
+        serial = runs_serial(work)
+        key = serial, type_of(args)
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _entry(self.serial if serial else self.parallel, args)
+        if not serial:
+            launcher.start()
+        return functools.partial(entry, *args)
 
     @functools.cached_property
     def serial(self) -> Callable:
@@ -84,6 +86,15 @@ class Kernel:
     @functools.cached_property
     def parallel(self) -> Callable:
         return _compile(self._function, parallel=True)
+
+
+def type_of(value: Any) -> Any:
+    """What a kernel's machine code depends on, of an argument: faster than Numba finds it."""
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.ndim, value.flags.writeable, value.flags.c_contiguous
+    if isinstance(value, tuple):
+        return type(value), *map(type_of, value)
+    return type(value)
 
 
 def _entry(dispatcher: Any, args: tuple) -> Callable:

@@ -4,11 +4,13 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numba
+
+from fastopt.kernels.at_once import at_once
 
 _config: Any = numba.config  # its attributes are set at run time
 
@@ -16,6 +18,8 @@ SPIN_COUNT = "GOMP_SPINCOUNT"
 # So many elements take 50 microseconds of Adam; for fewer, waking the other threads costs more than it
 # saves.
 PARALLEL_FROM = 131_072
+
+_NO_TURNS = nullcontext()
 
 
 def _is_forked_worker() -> bool:
@@ -39,13 +43,20 @@ class Launcher:
         self.forked = _is_forked_worker()
         self.lock = threading.RLock()
 
+    def start(self) -> None:
+        """Have the threads of parallel kernels started."""
+        if self.layer is None and not _config.DISABLE_JIT:
+            with self.lock, _short_spins():
+                numba.get_num_threads()
+                self.layer = numba.threading_layer()
+
+    def turn(self) -> AbstractContextManager:
+        """What parallel kernels run in."""
+        return self.lock if self.layer == "workqueue" else _NO_TURNS
+
     def launch(self, function: Callable, args: tuple) -> None:
-        if self.layer is None or self.layer == "workqueue":
-            with self.lock, _short_spins() if self.layer is None else nullcontext():
-                function(*args)
-                if not _config.DISABLE_JIT:
-                    self.layer = numba.threading_layer()
-        else:
+        self.start()
+        with self.turn():
             function(*args)
 
     def after_fork(self) -> None:
@@ -72,6 +83,14 @@ def _short_spins() -> Iterator[None]:
 
 
 launcher = Launcher()
+
+
+def run(calls: Iterable[Callable[[], object]]) -> None:
+    """Make calls of kernels and others in turn, with no signal handler run between them (see at_once.py)."""
+    with launcher.turn():
+        at_once(calls)
+
+
 os.register_at_fork(after_in_child=launcher.after_fork)
 
 

@@ -9,7 +9,7 @@ Sums are in float64, over blocks that begin with their array and are added in or
 the number of threads nor on the other arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,14 +42,19 @@ def update_whole_arrays(
     numbers: np.ndarray,
     zero_grads: bool,
     chunk: int,
-) -> None:
-    """What :data:`~fastopt.kernels.cpu.dense.update_arrays` does, by a rule with a trust ratio."""
+) -> Sequence[Callable[[], object]]:
+    """The calls that do what :data:`~fastopt.kernels.cpu.dense.update_arrays` does, by a rule with a trust
+    ratio."""
+    if not work:
+        return ()
     sums = np.empty((bases[-1] // SUMMED + len(table), 2))
     own_numbers = np.empty((len(table), numbers.shape[1]))
-    find_trust_ratios(work, h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers)
     own_table = table.copy()
     own_table[:, ARRAY_NUMBERS] = np.arange(len(table))
-    update_arrays(work, h, c, like, kinds, own_table, bases, own_numbers, zero_grads, chunk)
+    return (
+        find_trust_ratios.ready(work, (h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers)),
+        update_arrays.ready(work, (h, c, like, kinds, own_table, bases, own_numbers, zero_grads, chunk)),
+    )
 
 
 @Kernel

@@ -101,7 +101,11 @@ class Dense:
         self.launch = device.backend.ArraysLaunch(spec, works, max(numbers) + 1)
 
     def run(self, numbers: Sequence[Any], zero_grads: bool = False, keys: Sequence[int] = ()) -> None:
-        """Place the arrays and run with these h and c of each class."""
+        """Update the arrays with these h and c of each class."""
+        self.device.backend.run(self.prepare(numbers, zero_grads, keys))
+
+    def prepare(self, numbers: Sequence[Any], zero_grads: bool = False, keys: Sequence[int] = ()) -> Any:
+        """Place the arrays; returns the calls that update them."""
         address = self.device.backend.address
         self.launch.place(
             np.array([address(array) for array in self.parameters]),
@@ -111,8 +115,7 @@ class Dense:
             self.launch.numbers[row] = (*h, *c)
         if keys:
             self.launch.set_keys(list(keys))
-        self.launch.prepare(zero_grads)
-        self.launch.run()
+        return self.launch.prepare(zero_grads)
 
     def got(self, k: int) -> list[np.ndarray]:
         """Parameter ``k`` and its state."""

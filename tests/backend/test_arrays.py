@@ -82,8 +82,7 @@ def test_launch_has_what_the_protocol_says(device, rng):
 def test_prepare_writes_nothing(device, rng):
     parameters, gradients, states = drawn(rng, SHAPES)
     dense = Dense(device, adam_spec(Scaled), parameters, gradients, states, CLASSES)
-    dense.launch.run = lambda: None
-    dense.run([(adam_numbers(1), decay_numbers(Scaled))] * 2, zero_grads=True)
+    dense.prepare([(adam_numbers(1), decay_numbers(Scaled))] * 2, zero_grads=True)
     for k, p in enumerate(parameters):
         assert_same(dense.got(k), [p, *states[k]])
         np.testing.assert_array_equal(device.get(dense.gradients[k]), gradients[k])
@@ -113,7 +112,7 @@ def test_a_run_uses_the_numbers_written_last(device, rng):
     first, second = [(adam_numbers(t), decay_numbers(Scaled, 1.0 / t)) for t in (1, 2)]
     dense.run([first])
     dense.launch.numbers[0] = *second[0], *second[1]
-    dense.launch.run()  # nothing else was placed or prepared
+    device.backend.run(dense.launch.prepare(False))  # nothing else was placed
     after_one = stepped(*first, parameters[0], gradients[0], *states[0])
     assert_same(dense.got(0), stepped(*second, after_one[0], gradients[0], *after_one[1:]))
 
@@ -259,8 +258,7 @@ def test_matrices_are_updated_by_adafactor(device, rng, shape):
         launch.place(np.array([backend.address(parameter)]), np.array([backend.address(gradient)]))
         launch.numbers[0] = *rule.fold(step, ADAFACTOR, np.float32), *c
         launch.set_keys([step])
-        launch.prepare(step == 3)
-        launch.run()
+        backend.run(launch.prepare(step == 3))
         expected = reference.adafactor(expected, -0.5 * g.astype(np.float64), own, step, **ADAFACTOR)
         assert_close(device.get(parameter), expected, 16, 1 + np.abs(expected))
         assert_close(device.get(state[0]), own["row_var"], 8)

@@ -52,7 +52,7 @@ class Behind:
         self.last_step = device.put(LAST_STEPS)
         self.history = device.backend.History(rules.ADAM, decay, dict(ADAM), BASE)
         for lr in LRS:
-            self.history.advance(lr)
+            self.device.backend.run(self.history.advance(lr))
 
     @property
     def spec(self):
@@ -68,10 +68,10 @@ class Behind:
         row_steps = self.history.of_rows(self.last_step, count, SINGLE)
         given = None if rows is None else self.device.put(rows)
         launch = self.device.backend.catch_up(self.spec, self.table.stored, row_steps, NOW, given)
-        launch.compile()
+        calls = launch.prepare()
         assert_same(self.table.got(), self.before)
         np.testing.assert_array_equal(self.device.get(self.last_step), LAST_STEPS)
-        launch.run()
+        self.device.backend.run(calls)
         return self.table.got(), self.device.get(self.last_step)
 
     def check_close(self, got, k, expected, way):
@@ -90,15 +90,15 @@ def test_history_keeps_the_steps(device):
     assert all(hasattr(history, name) for name in names if not name.startswith("_"))
     assert (history.base, history.now, history.full, list(history.lrs)) == (BASE, BASE, False, [])
     for k, lr in enumerate(LRS):
-        history.advance(lr)
+        device.backend.run(history.advance(lr))
         assert (history.base, history.now) == (BASE, BASE + k + 1)
     assert history.lrs.dtype == np.float64
     assert list(history.lrs) == LRS and isinstance(history.kind, type)
     for lr in (8.0, 9.0):  # times a weight decay of 1/8
         with pytest.raises(ValueError, match="lr \\* weight_decay"):
-            history.advance(lr)
+            device.backend.run(history.advance(lr))
         assert history.now == NOW and list(history.lrs) == LRS
-    history.advance(7.0)
+    device.backend.run(history.advance(7.0))
     assert history.now == NOW + 1 and history.lrs[-1] == 7.0
 
 
@@ -107,7 +107,7 @@ def test_history_is_full_at_some_time(device):
     history = device.backend.History(rules.SGD, Scaled, {"weight_decay": 0.0}, 0)
     for _ in range(history.MOST_STEPS):
         assert not history.full
-        history.advance(0.5)
+        device.backend.run(history.advance(0.5))
     assert history.full and history.lrs.size == history.MOST_STEPS
 
 
@@ -148,8 +148,7 @@ def test_rows_catch_up_before_their_update(device, rng):
     gradient = TableGradient(device.put(values), found)
     work = behind.table.work(gradient, (*h, *c), step=NOW + 1, row_steps=row_steps)
     launch = device.backend.update_rows(behind.spec._replace(h=h, c=c), [work])
-    launch.compile()
-    launch.run()
+    device.backend.run(launch.prepare())
     got, last_step = behind.table.got(), device.get(behind.last_step)
     for k in range(ROWS):
         if k not in indices:

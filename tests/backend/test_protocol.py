@@ -1,6 +1,8 @@
 """That a backend has every name of the protocol, and that each has a test in this folder."""
 
+import _thread
 import ast
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,15 @@ NAMES = {name for name in {*Backend.__annotations__, *vars(Backend)} if not name
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_backend_has_every_name_of_the_protocol(device, name):
     assert callable(getattr(device.backend, name))
+
+
+@pytest.mark.covers("run")
+def test_no_handler_comes_between_calls(device):
+    done = []
+    calls = [partial(done.append, k) for k in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        device.backend.run([*calls, _thread.interrupt_main, *calls])  # the signal comes, and waits
+    assert done == [0, 1, 2, 0, 1, 2]
 
 
 def test_every_name_of_the_protocol_has_a_test():

@@ -71,10 +71,10 @@ def test_rows_of_two_tables_are_updated_once_each(device, rng):
     ]
     launch = device.backend.update_rows(lazy_spec(device), works)
     assert all(hasattr(launch, name) for name in vars(Launch) if not name.startswith("_"))
-    launch.compile()
+    calls = launch.prepare()
     for table, arrays in zip(tables, before, strict=True):
         assert_same(table.got(), arrays)  # nothing is written yet
-    launch.run()
+    device.backend.run(calls)
     for k, table in enumerate(tables):
         rows, sums = row_sums(indices[k], values[k])
         assert rows.size < shapes[k][0]  # some stay as they are
@@ -94,8 +94,7 @@ class OneTable:
         h, c = self.numbers
         work = self.table.work(gradient, (*h, *c), limit, 3)
         launch = self.device.backend.update_rows(lazy_spec(self.device), [work])
-        launch.compile()
-        launch.run()
+        self.device.backend.run(launch.prepare())
         return self.table.got()
 
 
@@ -184,9 +183,9 @@ def test_rows_that_count_their_own_updates(device, rng):
     )
     spec = adam_spec(Scaled, mode=device.backend.PerRow())
     launch = device.backend.update_rows(spec, [work])
-    launch.compile()
+    calls = launch.prepare()
     np.testing.assert_array_equal(device.get(on_device), counts)
-    launch.run()
+    device.backend.run(calls)
     expected = before
     for row, total in zip(*row_sums(indices, values), strict=True):
         counts[row] += 1

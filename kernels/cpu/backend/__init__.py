@@ -28,6 +28,7 @@ from fastopt.kernels.cpu.index import check_bounds as bounds
 from fastopt.kernels.cpu.index import segments_of
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.rows import Lazy, PerRow
+from fastopt.kernels.cpu.threads import run
 
 __all__ = [
     "ArraysLaunch",
@@ -51,6 +52,7 @@ __all__ = [
     "pool_max",
     "reblock",
     "row_products",
+    "run",
     "scale",
     "segments_of",
     "sum_squares_rows",

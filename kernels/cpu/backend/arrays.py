@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -10,10 +9,10 @@ from fastopt.kernels.cpu import norms
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.backend.rows import PARTS_PER_THREAD
 from fastopt.kernels.cpu.dense import update_arrays
-from fastopt.kernels.cpu.factored import tile_arguments, update_matrices, update_tiles
+from fastopt.kernels.cpu.factored import tile_arguments, update_tiles
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.runs import RUN
-from fastopt.kernels.cpu.threads import runs_serial, thread_count
+from fastopt.kernels.cpu.threads import run, runs_serial, thread_count
 from fastopt.kernels.cpu.trust import update_whole_arrays
 from fastopt.kernels.formats import Format, formats
 from fastopt.kernels.layout import ARRAY_GRADIENT, ARRAY_KEY, ARRAY_NUMBERS, ARRAY_PARAMETER, array_table
@@ -42,7 +41,7 @@ class ArraysLaunch:
         self._compute = spec.compute
         self._types = spec.h, spec.c  # Python's floats, which cost least to pass
         self.numbers = np.zeros((classes, len(spec.h) + len(spec.c)))
-        self._prepared: tuple = ()  # what the entry and its arguments were made for
+        self._prepared: tuple = ()  # what the calls and their arguments were made for
         self._alive = works
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
@@ -54,31 +53,21 @@ class ArraysLaunch:
         """Set the keys of the random bits, one for each class."""
         self._table[:, ARRAY_KEY] = np.array(keys)[self._table[:, ARRAY_NUMBERS]]
 
-    def prepare(self, zero_grads: bool) -> None:
-        """Have the machine code ready; ``zero_grads``: whether the run sets gradients to zero."""
-        self._serial = runs_serial(self._size)
-        parts = 1 if self._serial else PARTS_PER_THREAD * thread_count()
-        prepared = self._serial, zero_grads, parts
-        if prepared == self._prepared:
-            return
-        self._prepared = ()  # until all is ready, since compiling may fail
-        chunk = max(-(-self._size // (parts * RUN)), 1) * RUN
-        like = self._compute.type(0)
-        given = like, self._kinds, self._table, self._bases, self.numbers, zero_grads, chunk
-        self._arguments = *self._types, *given
-        if self._trust:
-            none: Any = self._table[:0], self._bases[:1], self.numbers, zero_grads, chunk
-            update_whole_arrays(self._size, *self._types, like, self._kinds, *none)  # which compiles it
-        else:
-            self._entry = update_arrays.entry(self._serial, self._arguments)
-        self._prepared = prepared
-
-    def run(self) -> None:
-        """Update the arrays."""
-        if self._trust and self._size:
-            update_whole_arrays(self._size, *self._arguments)
-        elif self._size:
-            update_arrays.run(self._entry, self._serial, self._arguments)
+    def prepare(self, zero_grads: bool) -> Sequence[Callable[[], object]]:
+        """The calls that update the arrays, their machine code ready; ``zero_grads``: whether they set
+        gradients to zero."""
+        serial = runs_serial(self._size)
+        parts = 1 if serial else PARTS_PER_THREAD * thread_count()
+        prepared = serial, zero_grads, parts
+        if prepared != self._prepared:
+            self._prepared = ()  # until all is ready, since compiling may fail
+            chunk = max(-(-self._size // (parts * RUN)), 1) * RUN
+            given = self._kinds, self._table, self._bases, self.numbers, zero_grads, chunk
+            self._arguments = *self._types, self._compute.type(0), *given
+            if not self._trust:
+                self._calls = [update_arrays.ready(self._size, self._arguments)] if self._size else []
+            self._prepared = prepared
+        return update_whole_arrays(self._size, *self._arguments) if self._trust else self._calls
 
 
 class MatrixLaunch:
@@ -88,7 +77,6 @@ class MatrixLaunch:
     def __init__(self, spec: Spec, work: ArrayWork) -> None:
         self._shape = math.prod(work.shape[:-2]), work.shape[-2], work.shape[-1]
         self._work = math.prod(work.shape)
-        self._compiled: bool | None = None  # which variant, serial or not
         self._state = [array.reshape(-1) for array, _ in work.state]
         self._places = np.array([0, _place(work.master), 0, 0], np.int64)
         self._like = spec.compute.type(0)
@@ -103,16 +91,12 @@ class MatrixLaunch:
     def set_keys(self, keys: list[int]) -> None:
         """Nothing of this state is rounded at random."""
 
-    def prepare(self, zero_grads: bool) -> None:
+    def prepare(self, zero_grads: bool) -> Sequence[Callable[[], object]]:
+        if not self._work:
+            return ()
         given = self._like, self._kinds, self._places, self._shape, *self._state
-        self._arguments = *self._types, *given, self.numbers[0], zero_grads
-        serial = runs_serial(self._work)
-        if self._work and serial is not self._compiled:
-            update_tiles.entry(serial, tile_arguments(*self._arguments))
-            self._compiled = serial
-
-    def run(self) -> None:
-        update_matrices(self._work, *self._arguments)
+        arguments = tile_arguments(*self._types, *given, self.numbers[0], zero_grads)
+        return (update_tiles.ready(self._work, arguments),)
 
 
 def _place(array: np.ndarray | None) -> int:
@@ -125,8 +109,6 @@ class Squares:
     def __init__(self, compute: np.dtype, kind: Format, sizes: Sequence[int]) -> None:
         self._like, self._kinds = compute.type(0), formats(kind)
         self._bases = np.cumsum([0, *sizes])
-        self._serial = True
-        self._entry: Callable | None = None
 
     def sum(self, addresses: np.ndarray, scale: float) -> float:
         """The sum of squares of all arrays, which lie at ``addresses``, times ``scale**2``."""
@@ -135,10 +117,5 @@ class Squares:
             return 0.0
         partials = empty(-(-size // norms.SUMMED), np.float64)
         arguments = self._like, self._kinds, addresses, self._bases, scale, partials
-        serial = runs_serial(size)
-        entry = self._entry
-        if entry is None or serial != self._serial:
-            entry = norms.sum_squares_arrays.entry(serial, arguments)
-            self._serial, self._entry = serial, entry
-        norms.sum_squares_arrays.run(entry, serial, arguments)
+        run([norms.sum_squares_arrays.ready(size, arguments)])
         return float(partials.sum())

@@ -1,7 +1,9 @@
 """What is kept of past steps, so that rows of a table can take them later, all at once."""
 
+import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,13 +50,13 @@ class History:
             self.window = catch_up.window_of(rule, options)
             self._growth = catch_up.growth_of(rule, options)
         self._tabulated = -1, np.empty((0, 0))
-        adders: dict[type, Callable[[int, float], None]] = {
-            Still: self._add_still,
-            Linear: self._add_linear,
-            Adaptive: self._add_adaptive,
-            Loop: self._add_loop,
+        adding: dict[type, Callable[[int, float], Callable[[], object]]] = {
+            Still: self._adding_still,
+            Linear: self._adding_linear,
+            Adaptive: self._adding_adaptive,
+            Loop: self._adding_loop,
         }
-        self._add = adders[self.kind]
+        self._adding = adding[self.kind]
         self.steps = np.zeros((FIRST_CAPACITY, self._columns()))
         self._lrs = np.zeros(FIRST_CAPACITY)
         self._set_first()
@@ -88,19 +90,21 @@ class History:
             self._tabulated = self.now, table
         return RowSteps(last_step, self.steps, self.base, self.window, table, self.now - len(table) + 1)
 
-    def advance(self, lr: float) -> None:
-        """Take in step ``now + 1``, whose learning rate was ``lr``.
+    def advance(self, lr: float) -> Sequence[Callable[[], object]]:
+        """The calls that take in step ``now + 1``, whose learning rate is ``lr``.
 
         Raises:
-            ValueError: ``lr * weight_decay`` is too large; nothing has changed then.
+            ValueError: ``lr * weight_decay`` is too large.
         """
         i = self.now - self.base + 1
         if i == len(self.steps):
-            self.steps = np.concatenate([self.steps, np.zeros_like(self.steps)])
             self._lrs = np.concatenate([self._lrs, np.zeros_like(self._lrs)])
-        self._add(i, lr)
-        self._lrs[i - 1] = lr
-        self.now += 1
+            self.steps = np.concatenate([self.steps, np.zeros_like(self.steps)])
+        return (
+            self._adding(i, lr),
+            functools.partial(operator.setitem, self._lrs, i - 1, lr),
+            functools.partial(setattr, self, "now", self.now + 1),
+        )
 
     def _columns(self) -> int:
         if self.kind is Loop:
@@ -117,39 +121,33 @@ class History:
         elif self.kind is Adaptive:
             first[[catch_up.DECAY1, catch_up.DECAY2, catch_up.FIRST]] = 1.0
 
-    def _add_still(self, i: int, lr: float) -> None:
+    def _set_row(self, i: int, row: Sequence[float]) -> Callable[[], object]:
+        return functools.partial(operator.setitem, self.steps, i, row)
+
+    def _adding_still(self, i: int, lr: float) -> Callable[[], object]:
         # An L2 penalty is SGD's alone here, and does to p what decoupled decay does.
         keep = self._positive(1.0 - lr * (self._decoupled or self._penalty), lr)
         before = self.steps[i - 1]
-        self.steps[i] = before[catch_up.LOG_KEEP] + math.log(keep), before[catch_up.DECAY] * self._decay
+        row = before[catch_up.LOG_KEEP] + math.log(keep), before[catch_up.DECAY] * self._decay
+        return self._set_row(i, row)
 
-    def _add_linear(self, i: int, lr: float) -> None:
+    def _adding_linear(self, i: int, lr: float) -> Callable[[], object]:
         h = self._fold(self.base + i, lr)
         nesterov, undampened = getattr(h, "nesterov", False), getattr(h, "undampened", 1.0)
         keep = 1.0 - lr * self._decoupled
-        add_linear.serial(
-            self.steps, i, keep, self._penalty, lr, h.momentum, undampened, nesterov, self._decay
-        )
+        given = keep, self._penalty, lr, h.momentum, undampened, nesterov, self._decay
+        return add_linear.ready(0, (self.steps, i, *given))
 
-    def _add_adaptive(self, i: int, lr: float) -> None:
+    def _adding_adaptive(self, i: int, lr: float) -> Callable[[], object]:
         keep = self._positive(1.0 - lr * self._decoupled, lr)
         h = self._fold(self.base + i, lr)
         root = 1.0 / getattr(h, "root_correction", 1.0)
-        add_adaptive.serial(
-            self.steps,
-            i,
-            self.window,
-            root,
-            self._growth,
-            h.step_size,
-            keep,
-            getattr(h, "rectified", True),
-            h.beta1,
-            h.beta2,
-        )
+        rectified = getattr(h, "rectified", True)
+        given = self.window, root, self._growth, h.step_size, keep, rectified, h.beta1, h.beta2
+        return add_adaptive.ready(0, (self.steps, i, *given))
 
-    def _add_loop(self, i: int, lr: float) -> None:
-        self.steps[i] = self._numbers(self.base + i, lr)
+    def _adding_loop(self, i: int, lr: float) -> Callable[[], object]:
+        return self._set_row(i, self._numbers(self.base + i, lr))
 
     def _positive(self, keep: float, lr: float) -> float:
         if keep > 0:

@@ -8,10 +8,11 @@ import numpy as np
 from fastopt.kernels.cpu import norms
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.catch_up import catch_up as catch_up_rows
+from fastopt.kernels.cpu.jit import Kernel
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.rows import update_tables
 from fastopt.kernels.cpu.stored_rows import buffer_rows
-from fastopt.kernels.cpu.threads import runs_serial, thread_count
+from fastopt.kernels.cpu.threads import thread_count
 from fastopt.kernels.formats import formats
 from fastopt.kernels.layout import table_row
 from fastopt.kernels.work import RowSteps, Spec, StoredTable, TableGradient, TableWork
@@ -23,42 +24,15 @@ CACHE_LINES = 32  # elements: parts that are a multiple of it apart do not write
 class RowsLaunch:
     """A kernel and what it is called with."""
 
-    def __init__(self, kernel: Callable[..., None], work: int, arguments: tuple, alive: Any) -> None:
+    def __init__(self, kernel: Kernel, work: int, arguments: tuple, alive: Any) -> None:
         self._kernel = kernel
         self._work = work
         self._arguments = arguments
         self._alive = alive  # the arrays whose addresses are among the arguments
 
-    def compile(self) -> None:
-        """Have the kernel compiled for arguments of these types, by a call with empty arrays."""
-        if not self._work:
-            return
-        key = self._kernel, runs_serial(self._work), tuple(map(_type_of, self._arguments))
-        if key not in _compiled:
-            self._kernel(self._work, *map(_emptied, self._arguments))
-            _compiled.add(key)
-
-    def run(self) -> None:
-        if self._work:
-            self._kernel(self._work, *self._arguments)
-
-
-_compiled: set[tuple] = set()
-
-
-def _type_of(value: Any) -> Any:
-    """What a kernel's machine code depends on, of an argument."""
-    if isinstance(value, np.ndarray):
-        return value.dtype, value.ndim, value.flags.writeable
-    if type(value) is tuple:
-        return tuple(map(_type_of, value))
-    return type(value)
-
-
-def _emptied(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value[:0]
-    return tuple(map(_emptied, value)) if type(value) is tuple else value
+    def prepare(self) -> Sequence[Callable[[], object]]:
+        """The call that does the work, its machine code ready."""
+        return [self._kernel.ready(self._work, self._arguments)] if self._work else []
 
 
 def update_rows(spec: Spec, works: Sequence[TableWork]) -> RowsLaunch:
