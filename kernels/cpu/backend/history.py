@@ -122,7 +122,8 @@ class History:
             first[[catch_up.DECAY1, catch_up.DECAY2, catch_up.FIRST]] = 1.0
 
     def _set_row(self, i: int, row: Sequence[float]) -> Callable[[], object]:
-        return functools.partial(operator.setitem, self.steps, i, row)
+        # NumPy asks numbers in a tuple, in code of Python, whether they are arrays.
+        return functools.partial(operator.setitem, self.steps, i, np.array(row, np.float64))
 
     def _adding_still(self, i: int, lr: float) -> Callable[[], object]:
         # An L2 penalty is SGD's alone here, and does to p what decoupled decay does.
