@@ -31,13 +31,13 @@ class BagGradient(SparseGradient):
     Arrays may be NumPy arrays or torch CPU tensors; they are checked where they are used.
 
     Example:
-        >>> grad = BagGradient(np.array([3, 0, 3]), np.array([0, 2]), np.ones((2, 4), np.float32))
+        >>> grad = BagGradient(np.array([3, 0, 3]), np.array([0, 2]), np.ones((2, 4), np.float32), mode="sum")
     """
 
     indices: Any
     offsets: Any
     grad_output: Any
-    mode: str = "sum"
+    mode: str
     per_sample_weights: Any = None
     padding_idx: int | None = None
     include_last_offset: bool = False
