@@ -34,7 +34,9 @@ class Optimizer:
             :func:`fastopt.open_table`, which has the state in files too. Those of 16 bits are computed with
             in float32, and rounded to the nearest.
         lr: learning rate, at least 0, or a function of the step, such as
-            ``1e-3 * fastopt.schedules.cosine(1000)``.
+            ``1e-3 * fastopt.schedules.cosine(1000)``. An array or tensor of one element is read at each
+            step, and so are those of other options; state has their numbers, which loading puts in their
+            place.
         weight_decay: at least 0; an L2 penalty unless the optimizer says decoupled.
         maximize: ascend the gradient.
         rows: what rows of a 2-D parameter see that a sparse gradient does not name. "lazy", the
@@ -151,7 +153,10 @@ class Optimizer:
 
         Args:
             grads: gradients in the structure of ``params``: one array, a sequence, a dict, or a
-                sequence with one of these, or ``{"params": ...}`` of it, for each group. Each is an array
+                sequence with one of these, or ``{"params": ...}`` of it, for each group; any iterable is
+                taken for a sequence. Groups may be left out: one sequence for all parameters (a sequence
+                as long as there are groups is by groups if it holds sequences or dicts), or one dict if all
+                have names. Each is an array
                 of its parameter's shape and dtype (or float32 for a parameter of 16 bits),
                 :class:`fastopt.IndexedSlices` or :class:`fastopt.BagGradient` for a 2-D parameter, or
                 ``None`` to leave the parameter and its step count alone. They are not changed.
@@ -179,6 +184,7 @@ class Optimizer:
         parameters, planner = self._parameters, self._planner
         parameters.check_unchanged(self.param_groups, self)
         options = planner.options(self)
+        grads = planner.taken(grads)
         plan = planner.plan(grads, options, zero_grads)
         norm, factor = None, 1.0
         try:

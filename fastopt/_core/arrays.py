@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from fastopt._core.backend import backend_of
+from fastopt._core.versions import written
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 LOW_DTYPES = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -135,9 +136,10 @@ def check_like(array: np.ndarray, label: str, parameter: np.ndarray, parameter_l
 
 
 def before_writing(value: Any, rows: np.ndarray) -> None:
-    """Have a table in files keep rows that are about to change."""
+    """Have a table in files keep rows that are about to change, and torch know of a tensor's change."""
     if isinstance(value, TableInFiles):
         value.keep(rows)
+    written([value])
 
 
 def overlapping(starts: np.ndarray, ends: np.ndarray, written: np.ndarray) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from fastopt._core import arrays
 from fastopt._core.arrays import TableInFiles
 from fastopt._core.backend import Backend, backend_of
 from fastopt._core.missed import ROW_STEPS, Counts, Tracking
-from fastopt._core.options import FIXED, SHARED, checked_options
+from fastopt._core.options import FIXED, SHARED, checked_options, is_immutable
 from fastopt._core.state import (
     MASTER,
     SCALES,
@@ -29,8 +29,6 @@ from fastopt._core.structure import Structure, as_container, is_groups, named_va
 from fastopt.kernels import formats
 from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 from fastopt.kernels.work import StoredTable
-
-_IMMUTABLE = int, float, str, tuple, np.generic, np.dtype
 
 
 class Definition(Protocol):
@@ -74,6 +72,7 @@ class ParameterGroup:
     decay: type = field(init=False)
     first: dict[str, float] = field(init=False)
     _seen: dict[str, Any] | None = None  # the options as adopted, if they can only change by assignment
+    _rate_type: type = float
     _fixed_rate: bool = False
 
     def adopt(self, checked: dict[str, Any], definition: Definition) -> None:
@@ -81,27 +80,26 @@ class ParameterGroup:
         self.checked = checked
         self.rule, self.decay = definition.rule(checked), decay_type(definition, checked)
         self.first = definition.initial_state(checked)
-        fixed = all(
-            name == "params" or value is None or callable(value) or isinstance(value, _IMMUTABLE)
-            for name, value in self.options.items()
-        )
-        self._seen = dict(self.options) if fixed else None
         self._fixed_rate = not callable(checked["lr"])
+        self.remember()
+
+    def remember(self) -> None:
+        """Take the options as they are for those adopted: they need no check until they change. With an array
+        among them, which may change in place, they are checked in every step."""
+        fixed = all(name == "params" or is_immutable(value) for name, value in self.options.items())
+        self._seen = dict(self.options) if fixed else None
+        self._rate_type = type(self.options["lr"])
 
     def is_steady(self) -> bool:
         """Whether its options are known to be those adopted, and give the same learning rate in each step."""
-        try:
-            return self._fixed_rate and self._seen == self.options
-        except ValueError:  # an array among them, which compares element by element
-            return False
+        return self._fixed_rate and not self.changed()
 
     def changed(self) -> bool:
         """Whether its options may differ from those adopted."""
         try:
-            if self._seen == self.options:
-                return False
-            return {**self.options, "params": None} != {**self.checked, "params": None}
-        except ValueError:  # an array among them, which compares element by element
+            # A number of few bits equals every number that is rounded to it.
+            return self._seen != self.options or type(self.options["lr"]) is not self._rate_type
+        except (ValueError, RuntimeError):  # an array or a tensor, which compares element by element
             return True
 
     def described(self, size: int, defaults: Mapping[str, Any]) -> str:
@@ -435,7 +433,10 @@ def changed_options(group: ParameterGroup, definition: Definition) -> dict[str, 
                 "make a new optimizer to change it"
             )
     definition.check_options(checked, group.label)
-    return group.checked if checked == group.checked else checked
+    if checked != group.checked:
+        return checked
+    group.remember()
+    return group.checked
 
 
 def _names(rule: Rule) -> str:

@@ -75,6 +75,10 @@ class Planner:
             )
         return changed_options(group, definition)
 
+    def taken(self, grads: Any) -> Any:
+        """``grads`` with a list in the place of every iterator."""
+        return self._structure.taken(grads)
+
     def entries(self, grads: Any) -> list | tuple:
         """The gradient of each parameter."""
         return self._structure.entries(grads)
