@@ -105,6 +105,7 @@ def _norm(prepared: list[_Prepared]) -> float:
 def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
     """Every gradient, checked."""
     found: list[_Prepared] = []
+    remedy = arrays.CLIPPED if writable else arrays.READ
     for value, label in leaves(grads, "grads"):
         gradient = None
         if isinstance(value, SparseGradient):
@@ -114,13 +115,11 @@ def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
                     f"{label}.mode is 'max', whose gradient depends on the table: use step(clip_norm=...)"
                 )
             value, label = value.numbers(label)
-        array = arrays.host_array(value, label)
-        arrays.check_float(array, label)
-        arrays.check_contiguous(array, label)
-        if writable and not array.flags.writeable:
-            raise ValueError(
-                f"{label} is read-only: expected a gradient to change in place, pass a copy of it"
-            )
+        array = arrays.host_array(value, label, remedy)
+        arrays.check_float(array, label, value, remedy)
+        arrays.check_contiguous(array, label, value, remedy)
+        if writable:
+            arrays.check_writeable(array, label, value, "a gradient to change in place", remedy)
         found.append(_Prepared(value, gradient, array, label))
     sort_together([one.gradient.indices for one in found if one.gradient is not None])
     if writable:

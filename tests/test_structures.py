@@ -1,6 +1,7 @@
 """The structures that parameters and gradients come in beside lists and dicts: iterables, and flat ones for
 parameters in groups."""
 
+import itertools
 import math
 from collections import deque
 from types import MappingProxyType
@@ -37,7 +38,7 @@ def flat(params):
 ITERABLES = {
     "a generator": lambda grads: (g for g in grads),
     "an iterator": iter,
-    "a map": lambda grads: map(lambda g: g, grads),
+    "a chain": itertools.chain,
     "a deque": deque,
     "values": lambda grads: dict(enumerate(grads)).values(),
     "a tuple": tuple,
