@@ -3,8 +3,13 @@
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
+
 from fastopt._core import arrays
 from fastopt._core.backend import host
+
+# Types of which thousands of groups have gradients, and which need no look at each.
+_NEVER_ITERATORS = {list, tuple, np.ndarray, type(None)}
 
 
 def is_groups(params: Any) -> bool:
@@ -78,7 +83,8 @@ class Structure:
         self._keys = keys
         self._grouped = grouped
         self._count = sum(map(len, keys))
-        self._named = grouped and all(isinstance(container, dict) for container in containers)
+        named = [isinstance(container, dict) for container in containers]
+        self._named, self._some_named = grouped and all(named), any(named)
         self._identities = [host().Identities(own) for own in values]
 
     def is_as_before(self, number: int) -> bool:
@@ -92,6 +98,8 @@ class Structure:
         """``grads`` with a list in the place of every iterator, which can be walked but once."""
         grads = listed(grads, "grads")
         if not self._grouped or not isinstance(grads, list | tuple) or len(grads) != len(self._containers):
+            return grads
+        if _NEVER_ITERATORS.issuperset(map(type, grads)):
             return grads
         own = [listed(entry, f"grads[{number}]") for number, entry in enumerate(grads)]
         for number, entry in enumerate(own):
@@ -111,7 +119,7 @@ class Structure:
             return self._named and set(grads) == {key for keys in self._keys for key in keys}
         if not isinstance(grads, list | tuple) or len(grads) != self._count:
             return False
-        if any(isinstance(container, dict) for container in self._containers):
+        if self._some_named:
             return False
         by_group = (issubclass(kind, list | tuple | dict) for kind in set(map(type, grads)))
         return len(grads) != len(self._containers) or not any(by_group)
@@ -161,7 +169,7 @@ class Structure:
             if self._named:
                 names = ", ".join(repr(key) for keys in self._keys for key in keys)
                 expected += f", or a dict with the keys of all parameters, {names}"
-            elif not any(isinstance(container, dict) for container in self._containers):
+            elif not self._some_named:
                 expected += f", or of {self._count}, one entry a parameter"
             raise ValueError(f"grads is {_described(grads)}: expected {expected}")
         for number, (params, own) in enumerate(zip(self._containers, grads, strict=True)):
