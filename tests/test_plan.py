@@ -234,7 +234,7 @@ REFUSED = [
     (np.array([2**40]), 2**40, ValueError, "indices holds 1099511627776"),
     (np.append(np.zeros(9_000, np.int64), 5), 5, ValueError, "indices holds 5"),
     (np.append(np.zeros(40_000, np.int32), -3).astype(np.int32), 5, ValueError, "indices holds -3"),
-    (np.array([0.0]), 5, TypeError, "indices has dtype float64: expected int32 or int64, pass .*astype"),
+    (np.array([0.0]), 5, TypeError, "indices has dtype float64: expected int32 or int64$"),
     (np.array([0], np.uint32), 5, TypeError, "indices has dtype uint32"),
     (np.array([True]), 5, TypeError, "indices has dtype bool"),
     (np.array([0], ">i8"), 5, TypeError, "indices has dtype >i8"),
