@@ -46,7 +46,7 @@ class TestForward:
         indices, offsets = bags(rng, kind, pooled)
         measure(
             f"embedding_bag of {pooled}, dim {dim}, {kind}",
-            lambda: fastopt.embedding_bag(table, indices, offsets, include_last_offset=True),
+            lambda: fastopt.embedding_bag(table, indices, offsets, include_last_offset=True, mode="sum"),
             self.moved(dim, indices, offsets),
         )
 
@@ -90,8 +90,8 @@ class TestForwardAndBackward:
 
         def step():
             plan = fastopt.IndexPlan(indices, ROWS)
-            fastopt.embedding_bag(table, plan, offsets, include_last_offset=True)
-            opt.step(fastopt.BagGradient(plan, offsets, grad_output, include_last_offset=True))
+            fastopt.embedding_bag(table, plan, offsets, include_last_offset=True, mode="sum")
+            opt.step(fastopt.BagGradient(plan, offsets, grad_output, include_last_offset=True, mode="sum"))
 
         measure(
             f"bags of {pooled}, dim {dim}, {kind}, both ways",

@@ -9,6 +9,7 @@ from fastopt._core.backend import backend_of
 from fastopt._core.indices import sort_together
 from fastopt._core.options import check_limit
 from fastopt._core.structure import leaves
+from fastopt._core.versions import written
 from fastopt._step.norms import DenseSquares, clip_factor, norm_of
 from fastopt.gradients.protocol import RowGradient, SparseGradient
 
@@ -45,8 +46,9 @@ def clip_grad_norm(grads: Any, max_norm: float) -> float:
     norm = _norm(prepared)
     factor = clip_factor(norm, max_norm)
     if factor != 1.0:
-        for _, array, _ in prepared:
-            backend_of(array).scale(array, factor)
+        written([one.value for one in prepared])
+        for one in prepared:
+            backend_of(one.array).scale(one.array, factor)
     return norm
 
 
@@ -66,7 +68,7 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
     """
     clip_value = check_limit(clip_value, "clip_value")
     prepared = _prepared(grads, writable=True)
-    for gradient, array, label in prepared:
+    for _, gradient, array, label in prepared:
         if gradient is not None and gradient.bags is not None:
             raise ValueError(f"{label} belongs to a BagGradient, whose rows can't be clipped by value")
         if gradient is not None and array.dtype in arrays.LOW_DTYPES:
@@ -74,7 +76,8 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
                 f"{label} has dtype {array.dtype}, in which sums of rows can't be stored: expected "
                 "float32 or float64, or use step(clip_value=...)"
             )
-    for gradient, array, _ in prepared:
+    written([one.value for one in prepared])
+    for _, gradient, array, _ in prepared:
         backend = backend_of(array)
         if gradient is not None:
             backend.coalesce(gradient.values, gradient.indices.segments)
@@ -82,8 +85,10 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
 
 
 class _Prepared(NamedTuple):
-    """A gradient, checked: what it is if it is sparse, the array of its numbers, and that one's label."""
+    """A gradient, checked: the caller's array of its numbers, what it is if it is sparse, a view of the array
+    and the array's label."""
 
+    value: Any
     gradient: RowGradient | None
     array: np.ndarray
     label: str
@@ -91,7 +96,7 @@ class _Prepared(NamedTuple):
 
 def _norm(prepared: list[_Prepared]) -> float:
     """The norm of all."""
-    whole = [array for gradient, array, _ in prepared if gradient is None]
+    whole = [one.array for one in prepared if one.gradient is None]
     squares = DenseSquares((backend_of(array), array.dtype, array.size) for array in whole)
     addresses = np.array([backend_of(array).address(array) for array in whole], np.int64)
     return norm_of(squares, addresses, [one.gradient for one in prepared if one.gradient is not None])
@@ -100,6 +105,7 @@ def _norm(prepared: list[_Prepared]) -> float:
 def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
     """Every gradient, checked."""
     found: list[_Prepared] = []
+    remedy = arrays.CLIPPED if writable else arrays.READ
     for value, label in leaves(grads, "grads"):
         gradient = None
         if isinstance(value, SparseGradient):
@@ -109,15 +115,13 @@ def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
                     f"{label}.mode is 'max', whose gradient depends on the table: use step(clip_norm=...)"
                 )
             value, label = value.numbers(label)
-        array = arrays.host_array(value, label)
-        arrays.check_float(array, label)
-        arrays.check_contiguous(array, label)
-        if writable and not array.flags.writeable:
-            raise ValueError(
-                f"{label} is read-only: expected a gradient to change in place, pass a copy of it"
-            )
-        found.append(_Prepared(gradient, array, label))
+        array = arrays.host_array(value, label, remedy)
+        arrays.check_float(array, label, value, remedy)
+        arrays.check_contiguous(array, label, value, remedy)
+        if writable:
+            arrays.check_writeable(array, label, value, "a gradient to change in place", remedy)
+        found.append(_Prepared(value, gradient, array, label))
     sort_together([one.gradient.indices for one in found if one.gradient is not None])
     if writable:
-        arrays.check_apart([(array, label) for _, array, label in found])
+        arrays.check_apart([(array, label) for _, _, array, label in found])
     return found

@@ -53,7 +53,7 @@ def embedding_bag(
     indices: Any,
     offsets: Any = None,
     *,
-    mode: str = "sum",
+    mode: str,
     per_sample_weights: Any = None,
     padding_idx: int | None = None,
     include_last_offset: bool = False,
@@ -69,7 +69,8 @@ def embedding_bag(
             2-D, a bag in each row, or 1-D with ``offsets``.
         offsets: int32 or int64 array, where each bag begins in ``indices``: the first 0, none
             smaller than the one before.
-        mode: "sum", "mean" or "max"; an empty bag gives zeros. (torch's default is "mean".)
+        mode: "sum", "mean" or "max"; an empty bag gives zeros. There is no default: that of
+            torch's function is "mean", that of FBGEMM "sum".
         per_sample_weights: a factor for each index, of the shape of ``indices`` and the table's
             dtype; for "sum" and, other than in torch, for "mean", which divides by the number of
             rows all the same, as FBGEMM does.

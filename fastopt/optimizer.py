@@ -44,7 +44,7 @@ class Optimizer:
             :func:`fastopt.open_table`, which has the state in files too. Those of 16 bits are computed with
             in float32, and rounded to the nearest.
         lr: learning rate, at least 0, or a function of the step, such as
-            ``1e-3 * fastopt.schedules.cosine(1000)``.
+            ``1e-3 * fastopt.schedules.cosine(1000)``. Any number may be a 0-d array, read at each step.
         weight_decay: at least 0; an L2 penalty unless the optimizer says decoupled.
         maximize: ascend the gradient.
         rows: what rows of a 2-D parameter see that a sparse gradient does not name. "lazy", the
@@ -164,9 +164,10 @@ class Optimizer:
         """Update all parameters in place.
 
         Args:
-            grads: gradients in the structure of ``params``: one array, a sequence, a dict, or a
-                sequence with one of these, or ``{"params": ...}`` of it, for each group. Each is an array
-                of its parameter's shape and dtype (or float32 for a parameter of 16 bits),
+            grads: gradients in the structure of ``params``: one array, a sequence or other iterable, a dict,
+                or one of these, or ``{"params": ...}`` of it, for each group; or, for groups, one sequence or
+                dict of all (a sequence as long as there are groups is of all if it holds no list or dict).
+                Each is an array of its parameter's shape and dtype (or float32 for one of 16 bits),
                 :class:`fastopt.IndexedSlices` or :class:`fastopt.BagGradient` for a 2-D parameter, or
                 ``None`` to leave the parameter and its step count alone. They are not changed.
             clip_norm: scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, norm being the

@@ -15,7 +15,9 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import Any, Self
+
+from fastopt._core.options import plain
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Schedule:
     """A function of the step that returns a factor, and that can be multiplied by a number, its ``scale``."""
 
     scale: float = field(default=1.0, kw_only=True)
+    __array_ufunc__ = None  # so that arrays leave the product to it
 
     def factor(self, step: int) -> float:
         """The factor at ``step``, before ``scale``."""
@@ -31,8 +34,9 @@ class Schedule:
     def __call__(self, step: int) -> float:
         return self.scale * self.factor(step)
 
-    def __mul__(self, scale: float) -> Self:
-        if not isinstance(scale, numbers.Real):
+    def __mul__(self, scale: Any) -> Self:
+        scale = plain(scale)
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
             return NotImplemented
         return replace(self, scale=self.scale * float(scale))
 

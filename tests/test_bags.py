@@ -1,6 +1,7 @@
 """Pooled lookups and their gradients, against torch and plain NumPy."""
 
 import cases
+import ml_dtypes
 import numba
 import numpy as np
 import pytest
@@ -286,7 +287,8 @@ def test_negative_zeros_come_as_from_the_gradients_of_positions(weights):
     tables = [np.full((2, 1), -0.0, np.float32) for _ in range(2)]
     where, start = np.array([0, 1]), np.array([0, 1])
     values = g if weights is None else g * weights[:, None]
-    fastopt.SGD(tables[0], lr=1.0).step(fastopt.BagGradient(where, start, g, per_sample_weights=weights))
+    gradient = fastopt.BagGradient(where, start, g, "sum", weights)
+    fastopt.SGD(tables[0], lr=1.0).step(gradient)
     fastopt.SGD(tables[1], lr=1.0).step(fastopt.IndexedSlices(where, values))
     assert tables[0].tobytes() == tables[1].tobytes()
 
@@ -329,16 +331,16 @@ def test_nan_and_infinity_go_through(dtype):
 
     weights = np.array([inf, nan, 1, 0], dtype)
     got = fastopt.embedding_bag(
-        np.ones((1, 2), dtype), np.zeros((4, 1), int), per_sample_weights=weights[:, None]
+        np.ones((1, 2), dtype), np.zeros((4, 1), int), mode="sum", per_sample_weights=weights[:, None]
     )
     np.testing.assert_array_equal(got[:, 0], weights)
 
     p = np.zeros((4, 2), dtype)
     g = np.array([[nan, 1.0], [inf, -inf], [-inf, 2.0]], dtype)
     where, start = np.array([0, 1, 2, 2, 3]), np.array([0, 1, 3])
-    fastopt.SGD(p, lr=1.0).step(fastopt.BagGradient(where, start, g))
+    fastopt.SGD(p, lr=1.0).step(fastopt.BagGradient(where, start, g, mode="sum"))
     np.testing.assert_array_equal(p, [[nan, -1], [-inf, inf], [nan, inf], [inf, -2]])
-    got = fastopt.BagGradient(where, start, g).per_sample_weights_grad(np.ones((4, 2), dtype))
+    got = fastopt.BagGradient(where, start, g, mode="sum").per_sample_weights_grad(np.ones((4, 2), dtype))
     np.testing.assert_array_equal(got, [nan, nan, nan, -inf, -inf])
 
 
@@ -346,9 +348,10 @@ def test_nan_of_empty_bags_and_of_the_padding_row_counts_for_nothing():
     g = np.array([[np.nan, np.nan], [1.0, 2.0], [np.nan, np.inf]])
     table = np.zeros((3, 2))
     table[2] = np.nan
-    gradient = fastopt.BagGradient(np.array([0, 2, 2]), np.array([0, 0, 2]), g, padding_idx=2)
+    gradient = fastopt.BagGradient(np.array([0, 2, 2]), np.array([0, 0, 2]), g, padding_idx=2, mode="sum")
     np.testing.assert_array_equal(
-        fastopt.embedding_bag(table, gradient.indices, gradient.offsets, padding_idx=2), np.zeros((3, 2))
+        fastopt.embedding_bag(table, gradient.indices, gradient.offsets, padding_idx=2, mode="sum"),
+        np.zeros((3, 2)),
     )
     np.testing.assert_array_equal(gradient.per_sample_weights_grad(table), 0)
     assert fastopt.grad_norm(gradient) == np.sqrt(5)
@@ -366,9 +369,9 @@ def test_torch_tensors_serve():
     weights = torch.randn(4, requires_grad=True)
     out = torch.nn.functional.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights)
     out.sum().backward()
-    got = fastopt.embedding_bag(table, indices, offsets, per_sample_weights=weights)
+    got = fastopt.embedding_bag(table, indices, offsets, per_sample_weights=weights, mode="sum")
     np.testing.assert_allclose(got, out.detach().numpy(), rtol=1e-5, atol=1e-6)
-    gradient = fastopt.BagGradient(indices, offsets, torch.ones(2, 4), per_sample_weights=weights)
+    gradient = fastopt.BagGradient(indices, offsets, torch.ones(2, 4), per_sample_weights=weights, mode="sum")
     np.testing.assert_allclose(
         gradient.per_sample_weights_grad(table), weights.grad.numpy(), rtol=1e-5, atol=1e-6
     )
@@ -380,16 +383,16 @@ def test_strided_and_read_only_arrays_serve():
     rng = np.random.default_rng(5)
     indices, offsets = rng.integers(0, 9, 5_000), np.array([0, 10, 10, 4_000])
     weights, g, table = rng.standard_normal(5_000), rng.standard_normal((4, 3)), rng.standard_normal((9, 3))
-    want = fastopt.embedding_bag(table, indices, offsets, per_sample_weights=weights)
+    want = fastopt.embedding_bag(table, indices, offsets, per_sample_weights=weights, mode="sum")
     strided = [np.repeat(array, 2)[::2] for array in (indices, offsets, weights)]
     p, twin = table.copy(), table.copy()
-    fastopt.SGD(twin).step(fastopt.BagGradient(indices, offsets, g, per_sample_weights=weights))
+    fastopt.SGD(twin).step(fastopt.BagGradient(indices, offsets, g, per_sample_weights=weights, mode="sum"))
     for array in (indices, offsets, weights, g, table, *strided):
         array.flags.writeable = False
     for where, start, factors in ((indices, offsets, weights), strided):
-        got = fastopt.embedding_bag(table, where, start, per_sample_weights=factors)
+        got = fastopt.embedding_bag(table, where, start, per_sample_weights=factors, mode="sum")
         assert got.tobytes() == want.tobytes()
-    fastopt.SGD(p).step(fastopt.BagGradient(strided[0], strided[1], g, per_sample_weights=strided[2]))
+    fastopt.SGD(p).step(fastopt.BagGradient(strided[0], strided[1], g, "sum", strided[2]))
     assert p.tobytes() == twin.tobytes()
     two_d = indices.reshape(50, 100)
     np.testing.assert_array_equal(
@@ -430,7 +433,7 @@ def test_the_rows_of_a_maximum_are_those_of_the_table_as_it_is():
 
 def test_the_rows_of_a_bag_are_added_in_the_order_of_their_indices():
     table = np.array([[1e8], [1.0], [-1e8]], np.float32)
-    got = fastopt.embedding_bag(table, np.array([[0, 1, 2], [0, 2, 1]]))
+    got = fastopt.embedding_bag(table, np.array([[0, 1, 2], [0, 2, 1]]), mode="sum")
     np.testing.assert_array_equal(got, [[0.0], [1.0]])
 
 
@@ -482,7 +485,7 @@ def test_bags_have_the_same_bits_for_any_number_of_threads_variant_and_run(
 
 
 FIVE = np.array([0, 1, 2, 3, 4])
-GIVEN = {"indices": FIVE, "offsets": np.array([0, 2])}
+GIVEN = {"indices": FIVE, "offsets": np.array([0, 2]), "mode": "sum"}
 BOTH = [
     ({"mode": "add"}, ValueError, r"{}mode is 'add': expected 'sum', 'mean' or 'max'"),
     ({"mode": None}, ValueError, r"{}mode is None: expected 'sum'"),
@@ -646,7 +649,7 @@ def test_parameters_that_are_no_tables_are_refused():
 
 
 def test_a_maximum_has_no_gradient_of_weights():
-    gradient = fastopt.BagGradient(**GIVEN, grad_output=np.ones((2, 2)), mode="max")
+    gradient = fastopt.BagGradient(**{**GIVEN, "mode": "max"}, grad_output=np.ones((2, 2)))
     with pytest.raises(ValueError, match="mode is 'max', which takes no per_sample_weights: expected 'sum'"):
         gradient.per_sample_weights_grad(np.ones((5, 2)))
 
@@ -654,7 +657,23 @@ def test_a_maximum_has_no_gradient_of_weights():
 def test_a_bad_gradient_in_a_list_is_named_and_changes_no_other():
     params = {"a": np.ones(3), "t": np.ones((5, 2))}
     opt = fastopt.SGD(params, lr=1.0)
-    gradient = fastopt.BagGradient(FIVE, np.array([0, 9]), np.ones((2, 2)))
+    gradient = fastopt.BagGradient(FIVE, np.array([0, 9]), np.ones((2, 2)), mode="sum")
     with pytest.raises(ValueError, match=r"^grads\['t'\]\.offsets has 9 before 5"):
         opt.step({"a": np.ones(3), "t": gradient})
     assert (params["a"] == 1).all() and (params["t"] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, "bfloat16"])
+@pytest.mark.parametrize("offsets", [None, np.array([0])])
+def test_the_mode_of_pooling_is_always_given(dtype, offsets):
+    """torch's function takes the mean by default and FBGEMM's the sum: neither is chosen silently."""
+    table = np.ones((4, 2), ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    indices = np.array([[0, 1]]) if offsets is None else np.array([0, 1])
+    plan = fastopt.IndexPlan(indices, 4)
+    for where in (indices, plan):
+        with pytest.raises(TypeError, match=r"embedding_bag.*'mode'"):
+            fastopt.embedding_bag(table, where, offsets)
+        with pytest.raises(TypeError, match="'mode'"):
+            fastopt.BagGradient(where, offsets, np.ones((1, 2), np.float32))
+        with pytest.raises(ValueError, match="mode is None: expected 'sum', 'mean' or 'max'"):
+            fastopt.embedding_bag(table, where, offsets, mode=None)

@@ -276,7 +276,7 @@ def test_steps_skip_bags_that_are_not_finite(bad):
         {"grad_output": g * bad},
         {"grad_output": g, "per_sample_weights": np.array([1, 1, bad])},
     ):
-        bags = fastopt.BagGradient(where, start, **options)
+        bags = fastopt.BagGradient(where, start, mode="sum", **options)
         info = opt.step(bags, skip_nonfinite=True, clip_norm=1.0)
         assert info.skipped and not math.isfinite(info.norm)
         assert not math.isfinite(fastopt.grad_norm(bags))
@@ -288,7 +288,9 @@ def test_steps_skip_bags_that_are_not_finite(bad):
 
 @pytest.mark.parametrize("size", [1e200, 1e-200])
 def test_the_norm_of_bags_neither_overflows_nor_underflows(size):
-    bags = fastopt.BagGradient(np.array([[0, 1], [0, 2]]), None, np.array([[1.5 * size], [2.5 * size]]))
+    bags = fastopt.BagGradient(
+        np.array([[0, 1], [0, 2]]), None, np.array([[1.5 * size], [2.5 * size]]), mode="sum"
+    )
     want = size * math.sqrt(4**2 + 1.5**2 + 2.5**2)
     assert fastopt.grad_norm(bags) == pytest.approx(want, rel=1e-14)
 
@@ -297,14 +299,14 @@ def test_the_norm_of_many_bags_is_that_of_the_gradients_of_their_rows():
     rng = np.random.default_rng(3)
     indices = rng.integers(0, 700, (3_000, 20))
     g = cases.gradient(rng, (3_000, 9), np.float32)
-    bags = fastopt.BagGradient(indices, None, g)
+    bags = fastopt.BagGradient(indices, None, g, mode="sum")
     values = np.repeat(g, 20, axis=0).reshape(3_000, 20, 9)
     want = fastopt.grad_norm(fastopt.IndexedSlices(indices, values))
     assert fastopt.grad_norm(bags) == pytest.approx(want, rel=1e-14)
     assert want == pytest.approx(naive_norm([fastopt.IndexedSlices(indices, values)]), rel=1e-14)
 
 
-BAGS = {"indices": np.array([0, 1]), "offsets": np.array([0, 1])}
+BAGS = {"indices": np.array([0, 1]), "offsets": np.array([0, 1]), "mode": "sum"}
 TWO = np.full((2, 2), 3.0)
 BAD_BAGS = [
     (

@@ -193,7 +193,9 @@ def test_limits_and_lookups_have_the_same_bits_for_any_number_of_threads_and_var
     "lookup",
     [
         lambda table, indices, limit: fastopt.embedding(table, indices, max_norm=limit),
-        lambda table, indices, limit: fastopt.embedding_bag(table, indices, np.array([0]), max_norm=limit),
+        lambda table, indices, limit: fastopt.embedding_bag(
+            table, indices, np.array([0]), max_norm=limit, mode="sum"
+        ),
     ],
     ids=["embedding", "embedding_bag"],
 )

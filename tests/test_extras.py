@@ -138,10 +138,14 @@ def sparse_problems(rng):
     offsets = np.array([0, 4, 4, 11, 25])
     outputs = cases.gradient(rng, (5, 5), np.float32)
     bags = np.repeat(np.arange(5), np.diff([*offsets, 30]))
-    yield BagGradient(indices, offsets, outputs), dense_of((9, 5), indices, outputs[bags]), indices
+    yield (
+        BagGradient(indices, offsets, outputs, mode="sum"),
+        dense_of((9, 5), indices, outputs[bags]),
+        indices,
+    )
     weights = cases.gradient(rng, 30, np.float32)
     weighted = outputs[bags].astype(np.float64) * weights[:, None]
-    gradient = BagGradient(indices, offsets, outputs, per_sample_weights=weights)
+    gradient = BagGradient(indices, offsets, outputs, per_sample_weights=weights, mode="sum")
     yield gradient, dense_of((9, 5), indices, weighted), indices
 
 
@@ -250,7 +254,7 @@ def test_read_only_gradients_are_refused_with_zero_grads_alone():
         (0, read_only(good[0]), r"grads\[0\]"),
         (1, read_only(good[1]), r"grads\[1\]"),
         (1, IndexedSlices(indices, read_only(good[1][:2])), r"grads\[1\].values"),
-        (1, BagGradient(indices, offsets, read_only(good[1][:2])), r"grads\[1\].grad_output"),
+        (1, BagGradient(indices, offsets, read_only(good[1][:2]), mode="sum"), r"grads\[1\].grad_output"),
     ):
         grads = list(good)
         grads[number] = bad
@@ -386,7 +390,7 @@ def test_sparse_gradients_that_are_not_finite_are_named(dtype):
         grads = {
             "none": None,
             "slices": IndexedSlices(indices, values["slices"]),
-            "bags": BagGradient(indices, offsets, values["bags"]),
+            "bags": BagGradient(indices, offsets, values["bags"], mode="sum"),
             "dense": values["dense"],
         }
         info = opt.step(grads, skip_nonfinite=True)
@@ -453,7 +457,10 @@ def test_the_norm_is_that_of_the_sums_of_rows_and_all_dtypes_together():
 def test_bags_that_no_row_uses_are_not_named_as_not_finite():
     params = [np.ones((4, 2), np.float32), np.ones(3, np.float32)]
     output = np.float32([[1, 1], [np.nan, 1]])
-    grads = [fastopt.BagGradient(np.array([0, 1]), np.array([0, 2]), output), np.full(3, np.nan, np.float32)]
+    grads = [
+        fastopt.BagGradient(np.array([0, 1]), np.array([0, 2]), output, mode="sum"),
+        np.full(3, np.nan, np.float32),
+    ]
     assert fastopt.SGD(params).step(grads, skip_nonfinite=True).nonfinite == 1
 
 

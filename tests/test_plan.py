@@ -211,10 +211,10 @@ def test_a_plan_for_another_number_of_rows_is_refused():
     opt = fastopt.Adam(table)
     for use in (
         lambda: fastopt.embedding(table, plan, max_norm=0.1),
-        lambda: fastopt.embedding_bag(table, plan, start, max_norm=0.1),
+        lambda: fastopt.embedding_bag(table, plan, start, max_norm=0.1, mode="sum"),
         lambda: opt.step(fastopt.IndexedSlices(plan, ones)),
-        lambda: opt.step(fastopt.BagGradient(plan, start, ones)),
-        lambda: fastopt.BagGradient(plan, start, ones).per_sample_weights_grad(table),
+        lambda: opt.step(fastopt.BagGradient(plan, start, ones, mode="sum")),
+        lambda: fastopt.BagGradient(plan, start, ones, mode="sum").per_sample_weights_grad(table),
     ):
         with pytest.raises(ValueError, match=message):
             use()
@@ -234,7 +234,7 @@ REFUSED = [
     (np.array([2**40]), 2**40, ValueError, "indices holds 1099511627776"),
     (np.append(np.zeros(9_000, np.int64), 5), 5, ValueError, "indices holds 5"),
     (np.append(np.zeros(40_000, np.int32), -3).astype(np.int32), 5, ValueError, "indices holds -3"),
-    (np.array([0.0]), 5, TypeError, "indices has dtype float64: expected int32 or int64, pass .*astype"),
+    (np.array([0.0]), 5, TypeError, "indices has dtype float64: expected int32 or int64$"),
     (np.array([0], np.uint32), 5, TypeError, "indices has dtype uint32"),
     (np.array([True]), 5, TypeError, "indices has dtype bool"),
     (np.array([0], ">i8"), 5, TypeError, "indices has dtype >i8"),
@@ -266,7 +266,7 @@ def test_plans_stay_right_while_memory_is_used_again():
         rows = ROWS[2 + turn % 5]
         indices = some_indices(rng, rng.integers(5_000, 40_000), rows, KINDS[turn % 2])
         plan = IndexPlan(indices, rows)
-        fastopt.grad_norm(fastopt.BagGradient(plan, np.array([0]), np.ones((1, 1))))
+        fastopt.grad_norm(fastopt.BagGradient(plan, np.array([0]), np.ones((1, 1)), mode="sum"))
         if turn % 3 == 0:
             kept.append((plan, indices, rows))
         elif turn % 3 == 1 and len(kept) > 5:

@@ -454,7 +454,7 @@ def test_every_kind_of_gradient_gives_the_same_bits(case, decay):
             kinds = [
                 g,
                 IndexedSlices(order, g[order]),
-                BagGradient(order[:, None], None, g[order]),
+                BagGradient(order[:, None], None, g[order], mode="sum"),
                 BagGradient(order, np.arange(9), g[order], "mean"),
                 BagGradient(order[:, None], None, g[order], "max"),
             ]

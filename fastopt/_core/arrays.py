@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from fastopt._core.backend import backend_of
+from fastopt._core.versions import written
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 LOW_DTYPES = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -41,7 +42,52 @@ class TableInFiles(ABC):
         """State arrays in files, made if there are none."""
 
 
-def host_array(value: Any, label: str) -> np.ndarray:
+class Remedy:
+    """What to do about an array that does not fit, as messages say it: for one that is only read, whose copy
+    serves as well."""
+
+    def changed(self, value: Any, label: str, numpy: str, torch: str) -> str:
+        """To pass a changed copy, which these expressions make of an ``{}`` of NumPy or of torch."""
+        return f"pass {(numpy if isinstance(value, np.ndarray) else torch).format(label)}"
+
+    def unmasked(self, label: str) -> str:
+        return f"pass {label}.filled(0)"
+
+
+class _OfGradient(Remedy):
+    def changed(self, value: Any, label: str, numpy: str, torch: str) -> str:
+        return (
+            super().changed(value, label, numpy, torch) + " (zero_grads clears what is passed, a copy then)"
+        )
+
+
+class _OfOwn(Remedy):
+    """For an array that is written: a copy would be trained in place of what the model reads."""
+
+    def changed(self, value: Any, label: str, numpy: str, torch: str) -> str:
+        if isinstance(value, np.ndarray):
+            copy = numpy.format("array")
+            return (
+                f"have the model itself use {copy} in its place before the optimizer is built, and pass that"
+            )
+        own = f"{label}.data"
+        return f"before the optimizer is built, change the model's own: {own} = {torch.format(own)}"
+
+    def unmasked(self, label: str) -> str:
+        return f"pass {label}.data, the same memory without the mask"
+
+
+class _OfClipped(Remedy):
+    """For a gradient that is changed in place: the step must be given the same array."""
+
+    def changed(self, value: Any, label: str, numpy: str, torch: str) -> str:
+        return super().changed(value, label, numpy, torch) + ", and the same array to step"
+
+
+READ, GRADIENT, OWN, CLIPPED = Remedy(), _OfGradient(), _OfOwn(), _OfClipped()
+
+
+def host_array(value: Any, label: str, remedy: Remedy = READ) -> np.ndarray:
     """A NumPy view of ``value``, a NumPy array or a torch CPU tensor, without a copy.
 
     Raises:
@@ -49,25 +95,26 @@ def host_array(value: Any, label: str) -> np.ndarray:
     """
     if isinstance(value, np.ndarray):
         if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{label} is a masked array, whose mask would be lost: pass {label}.filled(0)")
+            raise TypeError(f"{label} is a masked array, whose mask would be lost: {remedy.unmasked(label)}")
         return np.asarray(value)
     if isinstance(value, TableInFiles):
         return value.weights
     torch = sys.modules.get("torch")  # loaded, if a tensor is at hand
     if torch is not None and isinstance(value, torch.Tensor):
-        return _torch_view(torch, value, label)
+        return _torch_view(torch, value, label, remedy)
     backend_of(value, label)  # which refuses arrays of devices that there is no backend for
-    raise TypeError(
-        f"{label} is {article(type(value).__name__)}: expected a NumPy array or a torch CPU tensor, "
-        "pass np.asarray(...)"
-    )
+    kind = article(type(value).__name__)
+    raise TypeError(f"{label} is {kind}: expected a NumPy array or a torch CPU tensor")
 
 
-def _torch_view(torch: Any, tensor: Any, label: str) -> np.ndarray:
+def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarray:
     if tensor.layout != torch.strided:
-        raise TypeError(
-            f"{label} is a sparse tensor: pass fastopt.IndexedSlices(t._indices()[0], t._values()) for it"
-        )
+        advice = f"pass {label}.to_dense()"
+        if remedy is OWN:
+            advice = "have the model itself use a dense one, such as .to_dense(), and pass that"
+        elif tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 1:
+            advice = f"pass fastopt.IndexedSlices({label}._indices()[0], {label}._values())"
+        raise TypeError(f"{label} is a sparse tensor: {advice}")
     backend_of(tensor, label)
     try:
         if tensor.dtype == torch.bfloat16:
@@ -75,7 +122,8 @@ def _torch_view(torch: Any, tensor: Any, label: str) -> np.ndarray:
         return tensor.detach().numpy()
     except TypeError as error:  # NumPy has no such dtype
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{label} has dtype {dtype}: expected {NAMES}, convert it with .float()") from error
+        advice = remedy.changed(tensor, label, "", "{}.float()")
+        raise TypeError(f"{label} has dtype {dtype}: expected {NAMES}; {advice}") from error
     except RuntimeError as error:
         raise TypeError(f"{label} can't be seen as a NumPy array: {error}") from error
 
@@ -84,60 +132,74 @@ def article(name: str) -> str:
     return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
 
 
-def check_float(array: np.ndarray, label: str) -> None:
-    """Refuse dtypes other than those of parameters, in native byte order."""
+def check_float(array: np.ndarray, label: str, value: Any, remedy: Remedy = READ) -> None:
+    """Refuse dtypes other than those of parameters, in native byte order. ``array``: a view of ``value``."""
     if array.dtype not in ALL_DTYPES:
-        raise TypeError(f"{label} has dtype {array.dtype}: expected {NAMES}, pass {label}.astype(np.float32)")
+        advice = remedy.changed(value, label, "{}.astype(np.float32)", "{}.float()")
+        raise TypeError(f"{label} has dtype {array.dtype}: expected {NAMES}; {advice}")
 
 
-def check_contiguous(array: np.ndarray, label: str) -> None:
-    """Refuse arrays that are not C-contiguous and aligned."""
+def check_contiguous(array: np.ndarray, label: str, value: Any, remedy: Remedy = READ) -> None:
+    """Refuse arrays that are not C-contiguous and aligned. ``array``: a view of ``value``."""
     if not array.flags.c_contiguous:
+        advice = remedy.changed(value, label, "np.ascontiguousarray({})", "{}.contiguous()")
         raise ValueError(
-            f"{label} has strides {array.strides} for shape {array.shape}: expected a C-contiguous array, "
-            f"pass np.ascontiguousarray({label})"
+            f"{label} has strides {array.strides} for shape {array.shape}: expected a C-contiguous array; "
+            f"{advice}"
         )
     if not array.flags.aligned:
-        raise ValueError(f"{label} is not aligned to its {array.itemsize}-byte elements: pass a copy of it")
+        advice = remedy.changed(value, label, "{}.copy()", "{}.clone()")
+        raise ValueError(f"{label} is not aligned to its {array.itemsize}-byte elements: {advice}")
+
+
+def check_writeable(array: np.ndarray, label: str, value: Any, expected: str, remedy: Remedy) -> None:
+    """Refuse arrays that can't be written. ``array``: a view of ``value``."""
+    if not array.flags.writeable:
+        advice = remedy.changed(value, label, "{}.copy()", "{}.clone()")
+        raise ValueError(f"{label} is read-only: expected {expected}; {advice}")
 
 
 def parameter_view(value: Any, label: str) -> np.ndarray:
     """``value`` as a C-contiguous, writable array of one of the dtypes of parameters."""
-    array = host_array(value, label)
-    check_float(array, label)
-    check_contiguous(array, label)
-    if not array.flags.writeable:
-        raise ValueError(f"{label} is read-only: expected an array to update in place, pass a copy of it")
+    array = host_array(value, label, OWN)
+    check_float(array, label, value, OWN)
+    check_contiguous(array, label, value, OWN)
+    check_writeable(array, label, value, "an array to update in place", OWN)
     return array
 
 
 def gradient_view(value: Any, label: str, parameter: np.ndarray, parameter_label: str) -> np.ndarray:
     """``value`` as a C-contiguous array of the parameter's shape and dtype, or float32 for one of 16 bits."""
-    array = host_array(value, label)
-    check_like(array, label, parameter, parameter_label)
+    array = host_array(value, label, GRADIENT)
+    check_like(array, label, value, parameter, parameter_label)
     if array.shape != parameter.shape:
         raise ValueError(
             f"{label} has shape {array.shape} but {parameter_label} has {parameter.shape}: "
             "they must be the same"
         )
-    check_contiguous(array, label)
+    check_contiguous(array, label, value, GRADIENT)
     return array
 
 
-def check_like(array: np.ndarray, label: str, parameter: np.ndarray, parameter_label: str) -> None:
-    """Refuse a gradient of another dtype than its parameter's, but for float32 with one of 16 bits."""
+def check_like(
+    array: np.ndarray, label: str, value: Any, parameter: np.ndarray, parameter_label: str
+) -> None:
+    """Refuse a gradient of another dtype than its parameter's, but for float32 with one of 16 bits.
+    ``array``: a view of ``value``."""
     if array.dtype != parameter.dtype and not (parameter.dtype in LOW_DTYPES and array.dtype == DTYPES[0]):
         module = "ml_dtypes" if parameter.dtype == LOW_DTYPES[1] else "np"
+        numpy, torch = f"{{}}.astype({module}.{parameter.dtype})", f"{{}}.to(torch.{parameter.dtype})"
         raise TypeError(
             f"{label} has dtype {array.dtype} but {parameter_label} has {parameter.dtype}: "
-            f"pass {label}.astype({module}.{parameter.dtype})"
+            f"{GRADIENT.changed(value, label, numpy, torch)}"
         )
 
 
 def before_writing(value: Any, rows: np.ndarray) -> None:
-    """Have a table in files keep rows that are about to change."""
+    """Have a table in files keep rows that are about to change, and torch know of a tensor's change."""
     if isinstance(value, TableInFiles):
         value.keep(rows)
+    written([value])
 
 
 def overlapping(starts: np.ndarray, ends: np.ndarray, written: np.ndarray) -> tuple[int, int] | None:
@@ -159,7 +221,7 @@ def refuse_overlap(label: str, other: str) -> None:
     """Raise for two arrays that share memory."""
     raise ValueError(
         f"{label} shares memory with {other}: expected arrays that do not overlap, "
-        "pass each parameter once and a copy of the gradient"
+        "pass each array once, and a copy of the gradient where one is"
     )
 
 

@@ -257,7 +257,10 @@ def backend_of(value: Any, label: str = "array") -> Backend:
     torch = sys.modules.get("torch")  # loaded, if a tensor is at hand
     if torch is not None and isinstance(value, torch.Tensor):
         if value.device.type != "cpu":
-            raise TypeError(f"{label} is on {value.device}: expected a tensor on the CPU, pass {label}.cpu()")
+            raise TypeError(
+                f"{label} is on {value.device}: expected a tensor on the CPU; move a model there by "
+                "model.cpu() before its optimizer is built, other tensors by .cpu()"
+            )
     elif hasattr(value, "__cuda_array_interface__"):
         raise TypeError(
             f"{label} is a CUDA array: expected an array in the CPU's memory, copy it there first"

@@ -74,12 +74,21 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     return view
 
 
+def _whole(array: np.ndarray, value: Any, label: str) -> str:
+    """What to do about an array of another dtype: numbers that are not whole, or a mask, are no indices."""
+    if array.dtype == bool:
+        return ", not a mask; pass np.flatnonzero(mask)" if array.ndim == 1 else ", not a mask"
+    if array.dtype.kind not in "iu":
+        return ""
+    return "; " + arrays.READ.changed(value, label, "{}.astype(np.int64)", "{}.long()")
+
+
 def checked_indices(indices: Any, label: str, rows: int | None) -> np.ndarray:
     """``indices`` as a NumPy array, every one in [0, rows)."""
     array = arrays.host_array(indices, label)
     if array.dtype not in (np.int32, np.int64):
         raise TypeError(
-            f"{label} has dtype {array.dtype}: expected int32 or int64, pass {label}.astype(np.int64)"
+            f"{label} has dtype {array.dtype}: expected int32 or int64{_whole(array, indices, label)}"
         )
     if array.size:
         if array.size < SMALL or not array.flags.c_contiguous:

@@ -5,7 +5,7 @@ import numbers
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -66,6 +66,43 @@ _FLAGS = {
 }
 
 
+class _Option(NamedTuple):
+    """An option that is being checked; its text, which is only made for errors, says what it is."""
+
+    name: str
+    label: str
+    value: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.label} is {self.value!r}"
+
+
+def plain(value: Any) -> Any:
+    """The number that a NumPy scalar, or an array or tensor of one element, holds now, and a tuple of numbers
+    for a list, tuple or array of them; anything else as it is.
+    """
+    if isinstance(value, bool | int | float | str | None) and not isinstance(value, np.generic):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    shape = getattr(value, "shape", None)
+    if not isinstance(shape, tuple) or not hasattr(value, "tolist") or isinstance(value, np.ma.MaskedArray):
+        return value
+    return value.item() if math.prod(shape) == 1 else plain(value.tolist())
+
+
+def is_immutable(value: Any) -> bool:
+    """Whether an option changes by assignment alone, which is not so of an array."""
+    if isinstance(value, tuple):
+        return all(map(is_immutable, value))
+    return value is None or callable(value) or isinstance(value, int | float | str | np.generic | np.dtype)
+
+
+def is_flag(value: Any) -> bool:
+    """Whether it is True or False, those of NumPy among them."""
+    return isinstance(value, bool | np.bool)
+
+
 def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
     """A copy of ``options`` with plain Python numbers. ``label`` names their parameter group in errors.
 
@@ -74,13 +111,13 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
     """
     checked: dict[str, Any] = {}
     for name, value in options.items():
-        where = f"{name} of {label} is {value!r}"
+        where = _Option(name, label, value)
         if name in _FLAGS:
-            if not isinstance(value, bool):
+            if not is_flag(value):
                 raise TypeError(f"{where}: expected True or False")
-            checked[name] = value
+            checked[name] = bool(value)
         elif name == "rows":
-            if value not in ("lazy", "dense"):
+            if not isinstance(value, str) or value not in ("lazy", "dense"):
                 raise ValueError(f"{where}: expected 'lazy' or 'dense'")
             checked[name] = value
         elif name in ("clip_row_norm", "state_dtype") and value is None:
@@ -88,31 +125,27 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
         elif name == "state_dtype":
             checked[name] = _state_dtype(value, where)
         elif name == "seed":
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, numbers.Integral)
-                or not 0 <= int(value) < 2**63
-            ):
+            seed = plain(value)
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
                 raise ValueError(f"{where}: expected a whole number from 0 to 2**63 - 1")
-            checked[name] = int(value)
+            checked[name] = seed
         elif name == "betas":
-            if not isinstance(value, tuple | list) or len(value) != 2:
-                raise TypeError(f"{where}: expected a pair of numbers, such as (0.9, 0.999)")
             pair = _FRACTION[0], "a pair of numbers in [0, 1)"
-            checked[name] = tuple(_number(beta, where, pair) for beta in value)
+            checked[name] = tuple(_number(beta, where, pair) for beta in _pair(where, "(0.9, 0.999)"))
         elif name == "eps" and "beta2_decay" in options:  # Adafactor has a pair of them.
-            if not isinstance(value, tuple | list) or len(value) != 2:
-                raise TypeError(f"{where}: expected a pair of numbers, such as (None, 1e-3)")
-            first = value[0] if value[0] is None else _number(value[0], where, _AT_LEAST_0)
-            checked[name] = first, _number(value[1], where, _AT_LEAST_0)
-        elif (name == "lr" and callable(value)) or (isinstance(value, bool) and name not in _RANGES):
+            first, second = _pair(where, "(None, 1e-3)")
+            first = first if first is None else _number(first, where, _AT_LEAST_0)
+            checked[name] = first, _number(second, where, _AT_LEAST_0)
+        elif name == "lr" and callable(value):
             checked[name] = value
+        elif is_flag(value) and name not in _RANGES:
+            checked[name] = bool(value)
         else:
             checked[name] = _number(value, where, _RANGES.get(name, _ANY))
     return checked
 
 
-def _state_dtype(value: Any, where: str) -> str:
+def _state_dtype(value: Any, where: _Option) -> str:
     """The name of the storage formats that ``value``, one of these names or a dtype, stands for."""
     if isinstance(value, str) and value in STATE_DTYPES:
         return value
@@ -126,18 +159,32 @@ def _state_dtype(value: Any, where: str) -> str:
     raise ValueError(f"{where}: expected None, {', '.join(others)} or {last}")
 
 
-def _number(value: Any, where: str, allowed: tuple[Callable[[float], bool], str]) -> int | float:
+def _pair(where: _Option, example: str) -> tuple:
+    """The option's two numbers."""
+    pair = plain(where.value)
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise TypeError(f"{where}: expected a pair of numbers, such as {example}")
+    return pair
+
+
+def _number(value: Any, where: _Option, allowed: tuple[Callable[[float], bool], str]) -> int | float:
     accepts, expected = allowed
-    number: int | float
-    if type(value) is float:  # which ABCs take long to find out
-        number = value
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+    number = _real(value)
+    if number is None:
         raise TypeError(f"{where}: expected {expected}")
-    else:
-        number = int(value) if isinstance(value, numbers.Integral) else float(value)
     if not abs(number) <= sys.float_info.max or not accepts(number):
         raise ValueError(f"{where}: expected {expected}")
     return number
+
+
+def _real(value: Any) -> int | float | None:
+    """The number that it is or holds, None if it is none."""
+    if type(value) is float:  # which ABCs take long to find out
+        return value
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_limit(value: Any, name: str) -> float:
@@ -148,10 +195,11 @@ def check_limit(value: Any, name: str) -> float:
     """
     if type(value) is float and value >= 0:
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}: expected a number")
     try:
-        number = float(value)
+        real = _real(value)
+        if real is None:
+            raise TypeError(f"{name} is {value!r}: expected a number")
+        number = float(real)
     except OverflowError:
         number = -math.inf
     if not number >= 0:

@@ -13,7 +13,7 @@ from fastopt._core import arrays
 from fastopt._core.arrays import TableInFiles
 from fastopt._core.backend import Backend, backend_of
 from fastopt._core.missed import ROW_STEPS, Counts, Tracking
-from fastopt._core.options import FIXED, SHARED, checked_options
+from fastopt._core.options import FIXED, SHARED, checked_options, is_immutable
 from fastopt._core.state import (
     MASTER,
     SCALES,
@@ -31,8 +31,6 @@ from fastopt.kernels import formats
 from fastopt.kernels.at_once import at_once
 from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 from fastopt.kernels.work import StoredTable
-
-_IMMUTABLE = int, float, str, tuple, np.generic, np.dtype
 
 
 class Definition(Protocol):
@@ -76,6 +74,7 @@ class ParameterGroup:
     decay: type = field(init=False)
     first: dict[str, float] = field(init=False)
     _seen: dict[str, Any] | None = None  # the options as adopted, if they can only change by assignment
+    _rate_type: type = float
     _fixed_rate: bool = False
 
     def adopt(self, checked: dict[str, Any], definition: Definition) -> None:
@@ -86,34 +85,31 @@ class ParameterGroup:
         self, checked: dict[str, Any], options: Mapping[str, Any], definition: Definition
     ) -> list[Callable[[], object]]:
         """The calls that go on with these options, ``options`` being what they were checked from."""
-        fixed = all(
-            name == "params" or value is None or callable(value) or isinstance(value, _IMMUTABLE)
-            for name, value in options.items()
-        )
         new = {
             "checked": checked,
             "rule": definition.rule(checked),
             "decay": decay_type(definition, checked),
             "first": definition.initial_state(checked),
-            "_seen": dict(options) if fixed else None,
             "_fixed_rate": not callable(checked["lr"]),
+            **_remembered(options),
         }
-        return [partial(setattr, self, name, value) for name, value in new.items()]
+        return [partial(vars(self).update, new)]
+
+    def remember(self) -> None:
+        """Take the options as they are for those adopted: they need no check until they change. With an array
+        among them, which may change in place, they are checked in every step."""
+        vars(self).update(_remembered(self.options))
 
     def is_steady(self) -> bool:
         """Whether its options are known to be those adopted, and give the same learning rate in each step."""
-        try:
-            return self._fixed_rate and self._seen == self.options
-        except ValueError:  # an array among them, which compares element by element
-            return False
+        return self._fixed_rate and not self.changed()
 
     def changed(self) -> bool:
         """Whether its options may differ from those adopted."""
         try:
-            if self._seen == self.options:
-                return False
-            return {**self.options, "params": None} != {**self.checked, "params": None}
-        except ValueError:  # an array among them, which compares element by element
+            # A number of few bits equals every number that is rounded to it.
+            return self._seen != self.options or type(self.options["lr"]) is not self._rate_type
+        except (ValueError, RuntimeError):  # an array or a tensor, which compares element by element
             return True
 
     def described(self, size: int, defaults: Mapping[str, Any]) -> str:
@@ -123,6 +119,11 @@ class ParameterGroup:
         names = (name for name in defaults if self.options.get(name) != SHARED.get(name, ()))
         options = ", ".join(f"{name}={self.options.get(name)!r}" for name in names)
         return f"{len(self.keys)} {noun}, {size:,} parameters: {options}"
+
+
+def _remembered(options: Mapping[str, Any]) -> dict[str, Any]:
+    fixed = all(name == "params" or is_immutable(value) for name, value in options.items())
+    return {"_seen": dict(options) if fixed else None, "_rate_type": type(options["lr"])}
 
 
 @dataclass(eq=False)
@@ -458,7 +459,10 @@ def changed_options(group: ParameterGroup, definition: Definition) -> dict[str, 
                 "make a new optimizer to change it"
             )
     definition.check_options(checked, group.label)
-    return group.checked if checked == group.checked else checked
+    if checked != group.checked:
+        return checked
+    group.remember()
+    return group.checked
 
 
 def _names(rule: Rule) -> str:

@@ -1,10 +1,15 @@
 """The structures that parameters and gradients come in: an array, a list, a dict, or groups of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, Set
 from typing import Any
+
+import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.backend import host
+
+# Types of which thousands of groups have gradients, and which need no look at each.
+_NEVER_ITERATORS = {list, tuple, np.ndarray, type(None)}
 
 
 def is_groups(params: Any) -> bool:
@@ -18,11 +23,29 @@ def is_groups(params: Any) -> bool:
 
 def as_container(params: Any, label: str) -> Any:
     """``params``, with any other iterable than a dict made a list."""
+    params = listed(params, label)
     if isinstance(params, dict) or (hasattr(params, "shape") and hasattr(params, "dtype")):
         return params
-    if isinstance(params, str | bytes) or not hasattr(params, "__iter__"):
+    if isinstance(params, Mapping):
+        return dict(params)
+    if not isinstance(params, list | tuple):
         arrays.host_array(params, label)  # raises
     return list(params)
+
+
+def listed(value: Any, label: str) -> Any:
+    """``value``, or a list of what it yields if it is an iterable but no array, list, tuple or dict.
+
+    Raises:
+        TypeError: it is a set, which has no order.
+    """
+    if type(value) is list or hasattr(value, "shape"):
+        return value
+    if isinstance(value, list | tuple | str | bytes | Mapping):
+        return value
+    if isinstance(value, Set) and not isinstance(value, KeysView | ItemsView):
+        raise TypeError(f"{label} is {arrays.article(type(value).__name__)}, which has no order: pass a list")
+    return list(value) if hasattr(value, "__iter__") else value
 
 
 def named_values(params: Any, label: str) -> Iterator[tuple[str | int, Any, str]]:
@@ -59,6 +82,9 @@ class Structure:
         self._containers = containers
         self._keys = keys
         self._grouped = grouped
+        self._count = sum(map(len, keys))
+        named = [isinstance(container, dict) for container in containers]
+        self._named, self._some_named = grouped and all(named), any(named)
         self._identities = [host().Identities(own) for own in values]
 
     def is_as_before(self, number: int) -> bool:
@@ -67,6 +93,36 @@ class Structure:
         if isinstance(params, list):
             return self._identities[number].are_those_of(params)
         return not isinstance(params, dict) or self._identities[number].are_those_of(list(params.values()))
+
+    def taken(self, grads: Any) -> Any:
+        """``grads`` with a list in the place of every iterator, which can be walked but once."""
+        grads = listed(grads, "grads")
+        if not self._grouped or not isinstance(grads, list | tuple) or len(grads) != len(self._containers):
+            return grads
+        if _NEVER_ITERATORS.issuperset(map(type, grads)):
+            return grads
+        own = [listed(entry, f"grads[{number}]") for number, entry in enumerate(grads)]
+        for number, entry in enumerate(own):
+            if (
+                isinstance(entry, dict)
+                and "params" in entry
+                and not isinstance(self._containers[number], dict)
+            ):
+                own[number] = {"params": listed(entry["params"], f"grads[{number}]['params']")}
+        return own
+
+    def _is_flat(self, grads: Any) -> bool:
+        """Whether gradients of groups come without the groups: a list of one for each parameter, one group
+        after the other, or a dict of all names. A list with an entry for each group is by groups if any entry
+        is a list or a dict."""
+        if isinstance(grads, Mapping):
+            return self._named and set(grads) == {key for keys in self._keys for key in keys}
+        if not isinstance(grads, list | tuple) or len(grads) != self._count:
+            return False
+        if self._some_named:
+            return False
+        by_group = (issubclass(kind, list | tuple | dict) for kind in set(map(type, grads)))
+        return len(grads) != len(self._containers) or not any(by_group)
 
     def entries(self, grads: Any) -> list | tuple:
         """The gradient of each parameter, or None.
@@ -80,6 +136,10 @@ class Structure:
                 return grads
             if not isinstance(params, list | dict) and not isinstance(grads, list | tuple | dict):
                 return [grads]
+        elif self._is_flat(grads):
+            if isinstance(grads, Mapping):
+                return [grads[key] for keys in self._keys for key in keys]
+            return grads
         entries: list[Any] = []
         for number, own, label in self._of_groups(grads):
             entries += self._paired(number, own, label)
@@ -87,6 +147,9 @@ class Structure:
 
     def label(self, grads: Any, index: int) -> str:
         """What the gradient of parameter ``index`` is called in messages."""
+        if self._grouped and self._is_flat(grads):
+            names = [key for keys in self._keys for key in keys]
+            return f"grads[{names[index]!r}]" if isinstance(grads, Mapping) else f"grads[{index}]"
         for number, _, label in self._of_groups(grads):
             params, keys = self._containers[number], self._keys[number]
             if index < len(keys):
@@ -102,8 +165,13 @@ class Structure:
             yield 0, grads, "grads"
             return
         if not isinstance(grads, list | tuple) or len(grads) != len(self._containers):
-            count = len(self._containers)
-            raise ValueError(f"grads is {_described(grads)}: expected a list of {count}, one entry a group")
+            expected = f"a list of {len(self._containers)}, one entry a group"
+            if self._named:
+                names = ", ".join(repr(key) for keys in self._keys for key in keys)
+                expected += f", or a dict with the keys of all parameters, {names}"
+            elif not self._some_named:
+                expected += f", or of {self._count}, one entry a parameter"
+            raise ValueError(f"grads is {_described(grads)}: expected {expected}")
         for number, (params, own) in enumerate(zip(self._containers, grads, strict=True)):
             label = f"grads[{number}]"
             if isinstance(own, dict) and "params" in own and not isinstance(params, dict):
@@ -151,7 +219,8 @@ def leaves(grads: Any, label: str) -> Iterator[tuple[Any, str]]:
     """Each gradient of an array, a sparse gradient, or nested lists and dicts of them, with its label."""
     if grads is None:
         return
-    if isinstance(grads, dict):
+    grads = listed(grads, label)
+    if isinstance(grads, Mapping):
         for key, value in grads.items():
             yield from leaves(value, f"{label}[{key!r}]")
     elif isinstance(grads, list | tuple):

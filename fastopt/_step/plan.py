@@ -187,8 +187,7 @@ class Plan:
             value, label = numbers_of(gradients.entries[index], gradients.label(index))
             if not arrays.host_array(value, label).flags.writeable:
                 raise ValueError(
-                    f"{label} is read-only: expected a gradient that can be set to zero, pass a copy of it "
-                    "or zero_grads=False"
+                    f"{label} is read-only: expected a gradient that can be set to zero; leave out zero_grads"
                 )
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from fastopt._core.options import check_limit
+from fastopt._core.options import check_limit, is_flag
 
 
 class StepInfo(NamedTuple):
@@ -62,7 +62,7 @@ def checked_settings(
     if grad_scale == 0 or math.isinf(grad_scale):
         raise ValueError(f"grad_scale is {grad_scale!r}: expected a finite number above 0")
     for name, flag in (("skip_nonfinite", skip_nonfinite), ("zero_grads", zero_grads)):
-        if flag is not False and flag is not True:
+        if not is_flag(flag):
             raise TypeError(f"{name} is {flag!r}: expected True or False")
-    need_norm = clip_norm is not None or skip_nonfinite
-    return Settings(clip_norm, limit, grad_scale, skip_nonfinite, zero_grads, need_norm)
+    need_norm = clip_norm is not None or bool(skip_nonfinite)
+    return Settings(clip_norm, limit, grad_scale, bool(skip_nonfinite), bool(zero_grads), need_norm)

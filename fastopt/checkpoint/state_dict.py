@@ -8,7 +8,7 @@ import numpy as np
 from fastopt._core import arrays
 from fastopt._core.backend import host
 from fastopt._core.missed import LAST_STEP, LR_HISTORY, MOST_COUNTED, ROW_STEPS, Tracking
-from fastopt._core.options import FIXED, SHARED
+from fastopt._core.options import FIXED, SHARED, plain
 from fastopt._core.parameters import (
     Definition,
     Parameter,
@@ -59,7 +59,7 @@ def state_dict(snapshot: Snapshot) -> dict[str, Any]:
             for p in snapshot.parameters
         },
         "param_groups": [
-            {**{name: value for name, value in group.options.items() if name != "params"},
+            {**{name: plain(value) for name, value in group.options.items() if name != "params"},
              "params": list(group.keys)}
             for group in snapshot.groups
         ],

@@ -31,13 +31,13 @@ class BagGradient(SparseGradient):
     Arrays may be NumPy arrays or torch CPU tensors; they are checked where they are used.
 
     Example:
-        >>> grad = BagGradient(np.array([3, 0, 3]), np.array([0, 2]), np.ones((2, 4), np.float32))
+        >>> grad = BagGradient(np.array([3, 0, 3]), np.array([0, 2]), np.ones((2, 4), np.float32), mode="sum")
     """
 
     indices: Any
     offsets: Any
     grad_output: Any
-    mode: str = "sum"
+    mode: str
     per_sample_weights: Any = None
     padding_idx: int | None = None
     include_last_offset: bool = False
@@ -49,14 +49,14 @@ class BagGradient(SparseGradient):
     def checked(self, label: str, rows: int | None) -> RowGradient:
         """The gradient with its bags."""
         values = arrays.host_array(self.grad_output, f"{label}.grad_output")
-        arrays.check_float(values, f"{label}.grad_output")
+        arrays.check_float(values, f"{label}.grad_output", self.grad_output, arrays.GRADIENT)
         bags = checked_bags(self, label, rows, values.dtype)
         if values.ndim != 2 or values.shape[0] != bags.count:
             raise ValueError(
                 f"{label}.grad_output has shape {values.shape}: expected ({bags.count}, dim), a row for "
                 "each bag"
             )
-        arrays.check_contiguous(values, f"{label}.grad_output")
+        arrays.check_contiguous(values, f"{label}.grad_output", self.grad_output, arrays.GRADIENT)
         return RowGradient(values, bags.indices, bags)
 
     def per_sample_weights_grad(self, table: Any) -> np.ndarray:
@@ -77,13 +77,13 @@ class BagGradient(SparseGradient):
             raise ValueError("mode is 'max', which takes no per_sample_weights: expected 'sum' or 'mean'")
         bags = checked_bags(self, "", source.shape[0], source.dtype)
         values = arrays.host_array(self.grad_output, "grad_output")
-        arrays.check_like(values, "grad_output", source, "table")
+        arrays.check_like(values, "grad_output", self.grad_output, source, "table")
         if values.shape != (bags.count, source.shape[1]):
             raise ValueError(
                 f"grad_output has shape {values.shape}: expected {(bags.count, source.shape[1])}, "
                 "(bags, dim of the table)"
             )
-        arrays.check_contiguous(values, "grad_output")
+        arrays.check_contiguous(values, "grad_output", self.grad_output)
         shape = bags.indices.array.shape
         bags = Bags(bags.indices, bags.offsets, bags.mode, None, bags.padding)
         rows = source

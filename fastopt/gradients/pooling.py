@@ -9,6 +9,7 @@ from fastopt._core import arrays
 from fastopt._core.arrays import LOW_DTYPES
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
+from fastopt._core.options import is_flag
 
 MODES = ("sum", "mean", "max")
 
@@ -73,11 +74,11 @@ class Bags:
 
 def checked_table(table: Any) -> np.ndarray:
     """``table``, which is to be read: of two dimensions, C-contiguous, of one of the dtypes of parameters."""
-    source = arrays.host_array(table, "table")
-    arrays.check_float(source, "table")
+    source = arrays.host_array(table, "table", arrays.OWN)
+    arrays.check_float(source, "table", table, arrays.OWN)
     if source.ndim != 2:
         raise ValueError(f"table has shape {source.shape}: expected (rows, dim)")
-    arrays.check_contiguous(source, "table")
+    arrays.check_contiguous(source, "table", table, arrays.OWN)
     return source
 
 
@@ -93,7 +94,7 @@ def checked_bags(given: Any, label: str, rows: int | None, dtype: np.dtype) -> B
 
 
 def _offsets(given: Any, indices: np.ndarray, prefix: str) -> np.ndarray:
-    if not isinstance(given.include_last_offset, bool):
+    if not is_flag(given.include_last_offset):
         raise TypeError(
             f"{prefix}include_last_offset is {given.include_last_offset!r}: expected True or False"
         )
@@ -114,10 +115,7 @@ def _offsets(given: Any, indices: np.ndarray, prefix: str) -> np.ndarray:
         )
     offsets = arrays.host_array(given.offsets, f"{prefix}offsets")
     if offsets.dtype not in (np.int32, np.int64):
-        raise TypeError(
-            f"{prefix}offsets has dtype {offsets.dtype}: expected int32 or int64, "
-            "pass offsets.astype(np.int64)"
-        )
+        raise TypeError(f"{prefix}offsets has dtype {offsets.dtype}: expected int32 or int64")
     if offsets.ndim != 1:
         raise ValueError(f"{prefix}offsets has shape {offsets.shape}: expected one dimension")
     if given.include_last_offset:

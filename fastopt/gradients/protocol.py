@@ -114,7 +114,8 @@ class SparseGradient(ABC):
                 f"{parameter.shape}: expected a 2-D parameter, pass a dense gradient"
             )
         values, values_label = self.numbers(label)
-        arrays.check_like(arrays.host_array(values, values_label), values_label, parameter, parameter_label)
+        array = arrays.host_array(values, values_label, arrays.GRADIENT)
+        arrays.check_like(array, values_label, values, parameter, parameter_label)
         checked = self.checked(label, parameter.shape[0])
         if checked.values.shape[1] != parameter.shape[1]:
             raise ValueError(

@@ -37,12 +37,12 @@ class IndexedSlices(SparseGradient):
         """The slices with values in two dimensions."""
         indices = Indices.checked(self.indices, f"{label}.indices", rows)
         values = arrays.host_array(self.values, f"{label}.values")
-        arrays.check_float(values, f"{label}.values")
+        arrays.check_float(values, f"{label}.values", self.values, arrays.GRADIENT)
         shape = indices.array.shape
         if values.ndim != len(shape) + 1 or values.shape[:-1] != shape:
             expected = ", ".join([*map(str, shape), "dim"])
             raise ValueError(
                 f"{label}.values has shape {values.shape}: expected ({expected}), indices.shape + (dim,)"
             )
-        arrays.check_contiguous(values, f"{label}.values")
+        arrays.check_contiguous(values, f"{label}.values", self.values, arrays.GRADIENT)
         return RowGradient(values.reshape(indices.array.size, values.shape[-1]), indices)
