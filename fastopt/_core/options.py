@@ -80,7 +80,7 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
                 raise TypeError(f"{where}: expected True or False")
             checked[name] = value
         elif name == "rows":
-            if value not in ("lazy", "dense"):
+            if not isinstance(value, str) or value not in ("lazy", "dense"):
                 raise ValueError(f"{where}: expected 'lazy' or 'dense'")
             checked[name] = value
         elif name in ("clip_row_norm", "state_dtype") and value is None:
@@ -117,7 +117,7 @@ def _state_dtype(value: Any, where: str) -> str:
     if isinstance(value, str) and value in STATE_DTYPES:
         return value
     name = str(value).removeprefix("torch.")  # The text of a torch dtype is torch.bfloat16, for example.
-    with suppress(TypeError):
+    with suppress(TypeError, ValueError):
         name = np.dtype(value).name
     for state_dtype, meaning in STATE_DTYPES.items():
         if name in meaning.dtypes:
