@@ -285,14 +285,14 @@ class Optimizer:
         return self._snapshot()
 
     @exclusive
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; arrays are copied.
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, options: bool = True) -> None:
+        """Restore what :meth:`state_dict` returned, copied; ``options`` as for :meth:`load`.
 
         Raises:
             ValueError, TypeError: the state is of another optimizer, of other parameters, shapes or
                 dtypes, or has options out of range. Nothing has changed then.
         """
-        self._take_over(states.checked_state(self._snapshot(), self, state_dict))
+        self._take_over(states.checked_state(self._snapshot(), self, state_dict, options=options))
 
     def _take_over(self, restored: states.Restored) -> None:
         """Go on with what was restored; tables in files have first values where a state is empty."""
@@ -300,8 +300,9 @@ class Optimizer:
         steps = [*(own.step for own in restored.states), restored.steps]
         calls = [partial(setitem, parameters.clock, ..., np.array(steps))]
         for group, options in zip(parameters.groups, restored.options, strict=True):
-            calls.append(partial(group.options.update, options))
-            calls += group.adopting(options, {**group.options, **options}, self)
+            if options is not None:
+                calls.append(partial(group.options.update, options))
+                calls += group.adopting(options, {**group.options, **options}, self)
         for parameter, (_, state, tracking) in zip(parameters.all, restored.states, strict=True):
             calls.append(partial(setattr, parameter, "tracking", tracking))
             if parameter.in_files is None:
@@ -313,6 +314,10 @@ class Optimizer:
                 calls.append(partial(setattr, parameter, "state", own))
                 for name, slot in slots.items():
                     calls.append(partial(setitem, own[name], ..., state.get(name, slot.first)))
+        for parameter, value in zip(parameters.all, restored.values, strict=True):
+            if value is not None:
+                parameter.before_writing(None)
+                calls.append(partial(setitem, parameter.view(), ..., value))
         self._planner.forget()
         at_once(calls)
 
@@ -321,7 +326,7 @@ class Optimizer:
         """Write the state to a safetensors file, atomically: a crash leaves the old file whole.
 
         Args:
-            path: the file.
+            path: the file, or a link to it, which stays one. A schedule as lr is stored by its ``repr``.
             params: write the parameters too, so that the file is a whole checkpoint.
             metadata: a dict of anything that JSON holds; :meth:`load` returns it, keys as strings.
 
@@ -332,27 +337,23 @@ class Optimizer:
         files.save(self._saved(), self, path, params=params, metadata=metadata)
 
     @exclusive
-    def load(self, path: Any, *, params: bool = False) -> dict[str, Any]:
-        """Restore what :meth:`save` wrote, into an optimizer built in the same way.
+    def load(self, path: Any, *, params: bool | None = None, options: bool = True) -> dict[str, Any]:
+        """Restore what :meth:`save` wrote to ``path``, all of it, and return its ``metadata``.
 
         Args:
-            path: the file.
-            params: read the parameters too, in place.
-
-        Returns:
-            The ``metadata`` given to :meth:`save`.
+            params: True: the file must hold parameters. False: keep your own.
+            options: False: keep your own, such as a new lr or a longer schedule; but ``rows``,
+                ``step_per_row``, ``state_dtype``, ``master_weights`` and the state must be the same. True: an
+                lr that is a schedule is not replaced by a number or another that a file names: it raises.
 
         Raises:
             OSError: the file can't be read.
             ValueError, TypeError: it is damaged, or of another optimizer or other parameters. Nothing has
                 changed then.
         """
-        loaded = files.load(self._snapshot(), self, path, params=params)
-        self._take_over(loaded.restored)
-        for parameter, view, array in loaded.params:
-            parameter.before_writing(None)
-            view[...] = array
-        return loaded.metadata
+        restored, metadata = files.load(self._snapshot(), self, path, params=params, options=options)
+        self._take_over(restored)
+        return metadata
 
     def __repr__(self) -> str:
         lines = []

@@ -328,7 +328,7 @@ def test_a_file_without_parameters_leaves_them(tmp_path):
     np.testing.assert_array_equal(q, 5.0)
     assert twin.steps == 1
     opt.save(tmp_path / "saved", params=True)
-    twin.load(tmp_path / "saved")
+    twin.load(tmp_path / "saved", params=False)
     np.testing.assert_array_equal(q, 5.0)
 
 
@@ -378,7 +378,7 @@ def failing(*arguments, **named):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("target", ["os.replace", "os.fsync", "safetensors.numpy.save_file"])
+@pytest.mark.parametrize("target", ["os.replace", "os.fsync", "zlib.crc32", "pathlib.Path.mkdir"])
 def test_a_failing_write_leaves_the_old_file_and_no_other(target, tmp_path, monkeypatch):
     path = tmp_path / "saved"
     opt = fastopt.Adam(np.ones(2))

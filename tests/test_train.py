@@ -463,9 +463,12 @@ def test_letters_keep_their_marks():
 
 
 def test_only_its_own_leftovers_are_removed(text, tmp_path):
-    for name in (".work.tmp", ".checkpoint.safetensors.abc.tmp"):
+    for name, file in (
+        (".work.tmp", "file"),
+        (".checkpoint.safetensors.0123abcd.tmp", "checkpoint.safetensors"),
+    ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("kept?")
+        (tmp_path / name / file).write_text("kept?")
     assert train("--text", text, *SMALL, "--out", tmp_path).returncode == 0
     assert [path.name for path in tmp_path.glob(".*")] == [".work.tmp"]
     assert (tmp_path / ".work.tmp" / "file").exists()

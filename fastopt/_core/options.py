@@ -150,7 +150,7 @@ def _state_dtype(value: Any, where: _Option) -> str:
     if isinstance(value, str) and value in STATE_DTYPES:
         return value
     name = str(value).removeprefix("torch.")  # The text of a torch dtype is torch.bfloat16, for example.
-    with suppress(TypeError):
+    with suppress(TypeError, ValueError):
         name = np.dtype(value).name
     for state_dtype, meaning in STATE_DTYPES.items():
         if name in meaning.dtypes:

@@ -1,21 +1,25 @@
 """Optimizers in safetensors files, written whole or not at all."""
 
-import errno
 import json
-import os
-import stat
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from reprlib import repr as short
+from typing import Any
 
 import numpy as np
 
-from fastopt._core.files import replacing
 from fastopt._core.parameters import Definition, Parameter, Snapshot, checked_group
-from fastopt.checkpoint.state_dict import Restored, checked_state, state_arrays
+from fastopt.checkpoint import tensors
+from fastopt.checkpoint.state_dict import (
+    Restored,
+    SavedSchedule,
+    check_optimizer,
+    checked_state,
+    state_arrays,
+)
 
-FORMAT = 1
+FORMAT = 2  # 1 was the same without checksums
 HEADER = "fastopt"
+_SCHEDULE = "schedule"  # the key under which a file has the name of a schedule in place of lr
 
 
 def save(
@@ -31,9 +35,9 @@ def save(
         raise TypeError(f"metadata is of type {type(metadata).__name__}: expected a dict")
     own = snapshot.parameters
     states = [state_arrays(p) for p in own]
-    tensors = {f"state.{i}.{slot}": a for i, state in enumerate(states) for slot, a in state.items()}
+    arrays = {f"state.{i}.{slot}": a for i, state in enumerate(states) for slot, a in state.items()}
     if params:
-        tensors.update({f"param.{i}": p.view() for i, p in enumerate(own)})
+        arrays.update({f"param.{i}": p.view() for i, p in enumerate(own)})
     header = {
         "format": FORMAT,
         "optimizer": snapshot.optimizer,
@@ -51,137 +55,126 @@ def save(
     }  # fmt: skip
     try:
         text = json.dumps(header)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"metadata holds what JSON can't: {error}") from error
-    write_tensors(path, tensors, {HEADER: text})
+    tensors.write(path, arrays, {HEADER: text})
 
 
-def write_tensors(path: Any, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside ``path``, bring it to the disk, and rename it.
-
-    Raises:
-        OSError: it can't be written; the old file is as it was.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    with replacing(target) as temporary:
-        temporary.touch()
-        permissions = temporary.stat().st_mode  # those of a new file here; save_file makes it private
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{target} can't be written: {error}") from error
-        temporary.chmod(stat.S_IMODE(permissions))
-
-
-class _Saved(NamedTuple):
-    """What a file holds: a state dict, the parameters if they were asked for, the metadata."""
-
-    state_dict: dict[str, Any]
-    params: list[np.ndarray]
-    metadata: dict[str, Any]
-
-
-class Loaded(NamedTuple):
-    """A file's content, checked against an optimizer.
-
-    params: the array of each parameter as it is now, and what the file holds of it; empty if the parameters
-    were not asked for.
-    """
-
-    restored: Restored
-    params: list[tuple[Parameter, np.ndarray, np.ndarray]]
-    metadata: dict[str, Any]
-
-
-def load(snapshot: Snapshot, definition: Definition, path: Any, *, params: bool) -> Loaded:
-    """Read ``path`` for an optimizer, and change nothing."""
-    from safetensors import SafetensorError
-
-    path = os.fspath(path)
-    try:
-        saved = _read(snapshot, path, params)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not as Optimizer.save saved it: {error!r}") from error
-    own = snapshot.parameters
-    views = [parameter.view() for parameter in own]
-    if params:
-        _check_params(own, views, saved.params, path)
-    restored = checked_state(snapshot, definition, saved.state_dict)
-    written = list(zip(own, views, saved.params, strict=True)) if params else []
-    return Loaded(restored, written, saved.metadata)
-
-
-def _read(snapshot: Snapshot, path: Any, params: bool) -> _Saved:
-    from safetensors import safe_open
-
-    # open() tells a missing file from one that can't be read, which safe_open does not.
-    with open(path, "rb"), safe_open(path, framework="numpy") as file:
-        header = _header(file.metadata(), path)
-        state = {}
-        for number, entry in enumerate(header["parameters"]):
-            slots = {slot: file.get_tensor(f"state.{number}.{slot}") for slot in entry["slots"]}
-            state[entry["key"]] = {"step": entry["step"], **slots}
-        count = len(state) if params and header["params"] else 0
-        arrays = [file.get_tensor(f"param.{number}") for number in range(count)]
-    state_dict = {
+def load(
+    snapshot: Snapshot, definition: Definition, path: Any, *, params: bool | None, options: bool
+) -> tuple[Restored, dict[str, Any]]:
+    """What ``path`` holds for an optimizer, checked against it, and the metadata; nothing changes."""
+    with tensors.opened(path) as file:
+        header = _header(file)
+        check_optimizer(header["optimizer"], snapshot, file.path)
+        if params and not header["params"]:
+            raise ValueError(
+                f"{file.path} holds no parameters, and params=True asks for them: save it with params=True, "
+                "or load it without"
+            )
+        state = _state(file, header)
+        count = len(state) if header["params"] and params is not False else 0
+        values = [file.read(f"param.{number}") for number in range(count)]
+    saved = {
         "optimizer": header["optimizer"],
         "steps": header["steps"],
         "state": state,
-        "param_groups": [
-            _from_json(snapshot, number, saved) for number, saved in enumerate(header["param_groups"])
-        ],
+        "param_groups": [_from_json(group) for group in header["param_groups"]],
     }
-    return _Saved(state_dict, arrays, header["metadata"])
+    restored = checked_state(snapshot, definition, saved, options=options, source=file.path)
+    if values:
+        _check_values(snapshot.parameters, values, file.path)
+        restored = restored._replace(values=values)
+    return restored, header["metadata"]
 
 
-def _header(metadata: dict[str, str] | None, path: Any) -> dict[str, Any]:
-    if not metadata or HEADER not in metadata:
+def load_metadata(path: Any) -> dict[str, Any]:
+    """The metadata of a file, without the rest."""
+    with tensors.opened(path) as file:
+        return _header(file)["metadata"]
+
+
+def _header(file: tensors.TensorFile) -> dict[str, Any]:
+    """What a file says of its optimizer; its lists and dicts are what they should be."""
+    path = file.path
+    if HEADER not in file.metadata:
         raise ValueError(f"{path} holds no optimizer: expected a file that Optimizer.save wrote")
-    header = json.loads(metadata[HEADER])
-    if header["format"] != FORMAT:
+    try:
+        header = json.loads(file.metadata[HEADER])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not as Optimizer.save saved it: {error}") from error
+    version = _field(header, "format", int, path)
+    if not 1 <= version <= FORMAT:
+        raise ValueError(f"{path} has format {version}: expected 1 to {FORMAT}, load it with a newer fastopt")
+    if version > 1 and not file.checked:
+        raise ValueError(f"{path} has no checksums: expected those that Optimizer.save wrote")
+    for name, kind in (("optimizer", str), ("params", bool), ("metadata", dict), ("steps", int)):
+        _field(header, name, kind, path)
+    for name in ("parameters", "param_groups"):
+        for number, entry in enumerate(_field(header, name, list, path)):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}[{name!r}][{number}] is {short(entry)}: expected a dict")
+    expected: set[str] = set()
+    for number, entry in enumerate(header["parameters"]):
+        where = f"{path}['parameters'][{number}]"
+        _field(entry, "key", (str, int), where)
+        _field(entry, "step", int, where)
+        slots = _field(entry, "slots", list, where)
+        if not all(isinstance(slot, str) for slot in slots):
+            raise ValueError(f"{where}['slots'] is {short(slots)}: expected names")
+        expected.update(f"state.{number}.{slot}" for slot in slots)
+        if header["params"]:
+            expected.add(f"param.{number}")
+    if expected != file.names:
+        name = min(expected ^ file.names)
         raise ValueError(
-            f"{path} has format {header['format']}: expected {FORMAT}, load it with a newer fastopt"
+            f"{path} is not a whole safetensors file: it {'lacks' if name in expected else 'has'} the tensor "
+            f"{name!r}, expected those that its metadata names"
         )
     return header
 
 
-def _check_params(own: list[Parameter], views: list[np.ndarray], saved: list[np.ndarray], path: Any) -> None:
-    if len(saved) != len(views):
-        raise ValueError(
-            f"{path} holds {len(saved)} parameters: expected {len(views)}, saved with params=True"
-        )
-    for parameter, view, array in zip(own, views, saved, strict=True):
-        if (array.shape, array.dtype) != (view.shape, view.dtype):
+def _field(entry: Any, name: str, kind: Any, where: str) -> Any:
+    if not isinstance(entry, dict) or name not in entry:
+        raise ValueError(f"{where} is not as Optimizer.save saved it: it lacks {name!r}")
+    if not isinstance(entry[name], kind) or (isinstance(entry[name], bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        expected = " or ".join(one.__name__ for one in kinds)
+        raise ValueError(f"{where}[{name!r}] is {short(entry[name])}: expected {expected}")
+    return entry[name]
+
+
+def _state(file: tensors.TensorFile, header: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    """The state of each parameter by its key."""
+    state = {}
+    for number, entry in enumerate(header["parameters"]):
+        if entry["key"] in state:
             raise ValueError(
-                f"{path} holds {parameter.label} with shape {array.shape} and dtype {array.dtype}: "
-                f"expected {view.shape} and {view.dtype}"
+                f"{file.path}['parameters'][{number}]['key'] is {entry['key']!r}, that of another one"
+            )
+        slots = {slot: file.read(f"state.{number}.{slot}") for slot in entry["slots"]}
+        state[entry["key"]] = {"step": entry["step"], **slots}
+    return state
+
+
+def _check_values(own: list[Parameter], values: list[np.ndarray], path: Any) -> None:
+    for parameter, value in zip(own, values, strict=True):
+        view = parameter.view()
+        if (value.shape, value.dtype) != (view.shape, view.dtype):
+            raise ValueError(
+                f"{path} holds {parameter.label} with shape {value.shape} and dtype {value.dtype}: "
+                f"expected {view.shape} and {view.dtype}, or pass params=False to keep your own"
             )
 
 
 def _to_json(value: Any) -> Any:
-    if callable(value):
-        return {"schedule": repr(value)}
-    return value
+    return {_SCHEDULE: repr(value)} if callable(value) else value
 
 
-def _from_json(snapshot: Snapshot, number: int, saved: dict[str, Any]) -> dict[str, Any]:
-    """A group's options; a schedule is not stored, and must be the one the optimizer was built with."""
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
-    if isinstance(options["lr"], dict):
-        groups = snapshot.groups
-        own = groups[number].options["lr"] if number < len(groups) else None
-        stored = options["lr"]["schedule"]
-        # The repr of a plain function names its address, which differs from run to run.
-        if not callable(own) or (" at 0x" not in stored and repr(own) != stored):
-            raise ValueError(
-                f"the saved lr is the schedule {stored}: build the optimizer with it, not {own!r}"
-            )
-        options["lr"] = own
+def _from_json(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's options; of a schedule a file has the name alone."""
+    options = {name: tuple(v) if isinstance(v, list) and name != "params" else v for name, v in group.items()}
+    match options.get("lr"):
+        case {"schedule": str(text)}:
+            options["lr"] = SavedSchedule(text)
     return options

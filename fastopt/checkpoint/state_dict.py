@@ -1,6 +1,8 @@
 """Optimizers as state dicts: taken, and checked before they are taken over."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from fastopt._core.state import SCALES
 from fastopt.kernels.at_once import at_once
 
 _KEYS = ("optimizer", "steps", "state", "param_groups")
+_MOST_LISTED = 20  # names in an error
 
 
 class ParameterState(NamedTuple):
@@ -32,12 +35,22 @@ class ParameterState(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """What a state dict holds, checked against an optimizer: ``options`` of each group, ``states`` of each
-    parameter."""
+    """What a state dict or a file holds, checked against an optimizer: all that is to change.
+
+    options: of each group, None to keep its own. states: of each parameter. values: the new value of each
+    parameter, None to keep its own.
+    """
 
     steps: int
-    options: list[dict[str, Any]]
+    options: list[dict[str, Any] | None]
     states: list[ParameterState]
+    values: list[np.ndarray] | list[None]
+
+
+class SavedSchedule(NamedTuple):
+    """The place of a learning rate's schedule in a file, which has its ``repr`` alone."""
+
+    text: str
 
 
 def state_arrays(parameter: Parameter) -> dict[str, np.ndarray]:
@@ -66,63 +79,97 @@ def state_dict(snapshot: Snapshot) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def checked_state(snapshot: Snapshot, definition: Definition, state_dict: Mapping[str, Any]) -> Restored:
+def checked_state(
+    snapshot: Snapshot,
+    definition: Definition,
+    state_dict: Mapping[str, Any],
+    *,
+    options: bool,
+    source: str = "state_dict",
+) -> Restored:
     """A copy of what ``state_dict`` holds, for the optimizer that ``snapshot`` is of.
+
+    Args:
+        options: whether to restore options; otherwise only those that the state depends on must be the same.
+        source: what errors call it: a dict, or the path of the file that it was read from.
 
     Raises:
         TypeError, ValueError: it does not fit the optimizer.
     """
     if not isinstance(state_dict, Mapping) or set(state_dict) != set(_KEYS):
-        got = (
-            ", ".join(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
-        )
         raise ValueError(
-            f"state_dict has {got}: expected the keys {', '.join(_KEYS)}, as state_dict() returns"
+            f"{source} has {_told(state_dict)}: expected the keys {', '.join(_KEYS)}, as state_dict() returns"
         )
-    name = snapshot.optimizer
-    if state_dict["optimizer"] != name:
-        raise ValueError(
-            f"state_dict is of the optimizer {state_dict['optimizer']!r}: expected {name!r}, "
-            "load it into the optimizer it came from"
-        )
-    steps = _count(state_dict["steps"], "state_dict['steps']")
+    check_optimizer(state_dict["optimizer"], snapshot, source)
+    steps = _count(state_dict["steps"], f"{source}['steps']")
     groups = state_dict["param_groups"]
     if not isinstance(groups, list | tuple) or len(groups) != len(snapshot.groups):
         raise ValueError(
-            f"state_dict['param_groups'] has {_length(groups)}: expected {len(snapshot.groups)} groups"
+            f"{source}['param_groups'] has {_told(groups)}: expected {len(snapshot.groups)} groups"
         )
-    options = [
-        _options(definition, group, saved, f"state_dict['param_groups'][{number}]")
+    saved_options = [
+        _options(definition, group, saved, f"{source}['param_groups'][{number}]", options)
         for number, (group, saved) in enumerate(zip(snapshot.groups, groups, strict=True))
     ]
     keys = [parameter.key for parameter in snapshot.parameters]
-    saved_state = state_dict["state"]
-    if not isinstance(saved_state, Mapping) or set(saved_state) != set(keys):
+    state = state_dict["state"]
+    if not isinstance(state, Mapping) or set(state) != set(keys):
         raise ValueError(
-            f"state_dict['state'] has {_length(saved_state)}: expected one entry for each of the parameters "
-            f"{', '.join(map(repr, keys))}"
+            f"{source}['state'] has {_told(state)}: expected one entry for each of the parameters "
+            f"{_listed(keys)}{_difference(state, keys)}"
         )
-    states = [_state(definition, options[p.group.number], p, saved_state[p.key]) for p in snapshot.parameters]
-    return Restored(steps, options, states)
+    states = [
+        _state(definition, saved_options[p.group.number], p, state[p.key], f"{source}['state'][{p.key!r}]")
+        for p in snapshot.parameters
+    ]
+    if options:
+        return Restored(steps, list(saved_options), states, [None] * len(states))
+    for parameter, own in zip(snapshot.parameters, states, strict=True):
+        saved = saved_options[parameter.group.number]
+        if own.tracking is not None and {**saved, "lr": None} != {**parameter.group.checked, "lr": None}:
+            raise ValueError(
+                f"{source}['state'][{parameter.key!r}] has rows that are behind, which must take the steps "
+                "missed under the saved options: load it with options=True, then change param_groups"
+            )
+    return Restored(steps, [None] * len(groups), states, [None] * len(states))
 
 
-def _options(definition: Definition, group: ParameterGroup, saved: Any, label: str) -> dict[str, Any]:
+def check_optimizer(saved: Any, snapshot: Snapshot, source: str) -> None:
+    """Refuse the state of another class of optimizers, before all else that would not fit."""
+    if not isinstance(saved, str) or saved != snapshot.optimizer:
+        raise ValueError(
+            f"{source} is of the optimizer {short(saved)}: expected {snapshot.optimizer!r}, load it into the "
+            "optimizer it came from"
+        )
+
+
+def _options(
+    definition: Definition, group: ParameterGroup, saved: Any, label: str, restore: bool
+) -> dict[str, Any]:
+    """The saved options, checked; in place of a learning rate that is not to be restored the group's own."""
     expected = {*definition.defaults, "params"}
     if isinstance(saved, Mapping) and saved:  # of a version that lacked some of the options that all have
         saved = {**{name: SHARED[name] for name in SHARED if name in expected}, **saved}
     if not isinstance(saved, Mapping) or set(saved) != expected:
-        raise ValueError(f"{label} has {_length(saved)}: expected the options {', '.join(sorted(expected))}")
-    keys = group.keys
-    if not isinstance(saved["params"], list | tuple) or list(saved["params"]) != keys:
         raise ValueError(
-            f"{label}['params'] is {saved['params']!r}: expected {keys!r}, the optimizer's parameters"
+            f"{label} has {_told(saved)}: expected the options {', '.join(sorted(expected))}"
+            f"{_difference(saved, expected)}"
         )
-    options = checked_group({**saved, "params": None}, label, definition)
+    keys = group.keys
+    names = saved["params"] if isinstance(saved["params"], list | tuple) else [None]
+    if not all(isinstance(name, str | int) for name in names) or list(names) != keys:
+        raise ValueError(
+            f"{label}['params'] is {short(saved['params'])}: expected {short(keys)}, the optimizer's "
+            f"parameters{_difference(saved['params'], keys)}"
+        )
+    lr = _restored_lr(saved["lr"], group, label) if restore else group.checked["lr"]
+    options = checked_group({**saved, "params": None, "lr": lr}, label, definition)
+    definition.check_options(options, label)
     for name in FIXED:
         if options[name] != group.checked[name]:
             raise ValueError(
-                f"{label} has {name} {options[name]!r}: expected {group.checked[name]!r}, "
-                "build the optimizer with the same options"
+                f"{label} has {name} {options[name]!r}: expected {group.checked[name]!r}, that of "
+                f"{group.label}; build the optimizer with {name}={options[name]!r}"
             )
     rule = definition.rule(options)
     if rule != group.rule:
@@ -134,15 +181,37 @@ def _options(definition: Definition, group: ParameterGroup, saved: Any, label: s
     return options
 
 
-def _state(
-    definition: Definition, options: Mapping[str, Any], parameter: Parameter, saved: Any
-) -> ParameterState:
-    label = f"state_dict['state'][{parameter.key!r}]"
-    expected = parameter.slots(_is_by_row(saved))
-    if not isinstance(saved, Mapping) or "step" not in saved:
+def _restored_lr(saved: Any, group: ParameterGroup, label: str) -> Any:
+    """The learning rate to go on with: what was saved, unless that would lose a schedule without a word."""
+    own = group.options["lr"]
+    if isinstance(saved, SavedSchedule):
+        if callable(own) and _name_of(repr(own)) == _name_of(saved.text):
+            return own
         raise ValueError(
-            f"{label} has {_length(saved)}: expected step and {', '.join(expected) or 'nothing else'}"
+            f"{label} has as lr the schedule {saved.text}, of which a file holds the name alone, and "
+            f"{group.label} has {own!r}: build the optimizer with that schedule, or pass options=False to "
+            "keep your own options"
         )
+    if callable(own) and not callable(saved):
+        raise ValueError(
+            f"{label} has lr {saved!r}, and {group.label} has the schedule {own!r}: build the optimizer with "
+            "a number, or pass options=False to keep your own options"
+        )
+    return saved
+
+
+def _name_of(text: str) -> str:
+    """The repr of a function without its address, which differs from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def _state(
+    definition: Definition, options: Mapping[str, Any], parameter: Parameter, saved: Any, label: str
+) -> ParameterState:
+    if not isinstance(saved, Mapping) or "step" not in saved:
+        names = ", ".join(parameter.slots()) or "nothing else"
+        raise ValueError(f"{label} has {_told(saved)}: expected step and {names}")
+    expected = parameter.slots(_is_by_row(saved))
     step = _count(saved["step"], f"{label}['step']")
     behind = {LAST_STEP, LR_HISTORY} & set(saved) if options["rows"] == "dense" else set()
     slots = set(saved) - {"step"} - behind
@@ -160,13 +229,13 @@ def _state(
         raise ValueError(
             f"{label}[{ROW_STEPS!r}] has counts from {counts.min()} to {counts.max()}: expected 0 to {step}"
         )
-    tracking = _tracking(definition, options, parameter, saved, step) if behind else None
+    tracking = _tracking(definition, options, parameter, saved, step, label) if behind else None
     return ParameterState(step, state, tracking)
 
 
-def _is_by_row(saved: Any) -> bool:
+def _is_by_row(saved: Mapping[str, Any]) -> bool:
     """Whether blocks of 8-bit codes end with the rows of a table."""
-    scales = [value for name, value in saved.items() if str(name).endswith(SCALES)] if saved else []
+    scales = [value for name, value in saved.items() if str(name).endswith(SCALES)]
     return any(getattr(value, "ndim", 0) == 2 for value in scales)
 
 
@@ -176,9 +245,9 @@ def _tracking(
     parameter: Parameter,
     saved: Mapping[str, Any],
     step: int,
+    label: str,
 ) -> Tracking:
     """Which rows are behind, and the steps since none was."""
-    label = f"state_dict['state'][{parameter.key!r}]"
     if LAST_STEP not in saved or LR_HISTORY not in saved:
         raise ValueError(f"{label} has one of {LAST_STEP} and {LR_HISTORY}: expected both or none")
     integer = np.dtype(np.int64)
@@ -200,7 +269,10 @@ def _tracking(
     for lr in lrs.tolist():
         if not 0 <= lr < np.inf:
             raise ValueError(f"{label}[{LR_HISTORY!r}] holds {lr!r}: expected finite numbers, at least 0")
-        at_once(tracking.history.advance(lr))
+        try:
+            at_once(tracking.history.advance(lr))
+        except ValueError as error:
+            raise ValueError(f"{label}[{LR_HISTORY!r}] does not go with the options: {error}") from error
     return tracking
 
 
@@ -216,11 +288,29 @@ def _array(value: Any, label: str, shape: tuple[int, ...], dtype: np.dtype) -> n
 
 def _count(value: Any, label: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= MOST_COUNTED:
-        raise ValueError(f"{label} is {value!r}: expected a whole number, at least 0")
+        raise ValueError(f"{label} is {short(value)}: expected a whole number, at least 0")
     return int(value)
 
 
-def _length(value: Any) -> str:
+def _told(value: Any) -> str:
+    """What there is in place of the keys, or of the list, that were expected."""
     if isinstance(value, Mapping):
-        return ", ".join(map(str, value)) or "no keys"
+        return _listed(value) or "no keys"
     return f"{len(value)} entries" if isinstance(value, list | tuple) else f"type {type(value).__name__}"
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """The names, of many the first."""
+    names = [str(name) for name in names]
+    more = f", and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more
+
+
+def _difference(got: Any, expected: Iterable[Any]) -> str:
+    """A name that is missing, and one that is not expected."""
+    if not isinstance(got, Mapping | list | tuple):
+        return ""
+    names, wanted = (dict.fromkeys(x for x in all_ if isinstance(x, str | int)) for all_ in (got, expected))
+    missing, other = (next((x for x in a if x not in b), None) for a, b in ((wanted, names), (names, wanted)))
+    lacks = "" if missing is None else f"; it lacks {missing!r}"
+    return lacks if other is None else f"{lacks}; it has {other!r}, which is not expected"

@@ -124,7 +124,6 @@ def _prepare(out: Path, resume: bool) -> Path:
 
 def _start(training: Training, checkpoint: Path, resume: bool, console: Console) -> None:
     """Go to the place of the checkpoint, or write the first one."""
-    results.remove_leftovers(checkpoint.parent)
     if resume and checkpoint.exists():
         _check_same(training, checkpoint)
         training.load(checkpoint)

@@ -1,15 +1,11 @@
 """The files that a training keeps in its folder: the checkpoint, the embeddings, the words and a plot."""
 
-import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from fastopt._core.files import TEMPORARY
-from fastopt.checkpoint.files import write_tensors
+from fastopt.checkpoint import tensors
+from fastopt.checkpoint.files import load_metadata
 from fastopt.train.corpus import Corpus
 from fastopt.train.skipgram import Settings, Training
 
@@ -47,26 +43,19 @@ def read(checkpoint: Path) -> Saved:
         ValueError: a training did not write it.
     """
     try:
-        # open() tells a file that is missing from one that is not readable, which safe_open does not.
-        with open(checkpoint, "rb"), safe_open(checkpoint, framework="numpy") as file:
-            saved = json.loads(file.metadata()["fastopt"])["metadata"]["skipgram"]
+        saved = load_metadata(checkpoint)["skipgram"]
         return Saved(saved["settings"], saved["digest"], saved["place"]["epoch"])
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{checkpoint} is not a checkpoint of fastopt train: choose another --out"
         ) from error
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of a training that was killed while it wrote."""
-    for name in (CHECKPOINT, EMBEDDINGS):
-        for leftover in folder.glob(f".{name}.*{TEMPORARY}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another --out") from error
 
 
 def write(training: Training, corpus: Corpus, folder: Path) -> None:
     """Write the embeddings, their words with the number of occurrences, and a plot of the losses."""
-    write_tensors(folder / EMBEDDINGS, {"embeddings": training.table_in}, {})
+    tensors.write(folder / EMBEDDINGS, {"embeddings": training.table_in}, {})
     lines = (f"{word}\t{count}\n" for word, count in zip(corpus.words, corpus.counts, strict=True))
     (folder / VOCABULARY).write_text("".join(lines), encoding="utf-8")
     _plot(training, folder / PLOT)
