@@ -1,29 +1,49 @@
 """Table: weights and state in memory-mapped files, flushed as a whole."""
 
-import contextlib
-import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastopt._core import arrays
+from fastopt._core.at_once import at_once
 from fastopt._core.files import sync
-from fastopt.tables.folder import META, WEIGHTS, Folder, Mapped, map_file
-from fastopt.tables.meta import Meta, Slot, checked_slot, listed
-from fastopt.tables.undo_log import UndoLog, checked_rows
+from fastopt.tables.files import write_file
+from fastopt.tables.folder import META, WEIGHTS, Folder, Paths
+from fastopt.tables.mapped import Mapped, blocks
+from fastopt.tables.meta import Meta, Slot, checked_progress, checked_slot, listed
+from fastopt.tables.sums import Sums
+from fastopt.tables.undo_log import UndoLog, checked_rows, write_empty
 
 Slots = Mapping[str, tuple[tuple[int, ...], np.dtype, float]]
+
+
+class _Flushed(NamedTuple):
+    """The flush that a table is at: replaced as a whole, so that no interrupt leaves the log of one with the
+    meta file of another.
+
+    former: of the flush before. log: of what follows. sums: None where an earlier version made the table.
+    prepared: what a commit makes of it. due: a commit, perhaps of several tables, has begun and must end.
+    """
+
+    meta: Meta
+    former: Meta | None
+    log: UndoLog
+    sums: Sums | None
+    prepared: "_Flushed | None" = None
+    due: bool = False
 
 
 class Table(arrays.TableInFiles):
     """A table of weights and its optimizer's state, in memory-mapped files; made by :func:`open_table`.
 
     Only the pages that are touched are read and written, and the system takes them out of memory as it needs.
-    A table is for one thread at a time, and open in one process at a time. A forked child shares the maps and
-    the lock.
+    A table is for one thread at a time, and open in one process at a time. A forked child may read the
+    weights; all that would write raises ``RuntimeError`` there, and closing leaves the parent's table open.
 
     Attributes:
         path: the folder.
@@ -42,7 +62,12 @@ class Table(arrays.TableInFiles):
       :func:`open_table` raises ``RuntimeError``, and a copy has to be restored.
     - What the caller writes to :attr:`weights` without :meth:`keep` is on the disk after the next flush, but
       is not undone by opening.
-    - A disk too full for a page of a sparse file ends the process by SIGBUS; opening recovers the table.
+    - A full disk is an ``OSError``: of :meth:`keep`, which reserves blocks for the pages of its rows, of
+      :meth:`state` or of a flush, and the last flush counts. Where a sparse file has no block, what the
+      caller writes without :meth:`keep` ends the process by SIGBUS then, and on tmpfs so does reading. File
+      systems that write each block anew, as btrfs, can't reserve.
+    - A log that is cut short, missing or damaged is seen by opening. Changed bits in the rows are not: see
+      :meth:`check`.
     """
 
     ndim = 2
@@ -53,20 +78,21 @@ class Table(arrays.TableInFiles):
         self.dtype = meta.dtype
         self.owner: Any = None
         self._folder = folder
-        self._meta = meta
-        self._next: Meta | None = None
         self._unsynced = False
-        self._weights: Mapped | None = map_file(self.path / WEIGHTS, meta.weights)
-        self._state = {name: map_file(folder.state(name), slot) for name, slot in meta.slots.items()}
-        former = folder.meta(meta.generation - 1)
-        self._former = Meta.read(former) if former.exists() else None
-        self._log = self._log_of(meta)
+        self._weights: Mapped | None = Mapped(self.path / WEIGHTS, meta.weights)
+        self._state = {name: Mapped(folder.state(name), slot) for name, slot in meta.slots.items()}
+        self._first: dict[str, float] = {}  # values of state arrays that the last flush did not have
+        path = folder.meta(meta.generation - 1)
+        former = Meta.read(path) if path.exists() else None
+        if former is not None:
+            meta.check_former(former, path)
+        self._flushed = _Flushed(meta, former, self._log_of(meta), self._sums_of(meta))
         self._recover()
 
     @property
     def changed(self) -> bool:
         """Whether rows were kept for changing since the last flush."""
-        return self._log.begun
+        return self._flushed.log.begun
 
     @property
     def closed(self) -> bool:
@@ -76,27 +102,27 @@ class Table(arrays.TableInFiles):
     @property
     def weights(self) -> np.ndarray:
         """The weights, an array [rows, dim]; writing to it writes to the file."""
-        return self._opened().array
+        return self._mapped().array
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        return self._meta.weights.nbytes
+        return self._flushed.meta.weights.nbytes
 
     @property
     def progress(self) -> dict[str, Any] | None:
         """What the last flush was given, None before the first."""
-        return self._meta.progress
+        return self._flushed.meta.progress
 
     @property
     def has_previous(self) -> bool:
         """Whether :meth:`roll_back` can go before the last flush."""
-        return self._former is not None
+        return self._flushed.former is not None
 
     @property
     def previous(self) -> dict[str, Any] | None:
         """What the flush before the last one was given, None if there was none."""
-        return None if self._former is None else self._former.progress
+        return None if self._flushed.former is None else self._flushed.former.progress
 
     def state(self, slots: Slots) -> dict[str, np.ndarray]:
         """Memory-mapped state arrays, created if there are none yet.
@@ -115,11 +141,14 @@ class Table(arrays.TableInFiles):
             ValueError, TypeError: an entry does not fit, or differs from what is stored.
             OSError: a file can't be written; there are no new arrays then.
         """
-        self._opened()
+        self._check_usable()
         checked = {name: checked_slot(name, entry, self.shape[0]) for name, entry in slots.items()}
-        if not self._state:
+        if checked and not self._state:
             values = {name: float(first) for name, (_, _, first) in slots.items()}
-            self._state = self._folder.make_state(checked, values)
+            made = self._folder.make_state(checked, values)
+            if self.changed:  # rows that are kept may be changed already
+                self._reserve(made, self._flushed.log.kept_rows())
+            at_once((partial(setattr, self, "_first", values), partial(setattr, self, "_state", made)))
         stored = self._slots()
         if stored != checked:
             raise ValueError(
@@ -139,15 +168,23 @@ class Table(arrays.TableInFiles):
 
         Raises:
             ValueError, TypeError: the rows do not fit.
-            OSError: the log can't be written; the rows must not be changed then.
+            OSError: the log can't be written, or the disk has no room for the rows; they must not be changed
+                then.
         """
-        self._opened()
+        self._check_usable()
         if rows is not None:
             rows = checked_rows(rows, self.shape[0])
             if not rows.size:
                 return
         self._withdraw()
-        self._log.keep(rows)
+        log = self._flushed.log
+        if rows is not None:
+            rows = log.missing(rows)
+            if not rows.size:
+                return
+        for mapped in self._all():
+            mapped.reserve(rows)
+        log.keep(rows)
 
     def prepare(self, progress: Mapping[str, Any]) -> None:
         """The first half of a flush: bring everything to the disk, but keep what opening goes back to.
@@ -164,33 +201,19 @@ class Table(arrays.TableInFiles):
             OSError: the files can't be written; the former flush counts.
             RuntimeError: writing failed before; what is on the disk is unknown.
         """
-        self._opened()
-        if not isinstance(progress, Mapping):
-            raise TypeError(f"progress is of type {type(progress).__name__}: expected a dict")
-        try:
-            stored = json.loads(json.dumps(dict(progress)))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"progress holds what JSON can't: {error}") from error
-        self._prepare(stored)
+        self._check_usable()
+        self._prepare(checked_progress(progress))
 
     def commit(self) -> None:
         """The second half of a flush: what :meth:`prepare` brought to the disk is what counts.
 
-        After an ``OSError`` it may be called again.
+        After an exception it may be called again.
 
         Raises:
             OSError: the meta file can't be renamed; the former flush counts.
             RuntimeError: nothing is prepared.
         """
-        self._opened()
-        if self._next is None:
-            raise RuntimeError(f"commit of {self.path} without a prepare: call prepare(progress) first")
-        # It is missing where an earlier call was interrupted right after renaming it.
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(self._folder.meta(self._next.generation), self.path / META)
-        self._advance()
-        sync(self.path)
-        self._folder.clean(self._meta.generation, self._state)
+        commit([self])
 
     def flush(self, progress: Mapping[str, Any] | None = None) -> None:
         """Bring everything to the disk: what opening goes back to from now on.
@@ -202,7 +225,7 @@ class Table(arrays.TableInFiles):
         Raises:
             TypeError, OSError, RuntimeError: as :meth:`prepare` and :meth:`commit` do.
         """
-        self._opened()
+        self._check_usable()
         if progress is not None:
             self.prepare(progress)
         elif self.owner is not None:
@@ -212,6 +235,24 @@ class Table(arrays.TableInFiles):
             self._prepare(self.progress)
         self.commit()
 
+    def check(self) -> None:
+        """Compare what the files hold with the checksums of the last flush, which is not done by opening.
+
+        It reads all of the table. A flush brings the checksums up to date from the rows that were kept, so
+        weights written without :meth:`keep` differ.
+
+        Raises:
+            ValueError: rows differ, the message names the file and which; or rows were kept since the last
+                flush; or a version without checksums made the table.
+        """
+        self._check_usable()
+        if self.changed:
+            raise ValueError(f"rows of {self.path} were kept since its last flush: flush it first")
+        sums = self._flushed.sums
+        if sums is None:
+            raise ValueError(f"{self.path} has no checksums: the version that made it had none")
+        sums.check([self._mapped(), *(self._state[name] for name in self._flushed.meta.slots)])
+
     def roll_back(self) -> None:
         """Go back to the flush before the last one; once, and before rows are kept for changing.
 
@@ -220,23 +261,30 @@ class Table(arrays.TableInFiles):
 
         Raises:
             ValueError: there is no such flush, or rows were kept since the last one.
-            OSError: a file can't be read or written; the table is closed then, and opening finishes the work.
+            RuntimeError: its undo log is damaged.
+            OSError: a file can't be read or written. After this or an interrupt the table is closed; opening
+                finishes the work.
         """
-        self._opened()
-        if self._former is None:
+        self._check_usable()
+        former = self._flushed.former
+        if former is None:
             raise ValueError(f"{self.path} has no flush before the last one to go back to")
-        if self._log.begun:
+        if self.changed:
             raise ValueError(
                 f"rows of {self.path} were kept since its last flush: close it and open it again first"
             )
+        log, sums = self._log_of(former), self._sums_of(former)
+        log.check()
+        weights, self._weights = self._weights, None  # closed until all is done
         try:
             # From here on the later flush is an unfinished one, for a crash too.
-            os.replace(self._folder.meta(self._former.generation), self.path / META)
+            os.replace(self._folder.meta(former.generation), self.path / META)
             sync(self.path)
-            self._meta, self._former, self._next = self._former, None, None
-            self._state = {name: self._state[name] for name in self._meta.slots}
-            self._log = self._log_of(self._meta)
-            self._recover()
+            self._state = {name: self._state[name] for name in former.slots}
+            self._flushed = _Flushed(former, None, log, sums)
+            self._first = {}
+            self._restore([weights, *self._state.values()])
+            self._weights = weights
         except BaseException:
             self.close()
             raise
@@ -246,10 +294,8 @@ class Table(arrays.TableInFiles):
 
         Arrays that the caller still holds stay mapped; writing to them is an error that nothing notices.
         """
-        if self._weights is None:
-            return
-        self._log.close()
         self._weights = None
+        self._flushed.log.close()
         self._state = {}
         self.owner = None
         self._folder.release()
@@ -260,7 +306,10 @@ class Table(arrays.TableInFiles):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Flush, unless an exception ends the block or the table is closed already, and close."""
+        """Flush, unless an exception ends the block or the table is closed already, and close.
+
+        A forked child's copy is closed, and a block that ends without an exception raises RuntimeError.
+        """
         try:
             if kind is None and self._weights is not None:
                 self.flush()
@@ -276,31 +325,59 @@ class Table(arrays.TableInFiles):
         size = f"{self.shape[0]:,} rows of {self.shape[1]} {self.dtype}"
         return f"Table({str(self.path)!r}, {size}{state}{closed})"
 
-    def _opened(self) -> Mapped:
+    def _mapped(self) -> Mapped:
         if self._weights is None:
             raise ValueError(f"the table {self.path} is closed: open it again with open_table")
         return self._weights
 
+    def _all(self) -> list[Mapped]:
+        return [self._mapped(), *self._state.values()]
+
+    def _check_usable(self) -> None:
+        self._mapped()
+        if not self._folder.is_own:
+            raise RuntimeError(
+                f"{self.path} was opened by the process that this one was forked from: use it there, or "
+                "close it there and open it here"
+            )
+
     def _slots(self) -> dict[str, Slot]:
         return {name: mapped.slot for name, mapped in self._state.items()}
 
-    def _sync_data(self) -> None:
-        for mapped in (self._opened(), *self._state.values()):
-            mapped.sync()
+    def _reserve(self, made: Mapping[str, Mapped], rows: np.ndarray) -> None:
+        try:
+            for mapped in made.values():
+                mapped.reserve(rows)
+        except BaseException:
+            self._folder.drop_state(made)
+            raise
 
     def _log_of(self, meta: Meta) -> UndoLog:
         """The log of what follows the flush ``meta``; state newer than that is discarded as a whole."""
         logged = [self.weights, *(self._state[name].array for name in meta.slots)]
-        return UndoLog(self._folder.undo(meta.generation), logged)
+        path = self._folder.undo(meta.generation)
+        return UndoLog(path, meta.generation, logged, expected=meta.logged)
+
+    def _sums_of(self, meta: Meta) -> Sums | None:
+        if meta.sums is None:
+            return None
+        return Sums.read(self._folder.sums(meta.generation), meta.rows, 1 + len(meta.slots), meta.sums)
 
     def _recover(self) -> None:
+        self._restore(self._all())
+
+    def _restore(self, logged: Sequence[Mapped]) -> None:
         """Put the arrays back to the flush that meta.json tells of, and delete what is left over."""
-        if self._log.path.exists():
-            self._log.restore()
-            self._sync_data()
-            self._log.path.unlink()
+        log, meta = self._flushed.log, self._flushed.meta
+        if log.check():  # damage shows before anything is written
+            for rows, *parts in log.records():
+                for mapped, part in zip(logged, parts, strict=True):
+                    mapped.restore(rows, part)
+            for mapped in logged:
+                at_once(mapped.syncing())
+            log.reset()
             sync(self.path)
-        self._folder.clean(self._meta.generation, self._state)
+        self._folder.clean(meta.generation, meta.slots)
 
     def _prepare(self, progress: dict[str, Any] | None) -> None:
         if self._unsynced:
@@ -310,31 +387,117 @@ class Table(arrays.TableInFiles):
                 "goes back to the last flush"
             )
         self._withdraw()
-        self._unsynced = True
-        self._sync_data()
-        self._log.seal()
-        self._unsynced = False
-        number = self._meta.generation + 1
-        following = self._meta._replace(slots=self._slots(), generation=number, progress=progress)
-        for meta in (self._meta, following):
-            meta.write(self._folder.meta(meta.generation))
+        flushed = self._flushed
+        try:
+            at_once(
+                (
+                    partial(setattr, self, "_unsynced", True),
+                    *(call for mapped in self._all() for call in mapped.syncing()),
+                    *flushed.log.syncing(),
+                    partial(setattr, self, "_unsynced", False),
+                )
+            )
+        except OSError:
+            raise
+        except BaseException:  # of a signal handler that a call was left for: the disk did not fail
+            self._unsynced = False
+            raise
+        flushed.log.seal()
+        number, sums = flushed.meta.generation + 1, self._new_sums()
+        meta = Meta(*self.shape, self.dtype, self._slots(), number, progress)
+        meta = write_flush(self._folder, meta, sums)
+        for one in (flushed.meta, meta):
+            one.write(self._folder.meta(one.generation))
         sync(self.path)
-        self._next = following
+        self._flushed = flushed._replace(prepared=_Flushed(meta, flushed.meta, self._log_of(meta), sums))
+
+    def _new_sums(self) -> Sums | None:
+        """The checksums after the rows that the log tells of have changed."""
+        flushed = self._flushed
+        if flushed.sums is None:
+            return None
+        everything = self._all()
+        everything = self._all()
+        sums = flushed.sums.with_arrays(len(everything))
+        fresh = {name: value for name, value in self._first.items() if name not in flushed.meta.slots}
+        filled: list[_Filled] = []
+        for name, value in fresh.items():
+            filled.append(_Filled(self._state[name].slot, value))
+            filled[-1].add_to(sums, everything.index(self._state[name]))
+        for rows, *parts in flushed.log.records() if flushed.log.begun else ():
+            before = [*parts, *(one.rows(rows) for one in filled)]
+            for number, (mapped, was) in enumerate(zip(everything, before, strict=True)):
+                sums.take_out(number, rows, was)
+                sums.add(number, rows, mapped.array[rows])
+        return sums
+
+    def _prepared(self) -> tuple[_Flushed, _Flushed]:
+        """The flush that it is at, and what a commit makes of it."""
+        self._check_usable()
+        flushed = self._flushed
+        if flushed.prepared is None:
+            raise RuntimeError(f"commit of {self.path} without a prepare: call prepare(progress) first")
+        return flushed, flushed.prepared
 
     def _withdraw(self) -> None:
-        """Take back a prepare that no commit followed."""
-        if self._next is not None:
-            try:
-                self._folder.meta(self._next.generation).unlink()
-            except FileNotFoundError:  # a commit was interrupted right after renaming it
-                self._advance()
-            self._next = None
-        self._log.unseal()
+        """Take back a prepare that no commit followed, or end a commit that was begun."""
+        if self._flushed.prepared is not None:
+            if self._flushed.due:
+                self.commit()
+            else:
+                self._flushed = self._flushed._replace(prepared=None)
+        self._flushed.log.unseal()
 
-    def _advance(self) -> None:
-        """Begin the interval after the flush that was prepared."""
-        assert self._next is not None
-        log, following = self._log, self._log_of(self._next)
-        # An interrupt must not leave the log of one flush with the meta file of another.
-        self._former, self._meta, self._next, self._log = self._meta, self._next, None, following
-        log.close()
+
+class _Filled(NamedTuple):
+    """A state array as it was made, all of one value."""
+
+    slot: Slot
+    value: float
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        return np.full((len(rows), *self.slot.shape[1:]), self.value, self.slot.dtype)
+
+    def add_to(self, sums: Sums, number: int) -> None:
+        for first, last in blocks(self.slot) if self.value else ():
+            rows = np.arange(first, last)
+            sums.add(number, rows, self.rows(rows))
+
+
+def write_flush(paths: Paths, meta: Meta, sums: Sums | None) -> Meta:
+    """Write what belongs to a flush beside its meta file, and return the meta file's content."""
+    if sums is not None:
+        content = sums.content()
+        write_file(paths.sums(meta.generation), content)
+        meta = meta._replace(sums=zlib.crc32(content))
+    write_empty(paths.undo(meta.generation), meta.generation)
+    return meta
+
+
+def commit(tables: Sequence[Table]) -> None:
+    """Make what each table prepared what counts, with no signal handler run between them.
+
+    Where an error comes between them, those that are left commit before they change again, so that no flush
+    can follow that only some have made.
+    """
+    both = [(table, *table._prepared()) for table in tables]
+    calls: list[Callable[[], object]] = [
+        partial(setattr, table, "_flushed", was._replace(due=True)) for table, was, _ in both
+    ]
+    for table, _, following in both:
+        prepared = table._folder.meta(following.meta.generation)
+        # It is missing where an error was reported of a renaming that was done.
+        if prepared.exists() or Meta.read(table.path / META).generation != following.meta.generation:
+            calls.append(partial(os.replace, prepared, table.path / META))
+        calls.append(partial(setattr, table, "_flushed", following))
+    try:
+        at_once(calls)
+    except OSError:
+        if all(table._folder.meta(following.meta.generation).exists() for table, _, following in both):
+            for table, was, _ in both:  # none is renamed: going on may take it back
+                table._flushed = was
+        raise
+    for table, was, following in both:
+        was.log.close()
+        sync(table.path)
+        table._folder.clean(following.meta.generation, table._state)
