@@ -29,7 +29,12 @@ class Mapped:
 
     def __init__(self, path: Path, slot: Slot) -> None:
         self.path, self.slot = path, slot
-        self._file = open_file(path, os.O_RDWR)
+        try:
+            self._file = open_file(path, os.O_RDWR)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                raise ValueError(f"{path} is missing: expected {slot}, as meta.json tells") from error
+            raise
         weakref.finalize(self, os.close, self._file)
         size = os.fstat(self._file).st_size
         if size != slot.nbytes:

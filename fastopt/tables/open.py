@@ -10,11 +10,12 @@ from numpy.typing import DTypeLike
 
 from fastopt._core import arrays
 from fastopt._core.files import replacing, sync
+from fastopt.tables.contents import write_beside
 from fastopt.tables.folder import META, WEIGHTS, Folder, Paths
 from fastopt.tables.mapped import fill, fill_by
 from fastopt.tables.meta import Meta, Slot, check_size, checked_dtype, checked_sizes
 from fastopt.tables.sums import Sums, filling
-from fastopt.tables.table import Table, write_flush
+from fastopt.tables.table import Table
 
 
 def open_table(
@@ -87,7 +88,7 @@ def _create(target: Path, weights: Slot, init: Callable[[int, int], Any] | None)
         else:
             fill_by(path, weights, filling(sums, lambda first, last: _initial(init, first, last, weights)))
         sync(path)
-        meta = write_flush(Paths(folder), Meta(rows, dim, weights.dtype, {}, 0, None), sums)
+        meta = write_beside(Paths(folder), Meta(rows, dim, weights.dtype, {}, 0, None), sums)
         meta.write(folder / META)
 
 

@@ -1,41 +1,22 @@
 """Table: weights and state in memory-mapped files, flushed as a whole."""
 
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.at_once import at_once
 from fastopt._core.files import sync
-from fastopt.tables.files import write_file
-from fastopt.tables.folder import META, WEIGHTS, Folder, Paths
-from fastopt.tables.mapped import Mapped, blocks
-from fastopt.tables.meta import Meta, Slot, checked_progress, checked_slot, listed
-from fastopt.tables.sums import Sums
-from fastopt.tables.undo_log import UndoLog, checked_rows, write_empty
+from fastopt.tables.contents import Contents, Flushed, write_beside
+from fastopt.tables.folder import META, Folder
+from fastopt.tables.meta import Meta, checked_progress, checked_slot, listed
+from fastopt.tables.undo_log import checked_rows
 
 Slots = Mapping[str, tuple[tuple[int, ...], np.dtype, float]]
-
-
-class _Flushed(NamedTuple):
-    """The flush that a table is at: replaced as a whole, so that no interrupt leaves the log of one with the
-    meta file of another.
-
-    former: of the flush before. log: of what follows. sums: None where an earlier version made the table.
-    prepared: what a commit makes of it. due: a commit, perhaps of several tables, has begun and must end.
-    """
-
-    meta: Meta
-    former: Meta | None
-    log: UndoLog
-    sums: Sums | None
-    prepared: "_Flushed | None" = None
-    due: bool = False
 
 
 class Table(arrays.TableInFiles):
@@ -51,23 +32,7 @@ class Table(arrays.TableInFiles):
         dtype: float32 or float64.
         owner: the optimizer that updates the table, whose ``flush`` is the table's, or None.
 
-    What a crash leaves:
-
-    - A process that ends in any way, ``kill -9`` too, leaves the table as at its last flush: the next
-      :func:`open_table` undoes what came later, in the rows passed to :meth:`keep` before they were changed
-      and in state arrays that were new. Of two flushes the later one counts once its :meth:`commit` renamed
-      the meta file; before, the earlier one does.
-    - A machine that stops (a power failure) leaves a table as at its last flush if no row was kept since, or
-      between :meth:`prepare` and :meth:`commit`. Otherwise pages may be on the disk that the log is not yet:
-      :func:`open_table` raises ``RuntimeError``, and a copy has to be restored.
-    - What the caller writes to :attr:`weights` without :meth:`keep` is on the disk after the next flush, but
-      is not undone by opening.
-    - A full disk is an ``OSError``: of :meth:`keep`, which reserves blocks for the pages of its rows, of
-      :meth:`state` or of a flush, and the last flush counts. Where a sparse file has no block, what the
-      caller writes without :meth:`keep` ends the process by SIGBUS then, and on tmpfs so does reading. File
-      systems that write each block anew, as btrfs, can't reserve.
-    - A log that is cut short, missing or damaged is seen by opening. Changed bits in the rows are not: see
-      :meth:`check`.
+    What a crash, a full disk and damage leave is told in ``fastopt.tables``.
     """
 
     ndim = 2
@@ -79,15 +44,14 @@ class Table(arrays.TableInFiles):
         self.owner: Any = None
         self._folder = folder
         self._unsynced = False
-        self._weights: Mapped | None = Mapped(self.path / WEIGHTS, meta.weights)
-        self._state = {name: Mapped(folder.state(name), slot) for name, slot in meta.slots.items()}
-        self._first: dict[str, float] = {}  # values of state arrays that the last flush did not have
+        contents = Contents(folder, meta)
         path = folder.meta(meta.generation - 1)
         former = Meta.read(path) if path.exists() else None
         if former is not None:
             meta.check_former(former, path)
-        self._flushed = _Flushed(meta, former, self._log_of(meta), self._sums_of(meta))
-        self._recover()
+        self._flushed = contents.at(meta, former)
+        contents.restore(self._flushed)
+        self._contents: Contents | None = contents
 
     @property
     def changed(self) -> bool:
@@ -97,12 +61,12 @@ class Table(arrays.TableInFiles):
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
-        return self._weights is None
+        return self._contents is None
 
     @property
     def weights(self) -> np.ndarray:
         """The weights, an array [rows, dim]; writing to it writes to the file."""
-        return self._mapped().array
+        return self._opened().weights.array
 
     @property
     def nbytes(self) -> int:
@@ -141,21 +105,17 @@ class Table(arrays.TableInFiles):
             ValueError, TypeError: an entry does not fit, or differs from what is stored.
             OSError: a file can't be written; there are no new arrays then.
         """
-        self._check_usable()
+        contents = self._own()
         checked = {name: checked_slot(name, entry, self.shape[0]) for name, entry in slots.items()}
-        if checked and not self._state:
-            values = {name: float(first) for name, (_, _, first) in slots.items()}
-            made = self._folder.make_state(checked, values)
-            if self.changed:  # rows that are kept may be changed already
-                self._reserve(made, self._flushed.log.kept_rows())
-            at_once((partial(setattr, self, "_first", values), partial(setattr, self, "_state", made)))
-        stored = self._slots()
-        if stored != checked:
+        if checked and not contents.state:
+            first = {name: float(value) for name, (_, _, value) in slots.items()}
+            contents.make_state(checked, first, self._flushed.log.kept_rows())
+        if contents.slots != checked:
             raise ValueError(
-                f"slots is {listed(checked)} but {self.path} holds the state {listed(stored)}: "
+                f"slots is {listed(checked)} but {self.path} holds the state {listed(contents.slots)}: "
                 "open it with the optimizer it was made with"
             )
-        return {name: self._state[name].array for name in slots}
+        return {name: contents.state[name].array for name in slots}
 
     def keep(self, rows: np.ndarray | None) -> None:
         """Log what rows hold, in the weights and each state array, before they are changed.
@@ -171,7 +131,7 @@ class Table(arrays.TableInFiles):
             OSError: the log can't be written, or the disk has no room for the rows; they must not be changed
                 then.
         """
-        self._check_usable()
+        contents = self._own()
         if rows is not None:
             rows = checked_rows(rows, self.shape[0])
             if not rows.size:
@@ -182,7 +142,7 @@ class Table(arrays.TableInFiles):
             rows = log.missing(rows)
             if not rows.size:
                 return
-        for mapped in self._all():
+        for mapped in contents.all:
             mapped.reserve(rows)
         log.keep(rows)
 
@@ -201,7 +161,7 @@ class Table(arrays.TableInFiles):
             OSError: the files can't be written; the former flush counts.
             RuntimeError: writing failed before; what is on the disk is unknown.
         """
-        self._check_usable()
+        self._own()
         self._prepare(checked_progress(progress))
 
     def commit(self) -> None:
@@ -225,14 +185,11 @@ class Table(arrays.TableInFiles):
         Raises:
             TypeError, OSError, RuntimeError: as :meth:`prepare` and :meth:`commit` do.
         """
-        self._check_usable()
-        if progress is not None:
-            self.prepare(progress)
-        elif self.owner is not None:
+        self._own()
+        if progress is None and self.owner is not None:
             self.owner.flush()
             return
-        else:
-            self._prepare(self.progress)
+        self._prepare(self.progress if progress is None else checked_progress(progress))
         self.commit()
 
     def check(self) -> None:
@@ -245,13 +202,14 @@ class Table(arrays.TableInFiles):
             ValueError: rows differ, the message names the file and which; or rows were kept since the last
                 flush; or a version without checksums made the table.
         """
-        self._check_usable()
+        contents = self._own()
         if self.changed:
             raise ValueError(f"rows of {self.path} were kept since its last flush: flush it first")
         sums = self._flushed.sums
         if sums is None:
             raise ValueError(f"{self.path} has no checksums: the version that made it had none")
-        sums.check([self._mapped(), *(self._state[name] for name in self._flushed.meta.slots)])
+        flushed = (contents.state[name] for name in self._flushed.meta.slots)
+        sums.check([contents.weights, *flushed])
 
     def roll_back(self) -> None:
         """Go back to the flush before the last one; once, and before rows are kept for changing.
@@ -265,26 +223,24 @@ class Table(arrays.TableInFiles):
             OSError: a file can't be read or written. After this or an interrupt the table is closed; opening
                 finishes the work.
         """
-        self._check_usable()
-        former = self._flushed.former
+        contents, former = self._own(), self._flushed.former
         if former is None:
             raise ValueError(f"{self.path} has no flush before the last one to go back to")
         if self.changed:
             raise ValueError(
                 f"rows of {self.path} were kept since its last flush: close it and open it again first"
             )
-        log, sums = self._log_of(former), self._sums_of(former)
-        log.check()
-        weights, self._weights = self._weights, None  # closed until all is done
+        flushed = contents.at(former, None)
+        flushed.log.check()
+        self._contents = None  # closed until all is done
         try:
             # From here on the later flush is an unfinished one, for a crash too.
             os.replace(self._folder.meta(former.generation), self.path / META)
             sync(self.path)
-            self._state = {name: self._state[name] for name in former.slots}
-            self._flushed = _Flushed(former, None, log, sums)
-            self._first = {}
-            self._restore([weights, *self._state.values()])
-            self._weights = weights
+            contents.drop_state(former.slots)
+            self._flushed = flushed
+            contents.restore(flushed)
+            self._contents = contents
         except BaseException:
             self.close()
             raise
@@ -294,9 +250,8 @@ class Table(arrays.TableInFiles):
 
         Arrays that the caller still holds stay mapped; writing to them is an error that nothing notices.
         """
-        self._weights = None
+        self._contents = None
         self._flushed.log.close()
-        self._state = {}
         self.owner = None
         self._folder.release()
 
@@ -311,7 +266,7 @@ class Table(arrays.TableInFiles):
         A forked child's copy is closed, and a block that ends without an exception raises RuntimeError.
         """
         try:
-            if kind is None and self._weights is not None:
+            if kind is None and self._contents is not None:
                 self.flush()
         finally:
             self.close()
@@ -320,64 +275,27 @@ class Table(arrays.TableInFiles):
         raise TypeError(f"{self!r} can't be copied or pickled: open it where it is needed")
 
     def __repr__(self) -> str:
-        closed = ", closed" if self._weights is None else ""
-        state = f", state {', '.join(self._state)}" if self._state else ""
+        closed = ", closed" if self._contents is None else ""
+        state = (
+            f", state {', '.join(self._contents.state)}" if self._contents and self._contents.state else ""
+        )
         size = f"{self.shape[0]:,} rows of {self.shape[1]} {self.dtype}"
         return f"Table({str(self.path)!r}, {size}{state}{closed})"
 
-    def _mapped(self) -> Mapped:
-        if self._weights is None:
+    def _opened(self) -> Contents:
+        if self._contents is None:
             raise ValueError(f"the table {self.path} is closed: open it again with open_table")
-        return self._weights
+        return self._contents
 
-    def _all(self) -> list[Mapped]:
-        return [self._mapped(), *self._state.values()]
-
-    def _check_usable(self) -> None:
-        self._mapped()
+    def _own(self) -> Contents:
+        """What it holds, for a change of it."""
+        contents = self._opened()
         if not self._folder.is_own:
             raise RuntimeError(
                 f"{self.path} was opened by the process that this one was forked from: use it there, or "
                 "close it there and open it here"
             )
-
-    def _slots(self) -> dict[str, Slot]:
-        return {name: mapped.slot for name, mapped in self._state.items()}
-
-    def _reserve(self, made: Mapping[str, Mapped], rows: np.ndarray) -> None:
-        try:
-            for mapped in made.values():
-                mapped.reserve(rows)
-        except BaseException:
-            self._folder.drop_state(made)
-            raise
-
-    def _log_of(self, meta: Meta) -> UndoLog:
-        """The log of what follows the flush ``meta``; state newer than that is discarded as a whole."""
-        logged = [self.weights, *(self._state[name].array for name in meta.slots)]
-        path = self._folder.undo(meta.generation)
-        return UndoLog(path, meta.generation, logged, expected=meta.logged)
-
-    def _sums_of(self, meta: Meta) -> Sums | None:
-        if meta.sums is None:
-            return None
-        return Sums.read(self._folder.sums(meta.generation), meta.rows, 1 + len(meta.slots), meta.sums)
-
-    def _recover(self) -> None:
-        self._restore(self._all())
-
-    def _restore(self, logged: Sequence[Mapped]) -> None:
-        """Put the arrays back to the flush that meta.json tells of, and delete what is left over."""
-        log, meta = self._flushed.log, self._flushed.meta
-        if log.check():  # damage shows before anything is written
-            for rows, *parts in log.records():
-                for mapped, part in zip(logged, parts, strict=True):
-                    mapped.restore(rows, part)
-            for mapped in logged:
-                at_once(mapped.syncing())
-            log.reset()
-            sync(self.path)
-        self._folder.clean(meta.generation, meta.slots)
+        return contents
 
     def _prepare(self, progress: dict[str, Any] | None) -> None:
         if self._unsynced:
@@ -387,91 +305,37 @@ class Table(arrays.TableInFiles):
                 "goes back to the last flush"
             )
         self._withdraw()
-        flushed = self._flushed
+        contents, flushed = self._own(), self._flushed
         try:
             at_once(
                 (
                     partial(setattr, self, "_unsynced", True),
-                    *(call for mapped in self._all() for call in mapped.syncing()),
+                    *contents.syncing(),
                     *flushed.log.syncing(),
                     partial(setattr, self, "_unsynced", False),
                 )
             )
-        except OSError:
-            raise
-        except BaseException:  # of a signal handler that a call was left for: the disk did not fail
-            self._unsynced = False
+        except BaseException as error:
+            # Others are of a signal handler that a call was left for: the disk did not fail.
+            self._unsynced = isinstance(error, OSError)
             raise
         flushed.log.seal()
-        number, sums = flushed.meta.generation + 1, self._new_sums()
-        meta = Meta(*self.shape, self.dtype, self._slots(), number, progress)
-        meta = write_flush(self._folder, meta, sums)
+        sums = contents.sums_after(flushed)
+        meta = Meta(*self.shape, self.dtype, contents.slots, flushed.meta.generation + 1, progress)
+        meta = write_beside(self._folder, meta, sums)
         for one in (flushed.meta, meta):
             one.write(self._folder.meta(one.generation))
         sync(self.path)
-        self._flushed = flushed._replace(prepared=_Flushed(meta, flushed.meta, self._log_of(meta), sums))
-
-    def _new_sums(self) -> Sums | None:
-        """The checksums after the rows that the log tells of have changed."""
-        flushed = self._flushed
-        if flushed.sums is None:
-            return None
-        everything = self._all()
-        everything = self._all()
-        sums = flushed.sums.with_arrays(len(everything))
-        fresh = {name: value for name, value in self._first.items() if name not in flushed.meta.slots}
-        filled: list[_Filled] = []
-        for name, value in fresh.items():
-            filled.append(_Filled(self._state[name].slot, value))
-            filled[-1].add_to(sums, everything.index(self._state[name]))
-        for rows, *parts in flushed.log.records() if flushed.log.begun else ():
-            before = [*parts, *(one.rows(rows) for one in filled)]
-            for number, (mapped, was) in enumerate(zip(everything, before, strict=True)):
-                sums.take_out(number, rows, was)
-                sums.add(number, rows, mapped.array[rows])
-        return sums
-
-    def _prepared(self) -> tuple[_Flushed, _Flushed]:
-        """The flush that it is at, and what a commit makes of it."""
-        self._check_usable()
-        flushed = self._flushed
-        if flushed.prepared is None:
-            raise RuntimeError(f"commit of {self.path} without a prepare: call prepare(progress) first")
-        return flushed, flushed.prepared
+        following = Flushed(meta, flushed.meta, contents.log_of(meta), sums)
+        self._flushed = flushed._replace(prepared=following)
 
     def _withdraw(self) -> None:
         """Take back a prepare that no commit followed, or end a commit that was begun."""
-        if self._flushed.prepared is not None:
-            if self._flushed.due:
-                self.commit()
-            else:
-                self._flushed = self._flushed._replace(prepared=None)
+        if self._flushed.due:
+            self.commit()
+        elif self._flushed.prepared is not None:
+            self._flushed = self._flushed._replace(prepared=None)
         self._flushed.log.unseal()
-
-
-class _Filled(NamedTuple):
-    """A state array as it was made, all of one value."""
-
-    slot: Slot
-    value: float
-
-    def rows(self, rows: np.ndarray) -> np.ndarray:
-        return np.full((len(rows), *self.slot.shape[1:]), self.value, self.slot.dtype)
-
-    def add_to(self, sums: Sums, number: int) -> None:
-        for first, last in blocks(self.slot) if self.value else ():
-            rows = np.arange(first, last)
-            sums.add(number, rows, self.rows(rows))
-
-
-def write_flush(paths: Paths, meta: Meta, sums: Sums | None) -> Meta:
-    """Write what belongs to a flush beside its meta file, and return the meta file's content."""
-    if sums is not None:
-        content = sums.content()
-        write_file(paths.sums(meta.generation), content)
-        meta = meta._replace(sums=zlib.crc32(content))
-    write_empty(paths.undo(meta.generation), meta.generation)
-    return meta
 
 
 def commit(tables: Sequence[Table]) -> None:
@@ -480,7 +344,12 @@ def commit(tables: Sequence[Table]) -> None:
     Where an error comes between them, those that are left commit before they change again, so that no flush
     can follow that only some have made.
     """
-    both = [(table, *table._prepared()) for table in tables]
+    both: list[tuple[Table, Flushed, Flushed]] = []
+    for table in tables:
+        table._own()
+        if table._flushed.prepared is None:
+            raise RuntimeError(f"commit of {table.path} without a prepare: call prepare(progress) first")
+        both.append((table, table._flushed, table._flushed.prepared))
     calls: list[Callable[[], object]] = [
         partial(setattr, table, "_flushed", was._replace(due=True)) for table, was, _ in both
     ]
@@ -500,4 +369,4 @@ def commit(tables: Sequence[Table]) -> None:
     for table, was, following in both:
         was.log.close()
         sync(table.path)
-        table._folder.clean(following.meta.generation, table._state)
+        table._folder.clean(following.meta.generation, table._opened().state)
