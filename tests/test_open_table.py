@@ -677,3 +677,59 @@ def test_state_in_fewer_bits_lies_in_files_and_goes_on_with_the_same_bits(tmp_pa
     np.testing.assert_array_equal(weights, alone)
     for slot, array in other.state_dict()["state"][0].items():
         np.testing.assert_array_equal(state[slot], array, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "alone", "remedy"),
+    [
+        (
+            lambda t: {"items": t},
+            lambda t: t,
+            r"parameter 'items' .* here it is 0: pass .*\{'items': table\}",
+        ),
+        (
+            lambda t: [t],
+            lambda t: {"items": t},
+            r"parameter 0 .* here it is 'items': pass it first, as \[table\]",
+        ),
+        (
+            lambda t: [np.zeros(3, F32), t],
+            lambda t: t,
+            "parameter 1 .* here it is 0: pass the 1 parameters before",
+        ),
+    ],
+)
+def test_a_table_under_another_name_is_refused_with_what_works(given, alone, remedy, tmp_path):
+    with new_table(tmp_path / "t") as table:
+        fastopt.SGD(given(table), lr=0.1).flush()
+    with fastopt.open_table(tmp_path / "t") as table:
+        with pytest.raises(ValueError, match=remedy):
+            fastopt.SGD(alone(table), lr=0.1)
+        fastopt.SGD(given(table), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", "x"),
+        ("steps", -5),
+        ("steps", 1e300),
+        ("step", 1.5),
+        ("tables", 3),
+        ("slots", [None]),
+        ("key", []),
+    ],
+)
+def test_edited_progress_is_refused(field, value, tmp_path):
+    with new_table(tmp_path / "t") as table:
+        fastopt.SGD(table, lr=0.1).flush()
+    meta = json.loads((tmp_path / "t" / "meta.json").read_text())
+    for bad in (
+        {**meta["progress"], field: value},
+        {k: v for k, v in meta["progress"].items() if k != field},
+    ):
+        (tmp_path / "t" / "meta.json").write_text(json.dumps({**meta, "progress": bad}))
+        table = fastopt.open_table(tmp_path / "t")
+        with pytest.raises(ValueError, match=rf"progress of params.*meta\.json.*{field}"):
+            fastopt.SGD(table, lr=0.1)
+        table.close()
