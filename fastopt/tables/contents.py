@@ -111,8 +111,7 @@ class Contents:
         for rows, *parts in flushed.log.records() if flushed.log.begun else ():
             before = [*parts, *(self._as_made(name, rows) for name in fresh)]
             for number, (mapped, was) in enumerate(zip(self.all, before, strict=True)):
-                sums.take_out(number, rows, was)
-                sums.add(number, rows, mapped.array[rows])
+                sums.add(number, rows, mapped.array[rows], was)
         return sums
 
     def _as_made(self, name: str, rows: np.ndarray) -> np.ndarray:

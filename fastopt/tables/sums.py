@@ -19,7 +19,7 @@ _CHUNK_WORDS = 1 << 16  # which stay in the cache
 
 
 class Sums:
-    """The sums of each array's blocks, int64 modulo 2^64.
+    """The sums of each array's blocks, modulo 2^64.
 
     Args:
         rows: of the table.
@@ -58,27 +58,27 @@ class Sums:
         more = np.zeros((count - len(self.values), self.values.shape[1]), np.uint64)
         return Sums(self._rows, np.concatenate([self.values, more]))
 
-    def add(self, array: int, rows: np.ndarray, content: np.ndarray) -> None:
-        """Put rows (sorted) in."""
-        self._change(np.add, array, rows, content)
-
-    def take_out(self, array: int, rows: np.ndarray, content: np.ndarray) -> None:
-        self._change(np.subtract, array, rows, content)
-
-    def _change(self, operation: np.ufunc, array: int, rows: np.ndarray, content: np.ndarray) -> None:
+    def add(
+        self, array: int, rows: np.ndarray, content: np.ndarray, before: np.ndarray | None = None
+    ) -> None:
+        """Put rows (sorted) in, in place of what they held before."""
         words = _words(content)
+        former = None if before is None else _words(before)
         weights = _random(np.arange(words.shape[1]), 1)
         step = max(1, _CHUNK_WORDS // words.shape[1])
         block_rows = _block_rows(self._rows)
         own = self.values[array]
         for first in range(0, len(rows), step):
             numbers = rows[first : first + step]
-            sums = words[first : first + step].astype(np.uint64) @ weights
+            part = words[first : first + step].astype(np.uint64)
+            if former is not None:
+                part -= former[first : first + step]
+            sums = part @ weights
             sums *= _random(numbers, 2)
             block = numbers // block_rows
             starts = np.flatnonzero(np.diff(block, prepend=-1))
             block = block[starts]
-            own[block] = operation(own[block], np.add.reduceat(sums, starts))
+            own[block] += np.add.reduceat(sums, starts)
 
     def check(self, arrays: Iterable[Mapped]) -> None:
         """Compare what the files hold.
