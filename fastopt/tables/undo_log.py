@@ -220,7 +220,9 @@ class UndoLog:
                 left = os.fstat(file.fileno()).st_size - at - _RECORD.size
                 if length > left and end is None:
                     return  # cut by a kill; its rows were not changed yet
-                payload = np.fromfile(file, np.uint8, min(length, left))
+                # Not by np.fromfile, which takes the exception of a signal handler for one of its own.
+                payload = np.empty(min(length, left), np.uint8)
+                file.readinto(payload.data)
                 if crc != zlib.crc32(payload.data):
                     raise self._damaged("a record is not as it was written")
                 at += _RECORD.size + length
