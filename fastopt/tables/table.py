@@ -357,7 +357,8 @@ def commit(tables: Sequence[Table]) -> None:
         prepared = table._folder.meta(following.meta.generation)
         # It is missing where an error was reported of a renaming that was done.
         if prepared.exists() or Meta.read(table.path / META).generation != following.meta.generation:
-            calls.append(partial(os.replace, prepared, table.path / META))
+            # As strings: a path is asked for its text by byte code.
+            calls.append(partial(os.replace, str(prepared), str(table.path / META)))
         calls.append(partial(setattr, table, "_flushed", following))
     try:
         at_once(calls)
