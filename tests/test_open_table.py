@@ -1,6 +1,8 @@
 """Tables in files as parameters: the bits of arrays, and what a crash leaves of them."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,13 +276,13 @@ def test_two_tables_come_back_at_a_common_flush(commits, first, tmp_path):
         if not first:
             opt.flush()
             opt.step([gradient(2), gradient(52)])
-        commit = fastopt.Table.commit
-        def dying(self):
+        replace = os.replace
+        def dying(*args):
             if not left[0]:
                 os._exit(3)
             left[0] -= 1
-            commit(self)
-        fastopt.Table.commit = dying
+            replace(*args)
+        os.replace = dying
         opt.flush()
         os._exit(3)
     """
@@ -312,23 +314,66 @@ def test_two_tables_come_back_at_a_common_flush(commits, first, tmp_path):
         b.close()
 
 
-def test_a_flush_that_fails_can_be_repeated(tmp_path, monkeypatch):
-    with new_table(tmp_path / "a") as a, new_table(tmp_path / "b") as b:
-        opt = fastopt.Adam([a, b])
-        opt.step([gradient(0), gradient(1)])
-        commit = fastopt.Table.commit
+def killed(paths, to):
+    """Copies of the tables' files as a kill now would leave them, opened."""
+    shutil.rmtree(to, ignore_errors=True)
+    return [fastopt.open_table(shutil.copytree(path, to / path.name)) for path in paths]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "disk"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize("stepped", ["", "a", "b", "ab"])
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_a_flush_that_fails_between_two_tables_can_be_repeated(
+    error, stepped, renamed, tmp_path, monkeypatch
+):
+    """At each later renaming, a kill leaves tables at a common step."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    twins = [start(0, ROWS).copy(), start(0, ROWS).copy()]
+    twin, at_steps = fastopt.Adam(twins), {}
+
+    def check():
         with monkeypatch.context() as patch:
-            patch.setattr(fastopt.Table, "commit", lambda self: commit(self) if self is a else 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                opt.flush()
-        opt.step([gradient(2), gradient(3)])
-        opt.flush()
-        a.close()
-        b.close()
-    with fastopt.open_table(tmp_path / "a") as a, fastopt.open_table(tmp_path / "b") as b:
+            patch.setattr(os, "replace", replace)
+            tables = killed(paths, tmp_path / "killed")
+            opt = fastopt.Adam(tables)
+            for table, own in zip(tables, at_steps[opt.steps], strict=True):
+                assert table.weights.tobytes() == own
+                table.close()
+        return opt.steps
+
+    replace, calls = os.replace, []
+
+    def checking(*args):
+        assert check() >= 1
+        calls.append(args)
+        if len(calls) - 1 == renamed:
+            raise error
+        replace(*args)
+
+    with new_table(paths[0]) as a, new_table(paths[1]) as b:
         opt = fastopt.Adam([a, b])
-        assert opt.steps == 2
-        assert opt.state_dict()["state"][0]["step"] == 2
+
+        def step(at, which="ab"):
+            grads = [gradient(at) if "a" in which else None, gradient(at + 50) if "b" in which else None]
+            for one in (opt, twin):
+                one.step(grads)
+            at_steps[opt.steps] = [twin.tobytes() for twin in twins]
+
+        step(0)
+        opt.flush()
+        step(1)
+        monkeypatch.setattr(os, "replace", checking)
+        with pytest.raises(type(error)):
+            opt.flush()
+        assert check() == 1
+        if stepped:
+            step(2, stepped)
+            assert check() in (1, 2)
+        opt.flush()
+        assert check() == opt.steps == (3 if stepped else 2)
+        for table, own in zip((a, b), twins, strict=True):
+            assert table.weights.tobytes() == own.tobytes()
+            table.close()
 
 
 def test_rows_scaled_to_a_norm_are_undone(tmp_path):
@@ -632,3 +677,59 @@ def test_state_in_fewer_bits_lies_in_files_and_goes_on_with_the_same_bits(tmp_pa
     np.testing.assert_array_equal(weights, alone)
     for slot, array in other.state_dict()["state"][0].items():
         np.testing.assert_array_equal(state[slot], array, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "alone", "remedy"),
+    [
+        (
+            lambda t: {"items": t},
+            lambda t: t,
+            r"parameter 'items' .* here it is 0: pass .*\{'items': table\}",
+        ),
+        (
+            lambda t: [t],
+            lambda t: {"items": t},
+            r"parameter 0 .* here it is 'items': pass it first, as \[table\]",
+        ),
+        (
+            lambda t: [np.zeros(3, F32), t],
+            lambda t: t,
+            "parameter 1 .* here it is 0: pass the 1 parameters before",
+        ),
+    ],
+)
+def test_a_table_under_another_name_is_refused_with_what_works(given, alone, remedy, tmp_path):
+    with new_table(tmp_path / "t") as table:
+        fastopt.SGD(given(table), lr=0.1).flush()
+    with fastopt.open_table(tmp_path / "t") as table:
+        with pytest.raises(ValueError, match=remedy):
+            fastopt.SGD(alone(table), lr=0.1)
+        fastopt.SGD(given(table), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", "x"),
+        ("steps", -5),
+        ("steps", 1e300),
+        ("step", 1.5),
+        ("tables", 3),
+        ("slots", [None]),
+        ("key", []),
+    ],
+)
+def test_edited_progress_is_refused(field, value, tmp_path):
+    with new_table(tmp_path / "t") as table:
+        fastopt.SGD(table, lr=0.1).flush()
+    meta = json.loads((tmp_path / "t" / "meta.json").read_text())
+    for bad in (
+        {**meta["progress"], field: value},
+        {k: v for k, v in meta["progress"].items() if k != field},
+    ):
+        (tmp_path / "t" / "meta.json").write_text(json.dumps({**meta, "progress": bad}))
+        table = fastopt.open_table(tmp_path / "t")
+        with pytest.raises(ValueError, match=rf"progress of params.*meta\.json.*{field}"):
+            fastopt.SGD(table, lr=0.1)
+        table.close()

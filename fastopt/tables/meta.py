@@ -1,4 +1,4 @@
-"""What meta.json holds, and checks of what goes into it."""
+"""What meta.json holds, and checks of what goes into it and of what is read."""
 
 import json
 import math
@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt._core import arrays
-from fastopt._core.files import sync
 from fastopt.kernels.formats import STATE_DTYPES
+from fastopt.tables.files import read_file, write_file
 
-FORMAT = 1
+FORMAT = 2  # with a log from each flush on, of checked length, and checksums
+FIRST_FORMAT = 1  # whose log is begun with the first row that is kept
+MOST = 2**62  # bytes of a file, and of every number in meta.json
+_MOST_AXES = 32
 
 
 def _state_dtypes() -> tuple[np.dtype, ...]:
@@ -36,7 +39,10 @@ class Slot(NamedTuple):
 
 
 class Meta(NamedTuple):
-    """A table as at one of its flushes, ``generation`` the number of that."""
+    """A table as at one of its flushes, ``generation`` the number of that.
+
+    format: of meta.json and the undo log. sums: the CRC of the file of checksums, None if there is none.
+    """
 
     rows: int
     dim: int
@@ -44,34 +50,176 @@ class Meta(NamedTuple):
     slots: dict[str, Slot]
     generation: int
     progress: dict[str, Any] | None
+    sums: int | None = None
+    format: int = FORMAT
 
     @property
     def weights(self) -> Slot:
         return Slot((self.rows, self.dim), self.dtype)
 
+    @property
+    def logged(self) -> bool:
+        """Whether there is a log though no row was kept."""
+        return self.format > FIRST_FORMAT
+
     def write(self, path: Path) -> None:
         slots = {name: {"shape": slot.shape, "dtype": _text(slot.dtype)} for name, slot in self.slots.items()}
-        stored = {"format": FORMAT, **self._asdict(), "dtype": self.dtype.str, "slots": slots}
-        path.write_text(json.dumps(stored), encoding="utf-8")
-        sync(path)
+        stored = {**self._asdict(), "dtype": self.dtype.str, "slots": slots}
+        write_file(path, json.dumps(stored).encode())
 
     @classmethod
     def read(cls, path: Path) -> "Meta":
-        text = path.read_text(encoding="utf-8")
+        """Raises:
+        ValueError: it is not as :meth:`write` wrote it; names the file and the field.
+        OSError: it can't be read.
+        """
         try:
-            stored = json.loads(text)
-            if stored["format"] != FORMAT:
-                raise ValueError(f"it has format {stored['format']}, expected {FORMAT}")
-            slots = {
-                name: Slot(
-                    tuple(slot["shape"]), checked_dtype(slot["dtype"], f"the state {name!r}", _state_dtypes())
+            return cls._checked(json.loads(read_file(path).decode(), object_pairs_hook=_once))
+        except RecursionError as error:
+            raise ValueError(f"{path} is not as open_table wrote it: it nests too deep") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not as open_table wrote it: {error}") from error
+
+    @classmethod
+    def _checked(cls, stored: Any) -> "Meta":
+        field = Fields(stored)
+        version = field.whole("format", FIRST_FORMAT)
+        if version > FORMAT:
+            raise ValueError(f"it has format {version}, expected {FORMAT} at most: a later version wrote it")
+        rows, dim = field.whole("rows", 1), field.whole("dim", 1)
+        dtype = _of_text(field.get("dtype"), "dtype", arrays.DTYPES)
+        slots = field.get("slots")
+        if not isinstance(slots, dict):
+            raise ValueError(f"slots is {_short(slots)}, expected an object")
+        checked = {name: _stored_slot(name, slot, rows) for name, slot in slots.items()}
+        progress = field.get("progress")
+        if progress is not None and not isinstance(progress, dict):
+            raise ValueError(f"progress is {_short(progress)}, expected an object or null")
+        sums = None
+        if version > FIRST_FORMAT and field.get("sums") is not None:
+            sums = field.whole("sums", 0)
+        found = cls(rows, dim, dtype, checked, field.whole("generation", 0), progress, sums, version)
+        _check_bytes(found.weights, "rows and dim")
+        return found
+
+    def check_former(self, former: "Meta", path: Path) -> None:
+        """Refuse the meta file of the flush before where it does not belong to this one."""
+        for name in ("rows", "dim", "dtype"):
+            if getattr(former, name) != getattr(self, name):
+                raise ValueError(
+                    f"{path} has {name} {getattr(former, name)}: expected {getattr(self, name)}, as meta.json"
                 )
-                for name, slot in stored["slots"].items()
-            }
-            dtype = checked_dtype(stored["dtype"], "it")
-            return cls(stored["rows"], stored["dim"], dtype, slots, stored["generation"], stored["progress"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is not as open_table wrote it: {error!r}") from error
+        if former.generation != self.generation - 1:
+            raise ValueError(
+                f"{path} has generation {former.generation}: expected {self.generation - 1}, as its name says"
+            )
+        if former.slots not in ({}, self.slots):
+            raise ValueError(
+                f"{path} has slots {listed(former.slots)}: expected {listed(self.slots)}, as meta.json"
+            )
+
+
+class Fields:
+    """An object read from JSON, whose values are checked as they are asked for."""
+
+    def __init__(self, stored: Any) -> None:
+        if not isinstance(stored, dict):
+            raise ValueError(f"it holds {_short(stored)}, expected an object")
+        self._stored = stored
+
+    def get(self, name: str) -> Any:
+        if name not in self._stored:
+            raise ValueError(f"{name} is missing")
+        return self._stored[name]
+
+    def whole(self, name: str, least: int, most: int = MOST) -> int:
+        return _whole(self.get(name), name, least, most)
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {_short(value)}, expected a string")
+        return value
+
+    def key(self, name: str) -> str | int:
+        return _key(self.get(name), name)
+
+    def keys(self, name: str) -> list[str | int]:
+        value = self.get(name)
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {_short(value)}, expected a list")
+        return [_key(one, name) for one in value]
+
+
+def _key(value: Any, name: str) -> str | int:
+    return value if isinstance(value, str) else _whole(value, name, 0, MOST)
+
+
+def _whole(value: Any, name: str, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} is {_short(value)}, expected a whole number from {least} to {most}")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which a name that comes twice would hide a value."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
+
+
+def _stored_slot(name: str, stored: Any, rows: int) -> Slot:
+    label = f"slots[{_short(name)}]"
+    if not name.isidentifier():
+        raise ValueError(f"{label} has a name that is no identifier")
+    if not isinstance(stored, dict) or set(stored) != {"shape", "dtype"}:
+        raise ValueError(f"{label} is {_short(stored)}, expected an object of shape and dtype")
+    shape = stored["shape"]
+    if not isinstance(shape, list) or not 1 <= len(shape) <= _MOST_AXES:
+        raise ValueError(f"{label} has shape {_short(shape)}, expected a list of sizes")
+    sizes = tuple(_whole(size, f"shape of {label}", 1, MOST) for size in shape)
+    if sizes[0] != rows:
+        raise ValueError(f"{label} has shape {_short(shape)}, expected {rows} rows")
+    slot = Slot(sizes, _of_text(stored["dtype"], f"dtype of {label}", arrays.DTYPES + _state_dtypes()))
+    _check_bytes(slot, label)
+    return slot
+
+
+def _check_bytes(slot: Slot, label: str) -> None:
+    if slot.nbytes > MOST:
+        raise ValueError(f"{label} is {slot}: expected a size that a file can have")
+
+
+def _of_text(value: Any, label: str, known: tuple[np.dtype, ...]) -> np.dtype:
+    for dtype in known:
+        if value == _text(dtype):
+            return dtype
+    raise ValueError(f"{label} is {_short(value)}, expected {' or '.join(map(_text, dict.fromkeys(known)))}")
+
+
+def _short(value: Any) -> str:
+    """A value in an error, where it may be long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def checked_progress(progress: Any) -> dict[str, Any]:
+    """What a caller has a flush store, as it will be read."""
+    if not isinstance(progress, Mapping):
+        raise TypeError(f"progress is of type {type(progress).__name__}: expected a dict")
+    try:
+        return json.loads(json.dumps(dict(progress)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"progress holds what JSON can't: {error}") from error
+
+
+def checked_sizes(rows: int, dim: int, dtype: np.dtype) -> Slot:
+    """The weights of a new table."""
+    weights = Slot((rows, dim), dtype)
+    _check_bytes(weights, "rows and dim")
+    return weights
 
 
 def checked_slot(name: Any, entry: Any, rows: int) -> Slot:
@@ -88,7 +236,11 @@ def checked_slot(name: Any, entry: Any, rows: int) -> Slot:
         check_size(size, f"a size of {label}")
     if not isinstance(first, int | float | np.integer | np.floating):
         raise TypeError(f"{label} has the first value {first!r}: expected a number")
-    return Slot(tuple(map(int, shape)), checked_dtype(dtype, label, _state_dtypes()))
+    if len(shape) > _MOST_AXES:
+        raise ValueError(f"{label} has {len(shape)} axes: expected {_MOST_AXES} at most")
+    slot = Slot(tuple(map(int, shape)), checked_dtype(dtype, label, _state_dtypes()))
+    _check_bytes(slot, label)
+    return slot
 
 
 def check_size(value: Any, label: str) -> None:

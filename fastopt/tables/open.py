@@ -10,8 +10,11 @@ from numpy.typing import DTypeLike
 
 from fastopt._core import arrays
 from fastopt._core.files import replacing, sync
-from fastopt.tables.folder import META, WEIGHTS, Folder, fill, fill_by
-from fastopt.tables.meta import Meta, Slot, check_size, checked_dtype
+from fastopt.tables.contents import write_beside
+from fastopt.tables.folder import META, WEIGHTS, Folder, Paths
+from fastopt.tables.mapped import fill, fill_by
+from fastopt.tables.meta import Meta, Slot, check_size, checked_dtype, checked_sizes
+from fastopt.tables.sums import Sums, filling
 from fastopt.tables.table import Table
 
 
@@ -39,10 +42,10 @@ def open_table(
 
     Raises:
         ValueError, TypeError: an argument does not fit, or differs from what is stored; or the folder holds
-            no table.
+            no table, or a file in it is not as it was written, or no regular file: nothing has changed then.
         BlockingIOError: the table is open already, here or in another process.
-        RuntimeError: the table was in use when the machine stopped, or its undo log is damaged; its content
-            can't be trusted.
+        RuntimeError: the table was in use when the machine stopped, or its undo log is damaged, cut short or
+            missing; its content can't be trusted.
         OSError: it can't be read or written.
     """
     for name, size in (("rows", rows), ("dim", dim)):
@@ -55,8 +58,8 @@ def open_table(
             raise ValueError(
                 f"rows is {rows} and dim is {dim}: expected both, for there is no table {target} yet"
             )
-        _create(target, Meta(int(rows), int(dim), dtype or arrays.DTYPES[0], {}, 0, None), init)
-    if not (target / META).is_file():
+        _create(target, checked_sizes(int(rows), int(dim), dtype or arrays.DTYPES[0]), init)
+    if not os.path.lexists(target / META):
         raise ValueError(f"{target} holds no table: expected a folder that open_table made, or none yet")
     folder = Folder(target)
     try:
@@ -74,15 +77,18 @@ def open_table(
         raise
 
 
-def _create(target: Path, meta: Meta, init: Callable[[int, int], Any] | None) -> None:
+def _create(target: Path, weights: Slot, init: Callable[[int, int], Any] | None) -> None:
+    rows, dim = weights.shape
+    sums = Sums.zeros(rows, 1)
     with replacing(target) as folder:
         folder.mkdir()  # with the permissions of a new folder; the one around it is private
-        path, weights = folder / WEIGHTS, meta.weights
+        path = folder / WEIGHTS
         if init is None:
             fill(path, weights, 0.0)
         else:
-            fill_by(path, weights, lambda first, last: _initial(init, first, last, weights))
+            fill_by(path, weights, filling(sums, lambda first, last: _initial(init, first, last, weights)))
         sync(path)
+        meta = write_beside(Paths(folder), Meta(rows, dim, weights.dtype, {}, 0, None), sums)
         meta.write(folder / META)
 
 

@@ -1,19 +1,20 @@
 """Table: weights and state in memory-mapped files, flushed as a whole."""
 
-import contextlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from fastopt._core import arrays
+from fastopt._core.at_once import at_once
 from fastopt._core.files import sync
-from fastopt.tables.folder import META, WEIGHTS, Folder, Mapped, map_file
-from fastopt.tables.meta import Meta, Slot, checked_slot, listed
-from fastopt.tables.undo_log import UndoLog, checked_rows
+from fastopt.tables.contents import Contents, Flushed, write_beside
+from fastopt.tables.folder import META, Folder
+from fastopt.tables.meta import Meta, checked_progress, checked_slot, listed
+from fastopt.tables.undo_log import checked_rows
 
 Slots = Mapping[str, tuple[tuple[int, ...], np.dtype, float]]
 
@@ -22,8 +23,8 @@ class Table(arrays.TableInFiles):
     """A table of weights and its optimizer's state, in memory-mapped files; made by :func:`open_table`.
 
     Only the pages that are touched are read and written, and the system takes them out of memory as it needs.
-    A table is for one thread at a time, and open in one process at a time. A forked child shares the maps and
-    the lock.
+    A table is for one thread at a time, and open in one process at a time. A forked child may read the
+    weights; all that would write raises ``RuntimeError`` there, and closing leaves the parent's table open.
 
     Attributes:
         path: the folder.
@@ -31,18 +32,7 @@ class Table(arrays.TableInFiles):
         dtype: float32 or float64.
         owner: the optimizer that updates the table, whose ``flush`` is the table's, or None.
 
-    What a crash leaves:
-
-    - A process that ends in any way, ``kill -9`` too, leaves the table as at its last flush: the next
-      :func:`open_table` undoes what came later, in the rows passed to :meth:`keep` before they were changed
-      and in state arrays that were new. Of two flushes the later one counts once its :meth:`commit` renamed
-      the meta file; before, the earlier one does.
-    - A machine that stops (a power failure) leaves a table as at its last flush if no row was kept since, or
-      between :meth:`prepare` and :meth:`commit`. Otherwise pages may be on the disk that the log is not yet:
-      :func:`open_table` raises ``RuntimeError``, and a copy has to be restored.
-    - What the caller writes to :attr:`weights` without :meth:`keep` is on the disk after the next flush, but
-      is not undone by opening.
-    - A disk too full for a page of a sparse file ends the process by SIGBUS; opening recovers the table.
+    What a crash, a full disk and damage leave is told in ``fastopt.tables``.
     """
 
     ndim = 2
@@ -53,50 +43,50 @@ class Table(arrays.TableInFiles):
         self.dtype = meta.dtype
         self.owner: Any = None
         self._folder = folder
-        self._meta = meta
-        self._next: Meta | None = None
         self._unsynced = False
-        self._weights: Mapped | None = map_file(self.path / WEIGHTS, meta.weights)
-        self._state = {name: map_file(folder.state(name), slot) for name, slot in meta.slots.items()}
-        former = folder.meta(meta.generation - 1)
-        self._former = Meta.read(former) if former.exists() else None
-        self._log = self._log_of(meta)
-        self._recover()
+        contents = Contents(folder, meta)
+        path = folder.meta(meta.generation - 1)
+        former = Meta.read(path) if path.exists() else None
+        if former is not None:
+            meta.check_former(former, path)
+        self._flushed = contents.at(meta, former)
+        contents.restore(self._flushed)
+        self._contents: Contents | None = contents
 
     @property
     def changed(self) -> bool:
         """Whether rows were kept for changing since the last flush."""
-        return self._log.begun
+        return self._flushed.log.begun
 
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
-        return self._weights is None
+        return self._contents is None
 
     @property
     def weights(self) -> np.ndarray:
         """The weights, an array [rows, dim]; writing to it writes to the file."""
-        return self._opened().array
+        return self._opened().weights.array
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        return self._meta.weights.nbytes
+        return self._flushed.meta.weights.nbytes
 
     @property
     def progress(self) -> dict[str, Any] | None:
         """What the last flush was given, None before the first."""
-        return self._meta.progress
+        return self._flushed.meta.progress
 
     @property
     def has_previous(self) -> bool:
         """Whether :meth:`roll_back` can go before the last flush."""
-        return self._former is not None
+        return self._flushed.former is not None
 
     @property
     def previous(self) -> dict[str, Any] | None:
         """What the flush before the last one was given, None if there was none."""
-        return None if self._former is None else self._former.progress
+        return None if self._flushed.former is None else self._flushed.former.progress
 
     def state(self, slots: Slots) -> dict[str, np.ndarray]:
         """Memory-mapped state arrays, created if there are none yet.
@@ -115,18 +105,17 @@ class Table(arrays.TableInFiles):
             ValueError, TypeError: an entry does not fit, or differs from what is stored.
             OSError: a file can't be written; there are no new arrays then.
         """
-        self._opened()
+        contents = self._own()
         checked = {name: checked_slot(name, entry, self.shape[0]) for name, entry in slots.items()}
-        if not self._state:
-            values = {name: float(first) for name, (_, _, first) in slots.items()}
-            self._state = self._folder.make_state(checked, values)
-        stored = self._slots()
-        if stored != checked:
+        if checked and not contents.state:
+            first = {name: float(value) for name, (_, _, value) in slots.items()}
+            contents.make_state(checked, first, self._flushed.log.kept_rows())
+        if contents.slots != checked:
             raise ValueError(
-                f"slots is {listed(checked)} but {self.path} holds the state {listed(stored)}: "
+                f"slots is {listed(checked)} but {self.path} holds the state {listed(contents.slots)}: "
                 "open it with the optimizer it was made with"
             )
-        return {name: self._state[name].array for name in slots}
+        return {name: contents.state[name].array for name in slots}
 
     def keep(self, rows: np.ndarray | None) -> None:
         """Log what rows hold, in the weights and each state array, before they are changed.
@@ -139,15 +128,23 @@ class Table(arrays.TableInFiles):
 
         Raises:
             ValueError, TypeError: the rows do not fit.
-            OSError: the log can't be written; the rows must not be changed then.
+            OSError: the log can't be written, or the disk has no room for the rows; they must not be changed
+                then.
         """
-        self._opened()
+        contents = self._own()
         if rows is not None:
             rows = checked_rows(rows, self.shape[0])
             if not rows.size:
                 return
         self._withdraw()
-        self._log.keep(rows)
+        log = self._flushed.log
+        if rows is not None:
+            rows = log.missing(rows)
+            if not rows.size:
+                return
+        for mapped in contents.all:
+            mapped.reserve(rows)
+        log.keep(rows)
 
     def prepare(self, progress: Mapping[str, Any]) -> None:
         """The first half of a flush: bring everything to the disk, but keep what opening goes back to.
@@ -164,33 +161,19 @@ class Table(arrays.TableInFiles):
             OSError: the files can't be written; the former flush counts.
             RuntimeError: writing failed before; what is on the disk is unknown.
         """
-        self._opened()
-        if not isinstance(progress, Mapping):
-            raise TypeError(f"progress is of type {type(progress).__name__}: expected a dict")
-        try:
-            stored = json.loads(json.dumps(dict(progress)))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"progress holds what JSON can't: {error}") from error
-        self._prepare(stored)
+        self._own()
+        self._prepare(checked_progress(progress))
 
     def commit(self) -> None:
         """The second half of a flush: what :meth:`prepare` brought to the disk is what counts.
 
-        After an ``OSError`` it may be called again.
+        After an exception it may be called again.
 
         Raises:
             OSError: the meta file can't be renamed; the former flush counts.
             RuntimeError: nothing is prepared.
         """
-        self._opened()
-        if self._next is None:
-            raise RuntimeError(f"commit of {self.path} without a prepare: call prepare(progress) first")
-        # It is missing where an earlier call was interrupted right after renaming it.
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(self._folder.meta(self._next.generation), self.path / META)
-        self._advance()
-        sync(self.path)
-        self._folder.clean(self._meta.generation, self._state)
+        commit([self])
 
     def flush(self, progress: Mapping[str, Any] | None = None) -> None:
         """Bring everything to the disk: what opening goes back to from now on.
@@ -202,15 +185,31 @@ class Table(arrays.TableInFiles):
         Raises:
             TypeError, OSError, RuntimeError: as :meth:`prepare` and :meth:`commit` do.
         """
-        self._opened()
-        if progress is not None:
-            self.prepare(progress)
-        elif self.owner is not None:
+        self._own()
+        if progress is None and self.owner is not None:
             self.owner.flush()
             return
-        else:
-            self._prepare(self.progress)
+        self._prepare(self.progress if progress is None else checked_progress(progress))
         self.commit()
+
+    def check(self) -> None:
+        """Compare what the files hold with the checksums of the last flush, which is not done by opening.
+
+        It reads all of the table. A flush brings the checksums up to date from the rows that were kept, so
+        weights written without :meth:`keep` differ.
+
+        Raises:
+            ValueError: rows differ, the message names the file and which; or rows were kept since the last
+                flush; or a version without checksums made the table.
+        """
+        contents = self._own()
+        if self.changed:
+            raise ValueError(f"rows of {self.path} were kept since its last flush: flush it first")
+        sums = self._flushed.sums
+        if sums is None:
+            raise ValueError(f"{self.path} has no checksums: the version that made it had none")
+        flushed = (contents.state[name] for name in self._flushed.meta.slots)
+        sums.check([contents.weights, *flushed])
 
     def roll_back(self) -> None:
         """Go back to the flush before the last one; once, and before rows are kept for changing.
@@ -220,23 +219,28 @@ class Table(arrays.TableInFiles):
 
         Raises:
             ValueError: there is no such flush, or rows were kept since the last one.
-            OSError: a file can't be read or written; the table is closed then, and opening finishes the work.
+            RuntimeError: its undo log is damaged.
+            OSError: a file can't be read or written. After this or an interrupt the table is closed; opening
+                finishes the work.
         """
-        self._opened()
-        if self._former is None:
+        contents, former = self._own(), self._flushed.former
+        if former is None:
             raise ValueError(f"{self.path} has no flush before the last one to go back to")
-        if self._log.begun:
+        if self.changed:
             raise ValueError(
                 f"rows of {self.path} were kept since its last flush: close it and open it again first"
             )
+        flushed = contents.at(former, None)
+        flushed.log.check()
+        self._contents = None  # closed until all is done
         try:
             # From here on the later flush is an unfinished one, for a crash too.
-            os.replace(self._folder.meta(self._former.generation), self.path / META)
+            os.replace(self._folder.meta(former.generation), self.path / META)
             sync(self.path)
-            self._meta, self._former, self._next = self._former, None, None
-            self._state = {name: self._state[name] for name in self._meta.slots}
-            self._log = self._log_of(self._meta)
-            self._recover()
+            contents.drop_state(former.slots)
+            self._flushed = flushed
+            contents.restore(flushed)
+            self._contents = contents
         except BaseException:
             self.close()
             raise
@@ -246,11 +250,8 @@ class Table(arrays.TableInFiles):
 
         Arrays that the caller still holds stay mapped; writing to them is an error that nothing notices.
         """
-        if self._weights is None:
-            return
-        self._log.close()
-        self._weights = None
-        self._state = {}
+        self._contents = None
+        self._flushed.log.close()
         self.owner = None
         self._folder.release()
 
@@ -260,9 +261,12 @@ class Table(arrays.TableInFiles):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Flush, unless an exception ends the block or the table is closed already, and close."""
+        """Flush, unless an exception ends the block or the table is closed already, and close.
+
+        A forked child's copy is closed, and a block that ends without an exception raises RuntimeError.
+        """
         try:
-            if kind is None and self._weights is not None:
+            if kind is None and self._contents is not None:
                 self.flush()
         finally:
             self.close()
@@ -271,36 +275,27 @@ class Table(arrays.TableInFiles):
         raise TypeError(f"{self!r} can't be copied or pickled: open it where it is needed")
 
     def __repr__(self) -> str:
-        closed = ", closed" if self._weights is None else ""
-        state = f", state {', '.join(self._state)}" if self._state else ""
+        closed = ", closed" if self._contents is None else ""
+        state = (
+            f", state {', '.join(self._contents.state)}" if self._contents and self._contents.state else ""
+        )
         size = f"{self.shape[0]:,} rows of {self.shape[1]} {self.dtype}"
         return f"Table({str(self.path)!r}, {size}{state}{closed})"
 
-    def _opened(self) -> Mapped:
-        if self._weights is None:
+    def _opened(self) -> Contents:
+        if self._contents is None:
             raise ValueError(f"the table {self.path} is closed: open it again with open_table")
-        return self._weights
+        return self._contents
 
-    def _slots(self) -> dict[str, Slot]:
-        return {name: mapped.slot for name, mapped in self._state.items()}
-
-    def _sync_data(self) -> None:
-        for mapped in (self._opened(), *self._state.values()):
-            mapped.sync()
-
-    def _log_of(self, meta: Meta) -> UndoLog:
-        """The log of what follows the flush ``meta``; state newer than that is discarded as a whole."""
-        logged = [self.weights, *(self._state[name].array for name in meta.slots)]
-        return UndoLog(self._folder.undo(meta.generation), logged)
-
-    def _recover(self) -> None:
-        """Put the arrays back to the flush that meta.json tells of, and delete what is left over."""
-        if self._log.path.exists():
-            self._log.restore()
-            self._sync_data()
-            self._log.path.unlink()
-            sync(self.path)
-        self._folder.clean(self._meta.generation, self._state)
+    def _own(self) -> Contents:
+        """What it holds, for a change of it."""
+        contents = self._opened()
+        if not self._folder.is_own:
+            raise RuntimeError(
+                f"{self.path} was opened by the process that this one was forked from: use it there, or "
+                "close it there and open it here"
+            )
+        return contents
 
     def _prepare(self, progress: dict[str, Any] | None) -> None:
         if self._unsynced:
@@ -310,31 +305,69 @@ class Table(arrays.TableInFiles):
                 "goes back to the last flush"
             )
         self._withdraw()
-        self._unsynced = True
-        self._sync_data()
-        self._log.seal()
-        self._unsynced = False
-        number = self._meta.generation + 1
-        following = self._meta._replace(slots=self._slots(), generation=number, progress=progress)
-        for meta in (self._meta, following):
-            meta.write(self._folder.meta(meta.generation))
+        contents, flushed = self._own(), self._flushed
+        try:
+            at_once(
+                (
+                    partial(setattr, self, "_unsynced", True),
+                    *contents.syncing(),
+                    *flushed.log.syncing(),
+                    partial(setattr, self, "_unsynced", False),
+                )
+            )
+        except BaseException as error:
+            # Others are of a signal handler that a call was left for: the disk did not fail.
+            self._unsynced = isinstance(error, OSError)
+            raise
+        flushed.log.seal()
+        sums = contents.sums_after(flushed)
+        meta = Meta(*self.shape, self.dtype, contents.slots, flushed.meta.generation + 1, progress)
+        meta = write_beside(self._folder, meta, sums)
+        for one in (flushed.meta, meta):
+            one.write(self._folder.meta(one.generation))
         sync(self.path)
-        self._next = following
+        following = Flushed(meta, flushed.meta, contents.log_of(meta), sums)
+        self._flushed = flushed._replace(prepared=following)
 
     def _withdraw(self) -> None:
-        """Take back a prepare that no commit followed."""
-        if self._next is not None:
-            try:
-                self._folder.meta(self._next.generation).unlink()
-            except FileNotFoundError:  # a commit was interrupted right after renaming it
-                self._advance()
-            self._next = None
-        self._log.unseal()
+        """Take back a prepare that no commit followed, or end a commit that was begun."""
+        if self._flushed.due:
+            self.commit()
+        elif self._flushed.prepared is not None:
+            self._flushed = self._flushed._replace(prepared=None)
+        self._flushed.log.unseal()
 
-    def _advance(self) -> None:
-        """Begin the interval after the flush that was prepared."""
-        assert self._next is not None
-        log, following = self._log, self._log_of(self._next)
-        # An interrupt must not leave the log of one flush with the meta file of another.
-        self._former, self._meta, self._next, self._log = self._meta, self._next, None, following
-        log.close()
+
+def commit(tables: Sequence[Table]) -> None:
+    """Make what each table prepared what counts, with no signal handler run between them.
+
+    Where an error comes between them, those that are left commit before they change again, so that no flush
+    can follow that only some have made.
+    """
+    both: list[tuple[Table, Flushed, Flushed]] = []
+    for table in tables:
+        table._own()
+        if table._flushed.prepared is None:
+            raise RuntimeError(f"commit of {table.path} without a prepare: call prepare(progress) first")
+        both.append((table, table._flushed, table._flushed.prepared))
+    calls: list[Callable[[], object]] = [
+        partial(setattr, table, "_flushed", was._replace(due=True)) for table, was, _ in both
+    ]
+    for table, _, following in both:
+        prepared = table._folder.meta(following.meta.generation)
+        # It is missing where an error was reported of a renaming that was done.
+        if prepared.exists() or Meta.read(table.path / META).generation != following.meta.generation:
+            # As strings: a path is asked for its text by byte code.
+            calls.append(partial(os.replace, str(prepared), str(table.path / META)))
+        calls.append(partial(setattr, table, "_flushed", following))
+    try:
+        at_once(calls)
+    except OSError:
+        if all(table._folder.meta(following.meta.generation).exists() for table, _, following in both):
+            for table, was, _ in both:  # none is renamed: going on may take it back
+                table._flushed = was
+        raise
+    for table, was, following in both:
+        was.log.close()
+        sync(table.path)
+        table._folder.clean(following.meta.generation, table._opened().state)
