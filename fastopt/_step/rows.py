@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastopt._core.backend import Backend, Launch
-from fastopt._core.missed import ROW_STEPS
+from fastopt._core.missed import ROW_STEPS, folded_by_count
 from fastopt._core.parameters import Parameter
 from fastopt._step.catch_up import begin_tracking, catch_up
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
@@ -47,7 +47,8 @@ def _work(update: RowUpdate, conditions: Conditions) -> tuple[Spec, TableWork]:
     if ROW_STEPS in parameter.state:
         # Kernels multiply what is folded for the learning rate 1 by the first number.
         mode, numbers = parameter.backend.PerRow(), (lr, *h[1:], *c)
-        row_steps = RowSteps(parameter.state[ROW_STEPS], parameter.counts.up_to(step, group.rule, options))
+        counts, rows = parameter.state[ROW_STEPS], by_row.segments.own_rows()
+        row_steps = RowSteps(counts, folded_by_count(counts, rows, group.rule, options))
     elif parameter.tracking is not None:
         history = parameter.tracking.history
         mode = history.kind()
