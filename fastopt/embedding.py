@@ -10,7 +10,7 @@ from fastopt._core import arrays
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 from fastopt._core.options import check_limit
-from fastopt.gradients.pooling import checked_bags, checked_table
+from fastopt.gradients.pooling import checked_bags, checked_table, weights_dtypes
 
 
 class CatchesUp(Protocol):
@@ -72,8 +72,8 @@ def embedding_bag(
         mode: "sum", "mean" or "max"; an empty bag gives zeros. There is no default: that of
             torch's function is "mean", that of FBGEMM "sum".
         per_sample_weights: a factor for each index, of the shape of ``indices`` and the table's
-            dtype; for "sum" and, other than in torch, for "mean", which divides by the number of
-            rows all the same, as FBGEMM does.
+            dtype, or float32 for a table of 16 bits; for "sum" and, other than in torch, for "mean",
+            which divides by the number of rows all the same, as FBGEMM does.
         padding_idx: a row that counts for nothing; may be negative, as in Python.
         include_last_offset: ``offsets`` ends with the number of indices.
         max_norm, optimizer: as for :func:`embedding`.
@@ -94,7 +94,7 @@ def embedding_bag(
         padding_idx=padding_idx,
         include_last_offset=include_last_offset,
     )
-    bags = checked_bags(given, "", source.shape[0], source.dtype)
+    bags = checked_bags(given, "", source.shape[0], weights_dtypes(source.dtype))
     _make_ready(table, source, bags.indices, max_norm, optimizer)
     return bags.pool_max(source)[0] if mode == "max" else bags.pool(source)
 

@@ -301,17 +301,31 @@ def move(k, h, m, second):
     x = first / t
     above = k.p0 + x * (k.p1 + x * (k.p2 + x * (k.p3 + x * k.p4)))
     below = t + t * x * (k.q1 + x * (k.q2 + x * (k.q3 + x * (k.q4 + x * k.q5))))
+    below = t if below != below else below  # t is infinite where v is, and t * x not a number
     return m * (k.linear + above / below)
 
 
-_FACTORS = {"exp_avg": "k.decay1 * ", "exp_avg_sq": "k.decay2 * ", "max_exp_avg_sq": ""}
+@register_jitable
+def decayed_slot(factor, slot):
+    """``factor * slot``, infinite where the slot is, however many steps have made 0 of the factor."""
+    new = factor * slot
+    return slot if new != new else new
+
+
+_FACTORS = {"exp_avg": "k.decay1", "exp_avg_sq": "k.decay2"}
 
 
 def _new_slots(result: type, names: tuple[str, ...]) -> list[str]:
     """Expressions for the slots, but for a momentum buffer."""
     if result is AdaptiveCoefficients:
-        return [f"{_FACTORS[name]}slots[{n}]" for n, name in enumerate(names)]
-    return [f"k.decay * slots[{n}]" for n, name in enumerate(names)]
+        return [
+            f"decayed_slot({_FACTORS[name]}, slots[{n}])" if name in _FACTORS else f"slots[{n}]"
+            for n, name in enumerate(names)
+        ]
+    return [f"decayed_slot(k.decay, slots[{n}])" for n, name in enumerate(names)]
+
+
+_CALLED = {"move": move, "decayed_slot": decayed_slot}
 
 
 @functools.cache
@@ -327,7 +341,7 @@ def _caught_up(result: type, hyper: type) -> Callable:
     else:
         last = len(rule.state_slots) + len(rule.row_slots) - 1
         p = f"k.keep * p - move(k, h, slots[0], slots[{last}])"
-    return define("caught_up", "k, h, p, *slots", f"return {', '.join([p, *new])},", move=move)
+    return define("caught_up", "k, h, p, *slots", f"return {', '.join([p, *new])},", **_CALLED)
 
 
 def caught_up(k, h, p, *slots):
@@ -346,7 +360,9 @@ def _caught_up_overload(k, h, p, *slots):
 @functools.cache
 def _row_caught_up(result: type, hyper: type) -> Callable:
     new = _new_slots(result, RULES[hyper].row_slots)
-    return define("row_caught_up", "k, h, *slots", f"return ({''.join(f'{slot}, ' for slot in new)})")
+    return define(
+        "row_caught_up", "k, h, *slots", f"return ({''.join(f'{slot}, ' for slot in new)})", **_CALLED
+    )
 
 
 def row_caught_up(k, h, *slots):

@@ -13,6 +13,7 @@ from numba import types
 from numba.extending import overload, register_jitable
 from numba.np.numpy_support import as_dtype
 
+from fastopt.kernels.magnitude import HUGE
 from fastopt.kernels.rule import L2, RULES, Decoupled, Rule
 from fastopt.kernels.source import define
 
@@ -173,13 +174,13 @@ def _direction(h, c, p, g, *state):
     return lambda h, c, p, g, *state: rule_direction(h, decayed(c, p), regularise(c, p, g), *state)
 
 
-def trust_ratio(h, p_sq, u_sq, size):
+def trust_ratio(h, p_sq, u_sq, p_unit, u_unit, size):
     """The trust ratio of the rule that belongs to ``type(h)``."""
-    return RULES[type(h)].trust_ratio(h, p_sq, u_sq, size)
+    return RULES[type(h)].trust_ratio(h, p_sq, u_sq, p_unit, u_unit, size)
 
 
 @overload(trust_ratio)
-def _trust_ratio(h, p_sq, u_sq, size):
+def _trust_ratio(h, p_sq, u_sq, p_unit, u_unit, size):
     return RULES[h.instance_class].trust_ratio
 
 
@@ -205,14 +206,25 @@ def limited(c, g, limit):
     ``limit / (norm + NORM_EPS)`` as ``torch.nn.utils.clip_grad_norm_``, NaN for a NaN norm."""
     if limit == np.inf:
         return c
-    total = 0.0
-    for d in range(g.size):
-        x = np.float64(c.scale * g[d])
-        total += x * x
+    total = scaled_squares(c.scale, g, 1.0)
     factor = limit / (math.sqrt(total) + NORM_EPS)
     if factor > 1.0:
         return c
+    if total == np.inf:
+        # NORM_EPS is nothing beside such a norm, as is a norm too small for squares beside NORM_EPS.
+        factor = limit / HUGE / math.sqrt(scaled_squares(c.scale, g, HUGE))
     return rescaled(c, g.dtype.type(factor))
+
+
+@register_jitable
+def scaled_squares(scale, g, unit):
+    """The sum of squares of ``scale * g`` over ``unit``, in float64."""
+    over = 1.0 / unit
+    total = 0.0
+    for d in range(g.size):
+        x = np.float64(scale * g[d]) * over
+        total += x * x
+    return total
 
 
 @register_jitable
@@ -235,7 +247,18 @@ def mean_square(c, p, g):
     for d in range(whole, dim):
         g0 = regularise(c, p[d], g[d])
         total += g0 * g0
-    return total / p.dtype.type(dim)
+    return mean_of_large_squares(c, p, g) if total == np.inf else total / p.dtype.type(dim)
+
+
+@register_jitable
+def mean_of_large_squares(c, p, g):
+    """:func:`mean_square` where the sum of squares is infinite, which their mean need not be."""
+    dim = p.dtype.type(g.size)
+    mean = p.dtype.type(0)
+    for d in range(g.size):
+        x = regularise(c, p[d], g[d])
+        mean += x / dim * x
+    return mean
 
 
 def begin_row(h, c, p, g, row_state):

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Scaled(NamedTuple):
     """No weight decay. scale: factor on the gradient: loss scale, clipping and, when negative,
@@ -66,7 +68,8 @@ class Rule:
     """A rule as kernels and optimizers see it.
 
     hyper: NamedTuple class; kernels find the rule by it. Its first field is a multiple of the
-        learning rate. Its classmethod ``fold(step, *, lr, **options)`` makes the tuple of one step;
+        learning rate. Its classmethod ``fold(step, *, lr, **options)`` makes the tuple of one step or, with
+        arrays in it, of an array of steps, float64 (which rules that are defined elsewhere are spared);
         a keyword ``compute_dtype`` of it is the dtype that the update is computed with. Without a
         ``fold``, the options are taken by field name.
     update: the scalar function ``(h, p, g, *slots, *row_slots) -> (p, *slots)``.
@@ -79,7 +82,9 @@ class Rule:
         8 bits, they need no sign.
     trust_ratio: where the length of the step depends on the whole array or, with a sparse gradient, on the
         whole row, ``update`` returns a direction u in place of p, and the function
-        ``(h, sum of p^2, sum of u^2, size) -> ratio``, in float64, makes it p = p - ratio * h[0] * u.
+        ``(h, sum of p^2, sum of u^2, unit of p, unit of u, size) -> ratio``, in float64, makes it
+        p = p - ratio * h[0] * u. The sums are of p and u over their units, powers of two, which are 1 unless
+        the squares leave the range of float64.
     matrix_slots: names of the state, in place of all other, of an array of two or more dimensions, by a rule
         that has means over rows and over columns (see kernels/cpu/factored.py): of the former, of the latter.
     missed, missed_l2: how missed steps are made up for, without and with an L2 penalty.
@@ -103,8 +108,9 @@ class Rule:
         """The state arrays shaped as the parameter."""
         return tuple(slot for slot in self.slots if slot is not None)
 
-    def fold(self, step: int, options: Mapping[str, Any], dtype: Any) -> Any:
-        """The hyperparameters, in float64, of the ``step``-th update, which is computed with ``dtype``."""
+    def fold(self, step: int | np.ndarray, options: Mapping[str, Any], dtype: Any) -> Any:
+        """The hyperparameters, in float64, of the ``step``-th update, which is computed with ``dtype``; of an
+        array of steps, some of them are arrays."""
         names = self._folded
         if names is None:
             return self.hyper(**{name: options[name] for name in self.hyper._fields})  # type: ignore[attr-defined]

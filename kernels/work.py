@@ -120,8 +120,9 @@ class RowSteps(NamedTuple):
     """How far each row is, and what is to be known of other steps.
 
     counts: int64 [rows]: the number of updates of each row, or the last step that it has taken. history:
-    float64 [any number, columns]: what the rule folds at each count, or the steps of a history, with its base
-    and window. tabulated: coefficients of the latest steps, the first of which are for ``tabulated_from``.
+    float64 [any number, columns]: ascending counts, each with what the rule folds at it, or the steps of a
+    history, with its base and window. tabulated: coefficients of the latest steps, the first of which are for
+    ``tabulated_from``.
     """
 
     counts: np.ndarray

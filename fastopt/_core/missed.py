@@ -33,25 +33,32 @@ class Tracking:
         self.history: History = backend_of(last_step).History(rule, decay, dict(options), step)
 
 
-class Counts:
-    """For ``step_per_row=True``: what the rule folds at each number of updates, for the learning rate 1."""
+def folded_by_count(
+    counts: np.ndarray, rows: np.ndarray, rule: Rule, options: Mapping[str, Any]
+) -> np.ndarray:
+    """For ``step_per_row=True``: the counts that ``rows`` have after their next update, ascending, each with
+    what the rule folds at it for the learning rate 1.
 
-    def __init__(self) -> None:
-        self._numbers = np.empty((0, 0))
-        self._size = 0
-        self._key: tuple | None = None
+    counts: int64, how often each row of the table was updated.
+    """
+    steps = _distinct(np.maximum(counts[rows], 0)).astype(np.float64) + 1.0
+    with np.errstate(all="ignore"):  # as Python's floats and kernels do
+        h = rule.fold(steps, {**options, "lr": 1.0}, np.float64)
+    found = np.empty((steps.size, 1 + len(h)))
+    found[:, 0] = steps
+    for k, number in enumerate(h):
+        found[:, 1 + k] = number
+    return found
 
-    def up_to(self, count: int, rule: Rule, options: Mapping[str, Any]) -> np.ndarray:
-        """Row t - 1 is that of the t-th update; of fewer than ``count`` rows the last is for all later."""
-        own = {**options, "lr": 1.0}
-        final = rule.fold(MOST_COUNTED, own, np.float64)
-        key = rule.hyper, rule.fold(1, own, np.float64), rule.fold(2, own, np.float64), final
-        if key != self._key:
-            self._key, self._size = key, 0
-            self._numbers = np.empty((64, len(final)))
-        while self._size < count and (not self._size or tuple(self._numbers[self._size - 1]) != tuple(final)):
-            if self._size == len(self._numbers):
-                self._numbers = np.concatenate([self._numbers, np.empty_like(self._numbers)])
-            self._numbers[self._size] = rule.fold(self._size + 1, own, np.float64)
-            self._size += 1
-        return self._numbers[: self._size]
+
+def _distinct(counts: np.ndarray) -> np.ndarray:
+    """The different ones, ascending, in a time and memory that go by how many are given."""
+    if not counts.size:
+        return counts
+    least, most = int(counts.min()), int(counts.max())
+    if most - least >= counts.size:
+        ascending = np.sort(counts)
+        return ascending[np.append(True, ascending[1:] != ascending[:-1])]
+    seen = np.zeros(most - least + 1, bool)
+    seen[counts - least] = True
+    return np.flatnonzero(seen) + least

@@ -12,7 +12,7 @@ import numpy as np
 from fastopt._core import arrays
 from fastopt._core.arrays import TableInFiles
 from fastopt._core.backend import Backend, backend_of
-from fastopt._core.missed import ROW_STEPS, Counts, Tracking
+from fastopt._core.missed import ROW_STEPS, Tracking
 from fastopt._core.options import FIXED, SHARED, checked_options, is_immutable
 from fastopt._core.state import (
     MASTER,
@@ -150,7 +150,6 @@ class Parameter:
     clock: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     state: dict[str, np.ndarray] = field(default_factory=dict)
     tracking: Tracking | None = None
-    counts: Counts = field(default_factory=Counts)
 
     @property
     def step(self) -> int:

@@ -10,9 +10,8 @@ from fastopt._core.backend import Backend, backend_of
 from fastopt._core.state import computed_with, gradient_format
 from fastopt.gradients.protocol import RowGradient
 from fastopt.kernels.element import NORM_EPS
+from fastopt.kernels.magnitude import unit_of
 from fastopt.kernels.work import TableGradient
-
-SMALL, LARGE = 1e-140, 1e150  # norms beyond which squares of float64 lose digits or overflow
 
 
 class DenseSquares:
@@ -42,19 +41,17 @@ class DenseSquares:
 
 def norm_of(dense: DenseSquares, addresses: np.ndarray, rows: Sequence[RowGradient]) -> float:
     """L2 norm over dense gradients and gradients by rows, rows named several times counted as their sum."""
-    norm = _scaled_norm(dense, addresses, rows, 1.0)
+    total, unit = _squares(dense, addresses, rows, 1.0), 1.0
     # Squares of float64 may have left its range; those of smaller types never do.
     if dense.has_double or any(gradient.values.dtype == np.float64 for gradient in rows):
-        if norm < SMALL:
-            norm = _scaled_norm(dense, addresses, rows, 2.0**540)
-        elif norm > LARGE:
-            norm = _scaled_norm(dense, addresses, rows, 2.0**-540)
-    return norm
+        unit = unit_of(total)
+        if unit != 1.0:
+            total = _squares(dense, addresses, rows, 1.0 / unit)
+    return math.sqrt(total) * unit
 
 
-def _scaled_norm(
-    dense: DenseSquares, addresses: np.ndarray, rows: Sequence[RowGradient], scale: float
-) -> float:
+def _squares(dense: DenseSquares, addresses: np.ndarray, rows: Sequence[RowGradient], scale: float) -> float:
+    """Their sum, times ``scale**2``."""
     total = dense.sum(addresses, scale)
     alike: dict[tuple[Backend, np.dtype], list[TableGradient]] = {}
     for gradient in rows:
@@ -62,7 +59,7 @@ def _scaled_norm(
             key = backend_of(gradient.values), gradient.values.dtype
             alike.setdefault(key, []).append(gradient.by_row())
     sums = (backend.sum_squares_rows(own, scale) for (backend, _), own in alike.items())
-    return math.sqrt(total + sum(sums)) / scale
+    return total + sum(sums)
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

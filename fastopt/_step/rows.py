@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastopt._core.backend import Backend, Launch
-from fastopt._core.missed import ROW_STEPS, Tracking
+from fastopt._core.missed import ROW_STEPS, Tracking, folded_by_count
 from fastopt._core.parameters import Parameter
 from fastopt._step.catch_up import catch_up, tracked
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
@@ -72,7 +72,8 @@ def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
     if ROW_STEPS in state:
         # Kernels multiply what is folded for the learning rate 1 by the first number.
         mode, numbers = parameter.backend.PerRow(), (lr, *h[1:], *c)
-        row_steps = RowSteps(state[ROW_STEPS], parameter.counts.up_to(step, group.rule, options))
+        counts, rows = state[ROW_STEPS], by_row.segments.own_rows()
+        row_steps = RowSteps(counts, folded_by_count(counts, rows, group.rule, options))
     elif tracking is not None:
         history = tracking.history
         mode = history.kind()

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from fastopt._core import arrays
+from fastopt._core.arrays import LOW_DTYPES
 from fastopt._core.backend import backend_of
-from fastopt.gradients.pooling import Bags, checked_bags, checked_table
+from fastopt.gradients.pooling import Bags, check_weights, checked_bags, checked_table, weights_dtypes
 from fastopt.gradients.protocol import RowGradient, SparseGradient
 
 
@@ -25,8 +26,8 @@ class BagGradient(SparseGradient):
             With mode "max" the gradient of an element goes to the row that the maximum came from,
             found anew in the table as it is when the gradient is used; the bag's other rows are named
             all the same, and get an update with what they have of it, which may be zeros.
-        grad_output: gradient of the output, of shape (bags, dim) and the parameter's dtype,
-            C-contiguous.
+        grad_output: gradient of the output, of shape (bags, dim) and the parameter's dtype, or float32
+            for one of 16 bits, C-contiguous.
 
     Arrays may be NumPy arrays or torch CPU tensors; they are checked where they are used.
 
@@ -50,7 +51,9 @@ class BagGradient(SparseGradient):
         """The gradient with its bags."""
         values = arrays.host_array(self.grad_output, f"{label}.grad_output")
         arrays.check_float(values, f"{label}.grad_output", self.grad_output, arrays.GRADIENT)
-        bags = checked_bags(self, label, rows, values.dtype)
+        # What tables there are with such gradients
+        low = LOW_DTYPES if values.dtype == np.float32 else ()
+        bags = checked_bags(self, label, rows, weights_dtypes(values.dtype, *low))
         if values.ndim != 2 or values.shape[0] != bags.count:
             raise ValueError(
                 f"{label}.grad_output has shape {values.shape}: expected ({bags.count}, dim), a row for "
@@ -58,6 +61,15 @@ class BagGradient(SparseGradient):
             )
         arrays.check_contiguous(values, f"{label}.grad_output", self.grad_output, arrays.GRADIENT)
         return RowGradient(values, bags.indices, bags)
+
+    def for_parameter(self, label: str, parameter: np.ndarray, parameter_label: str) -> RowGradient:
+        """The gradient with its bags, whose weights are such as the lookup in this table takes."""
+        checked = super().for_parameter(label, parameter, parameter_label)
+        if self.per_sample_weights is not None:
+            weights_label = f"{label}.per_sample_weights"
+            weights = arrays.host_array(self.per_sample_weights, weights_label)
+            check_weights(weights, weights_label, weights_dtypes(parameter.dtype))
+        return checked
 
     def per_sample_weights_grad(self, table: Any) -> np.ndarray:
         """Gradient of ``per_sample_weights`` (of weights 1 if there were none).
@@ -67,7 +79,8 @@ class BagGradient(SparseGradient):
 
         Returns:
             An array of the shape of ``indices``: the product of each index's row with its bag's
-            ``grad_output``, divided by the number of the bag's rows for mode "mean".
+            ``grad_output``, divided by the number of the bag's rows for mode "mean". Its dtype is that of
+            the weights or, without any, the table's.
 
         Raises:
             ValueError, TypeError: as for a step, or the mode is "max".
@@ -75,7 +88,7 @@ class BagGradient(SparseGradient):
         source = checked_table(table)
         if self.mode == "max":
             raise ValueError("mode is 'max', which takes no per_sample_weights: expected 'sum' or 'mean'")
-        bags = checked_bags(self, "", source.shape[0], source.dtype)
+        bags = checked_bags(self, "", source.shape[0], weights_dtypes(source.dtype))
         values = arrays.host_array(self.grad_output, "grad_output")
         arrays.check_like(values, "grad_output", self.grad_output, source, "table")
         if values.shape != (bags.count, source.shape[1]):
@@ -84,14 +97,16 @@ class BagGradient(SparseGradient):
                 "(bags, dim of the table)"
             )
         arrays.check_contiguous(values, "grad_output", self.grad_output)
-        shape = bags.indices.array.shape
+        shape, dtype = bags.indices.array.shape, source.dtype
+        if self.per_sample_weights is not None:
+            dtype = arrays.host_array(self.per_sample_weights, "per_sample_weights").dtype
         bags = Bags(bags.indices, bags.offsets, bags.mode, None, bags.padding)
         rows = source
-        if source.dtype in arrays.LOW_DTYPES:
+        if source.dtype in LOW_DTYPES:
             bags, rows = bags.of_rows_read(source)
         of_positions, scales = bags.of_positions(rows.dtype)
         flat = bags.indices.flat
         backend = backend_of(source)
         values = backend.widen(values)
         products = backend.row_products(rows, flat, of_positions, scales, bags.padding, values)
-        return products.astype(source.dtype, copy=False).reshape(shape)
+        return products.astype(dtype, copy=False).reshape(shape)

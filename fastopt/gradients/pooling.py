@@ -82,15 +82,23 @@ def checked_table(table: Any) -> np.ndarray:
     return source
 
 
-def checked_bags(given: Any, label: str, rows: int | None, dtype: np.dtype) -> Bags:
-    """The arguments of a pooled lookup, attributes of ``given``, checked for a table of so many rows."""
+def weights_dtypes(*tables: np.dtype) -> tuple[np.dtype, ...]:
+    """The dtypes that the weights of a lookup may have in tables of these: the table's, or float32 for one of
+    16 bits."""
+    low = any(table in LOW_DTYPES for table in tables)
+    return tuple(dict.fromkeys((*tables, arrays.DTYPES[0]) if low else tables))
+
+
+def checked_bags(given: Any, label: str, rows: int | None, weights: tuple[np.dtype, ...]) -> Bags:
+    """The arguments of a pooled lookup, attributes of ``given``, checked for a table of so many rows, or for
+    one that is not known; weights: the dtypes that ``per_sample_weights`` may have."""
     prefix = f"{label}." if label else ""
     if given.mode not in MODES:
         raise ValueError(f"{prefix}mode is {given.mode!r}: expected 'sum', 'mean' or 'max'")
     indices = Indices.checked(given.indices, f"{prefix}indices", rows)
     offsets = _offsets(given, indices.array, prefix)
-    weights = _weights(given, indices.array, dtype, prefix)
-    return Bags(indices, offsets, given.mode, weights, _padding(given.padding_idx, rows, prefix))
+    factors = _weights(given, indices.array, weights, prefix)
+    return Bags(indices, offsets, given.mode, factors, _padding(given.padding_idx, rows, prefix))
 
 
 def _offsets(given: Any, indices: np.ndarray, prefix: str) -> np.ndarray:
@@ -143,15 +151,21 @@ def _offsets(given: Any, indices: np.ndarray, prefix: str) -> np.ndarray:
     return own
 
 
-def _weights(given: Any, indices: np.ndarray, dtype: np.dtype, prefix: str) -> np.ndarray | None:
+def check_weights(weights: np.ndarray, label: str, dtypes: tuple[np.dtype, ...]) -> None:
+    """Refuse weights of other dtypes."""
+    if weights.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise TypeError(f"{label} has dtype {weights.dtype}: expected {expected}")
+
+
+def _weights(given: Any, indices: np.ndarray, dtypes: tuple[np.dtype, ...], prefix: str) -> np.ndarray | None:
     if given.per_sample_weights is None:
         return None
     label = f"{prefix}per_sample_weights"
     if given.mode == "max":
         raise ValueError(f"{label} is given with mode 'max': expected mode 'sum' or 'mean'")
     weights = arrays.host_array(given.per_sample_weights, label)
-    if weights.dtype != dtype:
-        raise TypeError(f"{label} has dtype {weights.dtype}: expected {dtype}, that of the table")
+    check_weights(weights, label, dtypes)
     if weights.shape != indices.shape:
         raise ValueError(f"{label} has shape {weights.shape}: expected {indices.shape}, that of indices")
     return backend_of(weights).widen(np.ascontiguousarray(weights).reshape(-1))

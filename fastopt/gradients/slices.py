@@ -18,7 +18,8 @@ class IndexedSlices(SparseGradient):
     Args:
         indices: int32 or int64 array of any shape, each in [0, number of rows), or an
             :class:`fastopt.IndexPlan` of them.
-        values: array of shape ``indices.shape + (dim,)`` and the parameter's dtype, C-contiguous.
+        values: array of shape ``indices.shape + (dim,)`` and the parameter's dtype, or float32 for one of
+            16 bits, C-contiguous.
 
     Both may be NumPy arrays or torch CPU tensors; they are checked where they are used.
 

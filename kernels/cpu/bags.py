@@ -6,6 +6,7 @@ from numba import prange
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.segments import add_row, add_weighted_row, sum_rows
 from fastopt.kernels.intrinsics import AHEAD, prefetch, view
+from fastopt.kernels.magnitude import magnitude
 
 BAGS_PER_CHUNK = 64
 POSITIONS_PER_CHUNK = 8_192
@@ -181,12 +182,8 @@ def limit_norms(table, rows, max_norm):
 
 @helper
 def limit_norm(row, max_norm):
-    total = 0.0
-    for d in range(row.size):
-        x = np.float64(row[d])
-        total += x * x
-    norm = np.sqrt(total)
-    if norm > max_norm:
-        scale = row.dtype.type(max_norm / (norm + 1e-7))
+    norm, unit = magnitude(row)
+    if norm * unit > max_norm:
+        scale = row.dtype.type(max_norm / unit / (norm + 1e-7 / unit))
         for d in range(row.size):
             row[d] *= scale

@@ -28,6 +28,7 @@ from fastopt.kernels.cpu.runs import (
 )
 from fastopt.kernels.element import decayed, scaled, trust_ratio, unpack
 from fastopt.kernels.intrinsics import view
+from fastopt.kernels.magnitude import unit_of
 from fastopt.kernels.rules.adafactor import adafactor_direction
 from fastopt.kernels.rules.lerp import lerp
 
@@ -89,7 +90,13 @@ def update_tiles(h, c, like, kinds, places, shape, row_var, col_var, numbers, ze
     for k in prange(chunks):
         last = min((k + 1) * chunk, tiles)
         add_updates(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means, sums)
-    factor = factor_of(h, shape, numbers, sums)
+    p_unit, u_unit = unit_of(total_of_tiles(sums[0])), unit_of(total_of_tiles(sums[1]))
+    if p_unit != 1.0 or u_unit != 1.0:
+        for k in prange(chunks):
+            last = min((k + 1) * chunk, tiles)
+            add_in_units(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means,
+                         p_unit, u_unit, sums)  # fmt: skip
+    factor = factor_of(h, shape, numbers, sums, p_unit, u_unit)
     for k in prange(chunks):
         last = min((k + 1) * chunk, tiles)
         take_step(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means,
@@ -199,6 +206,34 @@ def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var,
         sums[1, tile] = total_of(lanes)
 
 
+@helper
+def add_in_units(h, c, like, kinds, places, shape, numbers, first, last, row_var, col_var, means,
+                 p_unit, u_unit, sums):  # fmt: skip
+    """The squares of the parameter and of the update, over their units."""
+    c = unpack(c, numbers[len(h) :], like)
+    h = unpack(h, numbers, like)
+    buffers = new_array((2, LANES), like)
+    lanes = np.empty((2, LANES))
+    for tile in range(first, last):
+        matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
+        columns = col_var[matrix * shape[2] :]
+        lanes[:] = 0.0
+        for row in range(top, bottom):
+            own_row = matrix * shape[1] + row
+            share = share_of(h, like, row_var[own_row], means[matrix])
+            for column in range(left, right, LANES):
+                width = min(LANES, right - column)
+                at = own_row * shape[2] + column
+                add_squares(
+                    open_parameter(kinds, like, places, at, width, buffers[0]), 1.0 / p_unit, lanes[0, :width]
+                )
+                g = open_gradient(kinds, like, places, at, width, buffers[1])
+                updates = buffers[0, :width]
+                find_updates(h, c, g, share, columns[column : column + width], updates)
+                add_squares(updates, 1.0 / u_unit, lanes[1, :width])
+        sums[0, tile], sums[1, tile] = total_of(lanes[0]), total_of(lanes[1])
+
+
 @restricted_helper
 def find_updates(h, c, g, share, columns, updates):
     for j in range(g.size):
@@ -239,13 +274,19 @@ def update_row(h, c, p, g, share, columns, rate):
 
 
 @helper
-def factor_of(h, shape, numbers, sums):
+def factor_of(h, shape, numbers, sums, p_unit, u_unit):
     """That of the learning rate, of the sums of all tiles."""
-    p_sq = u_sq = 0.0
-    for tile in range(sums.shape[1]):
-        p_sq += sums[0, tile]
-        u_sq += sums[1, tile]
-    return trust_ratio(unpack(h, numbers, np.float64(0)), p_sq, u_sq, shape[0] * shape[1] * shape[2])
+    p_sq, u_sq = total_of_tiles(sums[0]), total_of_tiles(sums[1])
+    size = shape[0] * shape[1] * shape[2]
+    return trust_ratio(unpack(h, numbers, np.float64(0)), p_sq, u_sq, p_unit, u_unit, size)
+
+
+@helper
+def total_of_tiles(sums):
+    total = 0.0
+    for tile in range(sums.size):
+        total += sums[tile]
+    return total
 
 
 def cast(like, x):

@@ -11,7 +11,7 @@ from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.segments import add_row, first_segment, gradient_of, row_of_segment
 from fastopt.kernels.cpu.stored_rows import close_row, open_row, prefetch_row, update_apart
 from fastopt.kernels.element import limited, unpack
-from fastopt.kernels.intrinsics import AHEAD, prefetch, view
+from fastopt.kernels.intrinsics import AHEAD, prefetch, view, view_2d
 from fastopt.kernels.layout import (
     TABLE_DIM,
     TABLE_HISTORY,
@@ -46,14 +46,24 @@ def _enter_lazy(mode, h, c, like, table, row, p, state, row_state):
 
 @register_jitable
 def _enter_per_row(mode, h, c, like, table, row, p, state, row_state):
-    """``h`` has the learning rate in its first place, the history what the rule folds for the learning
-    rate 1 at each count."""
+    """``h`` has the learning rate in its first place; a row of the history has a count, which are ascending,
+    and what the rule folds for the learning rate 1 at it."""
     count = view(table[TABLE_ROW_STEPS] + row * 8, 1, np.int64(0))
     count[0] += 1
     columns = table[TABLE_HISTORY_COLUMNS]
-    # A count from a damaged file must not lead astray.
-    known = max(min(count[0], table[TABLE_HISTORY_ROWS]), 1)
-    numbers = view(table[TABLE_HISTORY] + (known - 1) * columns * 8, columns, np.float64(0))
+    counts = view_2d(table[TABLE_HISTORY], table[TABLE_HISTORY_ROWS], columns, np.float64(0))
+    # The last of the counts that are not above it: a count from a damaged file must not lead astray. It is as
+    # far from the first as their difference says, or nearer where counts between them are missing.
+    wanted = np.float64(count[0])
+    low, end = np.int64(0), max(min(count[0] - np.int64(counts[0, 0]) + 1, counts.shape[0]), 1)
+    middle = end - 1
+    while end - low > 1:
+        if counts[middle, 0] <= wanted:
+            low = middle
+        else:
+            end = middle
+        middle = (low + end) // 2
+    numbers = view(table[TABLE_HISTORY] + (low * columns + 1) * 8, columns - 1, np.float64(0))
     return unpack(h, numbers, like, np.float64(h[0]))
 
 

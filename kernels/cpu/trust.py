@@ -24,6 +24,7 @@ from fastopt.kernels.element import direction, load, part_of, rescaled, trust_ra
 from fastopt.kernels.formats import BLOCK
 from fastopt.kernels.intrinsics import ON_STACK, on_stack
 from fastopt.kernels.layout import ARRAY_NUMBERS, ARRAY_PLACES
+from fastopt.kernels.magnitude import unit_of
 from fastopt.kernels.rule import RULES
 from fastopt.kernels.source import define
 
@@ -43,33 +44,39 @@ def update_whole_arrays(
     zero_grads: bool,
     chunk: int,
 ) -> Sequence[Callable[[], object]]:
-    """The calls that do what :data:`~fastopt.kernels.cpu.dense.update_arrays` does, by a rule with a trust
-    ratio."""
+    """The call that does what :data:`~fastopt.kernels.cpu.dense.update_arrays` does, by a rule with a trust
+    ratio, which is found here."""
     if not work:
         return ()
     sums = np.empty((bases[-1] // SUMMED + len(table), 2))
+    units, needed = np.ones((2, len(table), 2))
     own_numbers = np.empty((len(table), numbers.shape[1]))
+    given = h, c, like, kinds, table, bases, numbers, chunk, units, sums, needed, own_numbers
+    find_trust_ratios(work, *given)
+    if isinstance(like, np.float64) and (needed != 1.0).any():  # squares of float32 are as they should be
+        units[...] = needed
+        find_trust_ratios(work, *given)
     own_table = table.copy()
     own_table[:, ARRAY_NUMBERS] = np.arange(len(table))
-    return (
-        find_trust_ratios.ready(work, (h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers)),
-        update_arrays.ready(work, (h, c, like, kinds, own_table, bases, own_numbers, zero_grads, chunk)),
-    )
+    return (update_arrays.ready(work, (h, c, like, kinds, own_table, bases, own_numbers, zero_grads, chunk)),)
 
 
 @Kernel
-def find_trust_ratios(h, c, like, kinds, table, bases, numbers, chunk, sums, own_numbers):
+def find_trust_ratios(h, c, like, kinds, table, bases, numbers, chunk, units, sums, needed, own_numbers):
     """Set row t of ``own_numbers`` to the hyperparameters of array t, its trust ratio in the learning rate.
 
-    The arguments are those of update_arrays; sums: memory, [bases[-1] // SUMMED + arrays, 2].
+    The arguments are those of update_arrays; units: [array, 2], what the parameter and the direction are
+    divided by before they are squared. sums: memory, [bases[-1] // SUMMED + arrays, 2]. needed: becomes the
+    units that the sums ask for (see fastopt.kernels.magnitude).
 
     Bytes moved: the parameter, the gradient and the state read; for float32 LAMB 16 an element.
     """
     for k in prange((bases[-1] + chunk - 1) // chunk):
         last = min((k + 1) * chunk, bases[-1])
-        sum_chunk(h, c, like, kinds, table, bases, numbers, k * chunk, last, sums)
+        sum_chunk(h, c, like, kinds, table, bases, numbers, k * chunk, last, units, sums)
     for t in range(table.shape[0]):
-        find_trust_ratio(h, bases, t, numbers[table[t, ARRAY_NUMBERS]], sums, own_numbers[t])
+        numbers_of_array = numbers[table[t, ARRAY_NUMBERS]]
+        find_trust_ratio(h, bases, t, numbers_of_array, units[t], sums, needed[t], own_numbers[t])
 
 
 @helper
@@ -79,7 +86,7 @@ def first_sums(bases, t):
 
 
 @helper
-def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, sums):
+def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, units, sums):
     """The blocks of arrays that begin between the elements ``first`` and ``last``."""
     p_memory, u_memory = np.empty(LANES), np.empty(LANES)
     found = new_array((2, GATHERED), like)
@@ -107,11 +114,20 @@ def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, sums):
                     end_of_run = min(at + run, count)
                     ps, us = found[0, at:end_of_run], found[1, at:end_of_run]
                     find_directions(own_h, own_c, like, kinds, places, gathered + at, end_of_run - at, ps, us)
+                    divide(ps, units[t, 0])
+                    divide(us, units[t, 1])
                 add_gathered(found[0, :count], p_lanes)
                 add_gathered(found[1, :count], u_lanes)
             block_sums = sums[first_sums(bases, t) + block]
             block_sums[0] = total_of(p_lanes)
             block_sums[1] = total_of(u_lanes)
+
+
+@helper
+def divide(numbers, unit):
+    if unit != 1.0:
+        for k in range(numbers.size):
+            numbers[k] /= unit
 
 
 @helper
@@ -134,20 +150,31 @@ def add_four(a, b, c, d, lanes):
 
 
 @helper
-def find_trust_ratio(h, bases, t, numbers, sums, own_numbers):
+def find_trust_ratio(h, bases, t, numbers, units, sums, needed, own_numbers):
     size = bases[t + 1] - bases[t]
     first = first_sums(bases, t)
     p_sq = u_sq = 0.0
     for k in range(first, first + (size + SUMMED - 1) // SUMMED):
         p_sq += sums[k, 0]
         u_sq += sums[k, 1]
+    needed[0], needed[1] = unit_of(p_sq), unit_of(u_sq)
     own_numbers[:] = numbers
-    own_numbers[0] *= trust_ratio(unpack(h, numbers, np.float64(0)), p_sq, u_sq, size)
+    own_numbers[0] *= trust_ratio(unpack(h, numbers, np.float64(0)), p_sq, u_sq, units[0], units[1], size)
 
 
 @register_jitable
 def _row_rated(h, c, p, g, state, row_values):
-    """``h`` with its learning rate times the trust ratio of the row ``p``; all arrays are 1-D.
+    """``h`` with its learning rate times the trust ratio of the row ``p``; all arrays are 1-D."""
+    p_sq, u_sq = row_squares(h, c, p, g, state, row_values, 1.0, 1.0)
+    p_unit, u_unit = unit_of(p_sq), unit_of(u_sq)
+    if p_unit != 1.0 or u_unit != 1.0:
+        p_sq, u_sq = row_squares(h, c, p, g, state, row_values, p_unit, u_unit)
+    return rescaled(h, p.dtype.type(trust_ratio(h, p_sq, u_sq, p_unit, u_unit, g.size)))
+
+
+@register_jitable
+def row_squares(h, c, p, g, state, row_values, p_unit, u_unit):
+    """The sums of squares of the row ``p`` and of its direction, over their units.
 
     Four interleaved sums each: a fixed order, in which the additions need not wait for each other.
     """
@@ -156,9 +183,9 @@ def _row_rated(h, c, p, g, state, row_values):
     for first in range(0, g.size, ON_STACK):
         last = min(first + ON_STACK, g.size)
         find_row_directions(h, c, p[first:last], g[first:last], part_of(state, first, last), row_values, us)
-        p_sq += sum_of_squares(p[first:last])
-        u_sq += sum_of_squares(us[: last - first])
-    return rescaled(h, p.dtype.type(trust_ratio(h, p_sq, u_sq, g.size)))
+        p_sq += sum_of_squares(p[first:last], 1.0 / p_unit)
+        u_sq += sum_of_squares(us[: last - first], 1.0 / u_unit)
+    return p_sq, u_sq
 
 
 def rated(h, c, p, g, state, row_values):
@@ -180,16 +207,19 @@ def find_row_directions(h, c, p, g, state, row_values, us):
 
 
 @restricted_helper
-def sum_of_squares(x):
+def sum_of_squares(x, scale):
     a = b = c = d = 0.0
     whole = x.size - x.size % 4
     for k in range(0, whole, 4):
-        a += np.float64(x[k]) * np.float64(x[k])
-        b += np.float64(x[k + 1]) * np.float64(x[k + 1])
-        c += np.float64(x[k + 2]) * np.float64(x[k + 2])
-        d += np.float64(x[k + 3]) * np.float64(x[k + 3])
+        x0, x1 = np.float64(x[k]) * scale, np.float64(x[k + 1]) * scale
+        x2, x3 = np.float64(x[k + 2]) * scale, np.float64(x[k + 3]) * scale
+        a += x0 * x0
+        b += x1 * x1
+        c += x2 * x2
+        d += x3 * x3
     for k in range(whole, x.size):
-        a += np.float64(x[k]) * np.float64(x[k])
+        x0 = np.float64(x[k]) * scale
+        a += x0 * x0
     return (a + b) + (c + d)
 
 

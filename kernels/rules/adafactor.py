@@ -49,12 +49,12 @@ def adafactor(h, p, g, variance):
 
 
 @register_jitable
-def adafactor_factor(h, p_sq, u_sq, size):
+def adafactor_factor(h, p_sq, u_sq, p_unit, u_unit, size):
     """The factor of the length of :func:`adafactor`'s steps, with RMS the root of the mean square over all p:
 
     p = p - min(lr, 1 / sqrt(t)) * max(eps2, RMS(p)) / max(1, RMS(u) / d) * u
     """
-    rms_p, rms_u = math.sqrt(p_sq / size), math.sqrt(u_sq / size)
+    rms_p, rms_u = math.sqrt(p_sq / size) * p_unit, math.sqrt(u_sq / size) * u_unit
     return max(h.smallest_rms, rms_p) / max(1.0, rms_u / h.d)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from numba.extending import register_jitable
 
 from fastopt.kernels.rule import Adaptive, Rule, register
+from fastopt.kernels.rules.folding import power, root
 from fastopt.kernels.rules.lerp import lerp
 
 
@@ -21,10 +22,8 @@ class AdamH(NamedTuple):
     @classmethod
     def fold(cls, step, *, lr, betas, eps, **_):
         beta1, beta2 = betas
-        correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
-        return cls(
-            lr / correction1, beta1, 1.0 - beta1, beta2, 1.0 - beta2, 1.0 / math.sqrt(correction2), eps
-        )
+        correction1, correction2 = 1.0 - power(beta1, step), 1.0 - power(beta2, step)
+        return cls(lr / correction1, beta1, 1.0 - beta1, beta2, 1.0 - beta2, 1.0 / root(correction2), eps)
 
 
 class AMSGradH(AdamH):

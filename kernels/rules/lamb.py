@@ -6,6 +6,7 @@ from typing import NamedTuple
 from numba.extending import register_jitable
 
 from fastopt.kernels.rule import Rule, register
+from fastopt.kernels.rules.folding import power, root
 from fastopt.kernels.rules.lerp import lerp
 
 
@@ -23,7 +24,8 @@ class LAMBH(NamedTuple):
     @classmethod
     def fold(cls, step, *, lr, betas, eps, weight_decay, **_):
         beta1, beta2 = betas
-        correction, root_correction = 1.0 / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step)
+        correction = 1.0 / (1.0 - power(beta1, step))
+        root_correction = 1.0 / root(1.0 - power(beta2, step))
         return cls(lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, correction, root_correction, eps, weight_decay)
 
 
@@ -44,11 +46,11 @@ def lamb(h, p, g, exp_avg, exp_avg_sq):
 
 
 @register_jitable
-def trust_ratio(h, p_sq, u_sq, size):
+def trust_ratio(h, p_sq, u_sq, p_unit, u_unit, size):
     """The ratio |p| / |u| in p = p - lr * |p| / |u| * u, 1 where either norm is 0 (the paper's phi being
     the identity)."""
     if p_sq > 0.0 and u_sq > 0.0:
-        return math.sqrt(p_sq) / math.sqrt(u_sq)
+        return math.sqrt(p_sq) / math.sqrt(u_sq) * (p_unit / u_unit)
     return 1.0
 
 

@@ -1,12 +1,13 @@
 """NAdam."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.extending import register_jitable
 
 from fastopt.kernels.rule import Adaptive, Rule, register
+from fastopt.kernels.rules.folding import exponential, power, root
 from fastopt.kernels.rules.lerp import lerp
 
 
@@ -31,7 +32,7 @@ class NAdamH(NamedTuple):
     @classmethod
     def fold(cls, step, *, lr, betas, momentum_decay, eps, **_):
         beta1, beta2 = betas
-        mu, mu_next = (beta1 * (1.0 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
+        mu, mu_next = (beta1 * (1.0 - 0.5 * power(0.96, t * momentum_decay)) for t in (step, step + 1))
         product = mu_product(step, beta1, momentum_decay)
         gradient_rate, momentum_rate = (1.0 - mu) / (1.0 - product), mu_next / (1.0 - product * mu_next)
         return cls(
@@ -41,7 +42,7 @@ class NAdamH(NamedTuple):
             1.0 - beta1,
             beta2,
             1.0 - beta2,
-            1.0 / math.sqrt(1.0 - beta2**step),
+            1.0 / root(1.0 - power(beta2, step)),
             eps,
         )
 
@@ -50,22 +51,34 @@ _ORDERS = np.arange(1.0, 54.0)  # k; 2^-53 is below rounding
 
 _WEIGHTS = 1.0 / (_ORDERS * 2.0**_ORDERS)
 
+NEGLIGIBLE = 1e-20  # a product beside which 1 is 1
 
-def mu_product(step: int, beta1: float, momentum_decay: float) -> float:
-    """mu_1 * ... * mu_step of NAdam, in a time that does not depend on the step.
+
+def mu_product(step: Any, beta1: float, momentum_decay: float) -> Any:
+    """mu_1 * ... * mu_step of NAdam, for a step or an array of them, in a time that does not depend on it.
 
     With x_i = 0.96^(i * momentum_decay) / 2, it is beta1^step times the exponential of
     sum_i log(1 - x_i) = -sum_k (sum_i x_i^k) / k, the inner sums being geometric series.
     """
-    power = beta1**step
-    if power < 1e-20:  # 1 - product is 1
-        return 0.0
+    if isinstance(step, np.ndarray):
+        product = power(beta1, step)
+        known = product >= NEGLIGIBLE
+        product[known] *= _mu_factor(step[known], momentum_decay)
+        product[~known] = 0.0
+        return product
+    product = power(beta1, step)
+    return product * _mu_factor(step, momentum_decay) if product >= NEGLIGIBLE else 0.0
+
+
+def _mu_factor(step: Any, momentum_decay: float) -> Any:
+    """The product over that of as many beta1."""
     rate = max(momentum_decay * math.log(0.96), -1e3)  # exp(-1e3) is 0
     if rate == 0.0:
-        return power * 0.5**step
+        return power(0.5, step)
     rates = _ORDERS * rate
-    powers = np.exp(rates) * np.expm1(step * rates) / np.expm1(rates)
-    return power * math.exp(-float((_WEIGHTS * powers).sum()))
+    powers = np.exp(rates) * np.expm1(np.multiply.outer(step, rates)) / np.expm1(rates)
+    total = -(_WEIGHTS * powers).sum(axis=-1)
+    return exponential(total)
 
 
 @register_jitable
@@ -80,6 +93,8 @@ def nadam(h, p, g, exp_avg, exp_avg_sq):
     exp_avg = lerp(exp_avg, g, h.one_minus_beta1, h.beta1)
     exp_avg_sq = h.beta2 * exp_avg_sq + h.one_minus_beta2 * g * g
     ahead = g + h.momentum_ratio * exp_avg
+    if ahead - ahead != ahead - ahead:  # It is not finite, and so v is not: what is finite over that is 0.
+        ahead = exp_avg
     p = p - h.gradient_step * ahead / (math.sqrt(exp_avg_sq) * h.root_correction + h.eps)
     return p, exp_avg, exp_avg_sq
 

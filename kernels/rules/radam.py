@@ -6,6 +6,7 @@ from typing import NamedTuple
 from numba.extending import register_jitable
 
 from fastopt.kernels.rule import Adaptive, Rule, register
+from fastopt.kernels.rules.folding import choose, power, root
 from fastopt.kernels.rules.lerp import lerp
 
 
@@ -21,14 +22,17 @@ class RAdamH(NamedTuple):
     @classmethod
     def fold(cls, step, *, lr, betas, eps, **_):
         beta1, beta2 = betas
-        correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
+        power2 = power(beta2, step)
+        correction1, correction2 = 1.0 - power(beta1, step), 1.0 - power2
         step_size = lr / correction1
         rho_inf = 2.0 / (1.0 - beta2) - 1.0
-        rho = rho_inf - 2.0 * step * beta2**step / correction2
-        if rho > 5.0:
+        rho = rho_inf - 2.0 * step * power2 / correction2
+        rectified = rho > 5.0
+        if rho_inf > 5.0:  # else no rho is
+            rho = choose(rectified, rho, 5.0)
             r = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
-            step_size *= math.sqrt(r * correction2)
-        return cls(step_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, rho > 5.0)
+            step_size = choose(rectified, step_size * root(r * correction2), step_size)
+        return cls(step_size, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, rectified)
 
 
 @register_jitable

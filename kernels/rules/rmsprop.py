@@ -48,6 +48,8 @@ def rmsprop(h, p, g, square_avg, grad_avg, momentum_buffer):
     if grad_avg is not None:
         grad_avg = lerp(grad_avg, g, h.one_minus_alpha, h.alpha)
         spread = square_avg - grad_avg * grad_avg
+        if spread != spread:  # v and m^2 are infinite, but v is the larger while m is a number
+            spread = square_avg + (grad_avg - grad_avg)
     direction = g / (math.sqrt(spread) + h.eps)
     if momentum_buffer is not None:
         momentum_buffer = h.momentum * momentum_buffer + direction

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from numba.extending import register_jitable
 
 from fastopt.kernels.rule import Linear, Rule, Still, register
+from fastopt.kernels.rules.folding import choose
 
 
 class SGDH(NamedTuple):
@@ -26,7 +27,7 @@ class MomentumH(NamedTuple):
     @classmethod
     def fold(cls, step, *, lr, momentum, dampening, nesterov, **_):
         # torch takes the first gradient undampened.
-        return cls(lr, momentum, 1.0 if step == 1 else 1.0 - dampening, nesterov)
+        return cls(lr, momentum, choose(step == 1, 1.0, 1.0 - dampening), nesterov)
 
 
 @register_jitable

@@ -166,12 +166,13 @@ def test_no_indices_update_nothing(device, rng):
 
 @pytest.mark.covers("update_rows", "PerRow", "segments_of")
 def test_rows_that_count_their_own_updates(device, rng):
-    """Each row has the numbers of its own count; of those that are not there the last."""
+    """Each row has the numbers of its own count; of one that is not there those of the count below it."""
     before = adam_state(rng, (10, 5))
     table = StoredAdam(device, *before)
     counts = np.array([0, 1, 2, 3, 40, 0, 0, 0, 1, 0])
     on_device = device.put(counts)
-    history = np.array([rules.ADAM.fold(t, {**ADAM, "lr": 1.0}, np.float64) for t in (1, 2, 3)])
+    known = 1, 2, 3, 30
+    history = np.array([(t, *rules.ADAM.fold(t, {**ADAM, "lr": 1.0}, np.float64)) for t in known])
     lr, c = 0.25, decay_numbers(Scaled)
     indices = np.array([4, 0, 2, 0, 8, 4])
     values = rng.normal(size=(6, 5)).astype(np.float32)
@@ -189,7 +190,8 @@ def test_rows_that_count_their_own_updates(device, rng):
     expected = before
     for row, total in zip(*row_sums(indices, values), strict=True):
         counts[row] += 1
-        h = rules.ADAM.fold(int(min(counts[row], 3)), {**ADAM, "lr": lr}, np.float64)
+        count = max(t for t in known if t <= counts[row])
+        h = rules.ADAM.fold(count, {**ADAM, "lr": lr}, np.float64)
         expected = updated(expected, np.array([row]), total[None], h, c)
     np.testing.assert_array_equal(device.get(on_device), counts)
     assert_same(table.got(), expected)
