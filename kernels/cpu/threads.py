@@ -10,6 +10,8 @@ from typing import Any
 
 import numba
 
+from fastopt.kernels.forks import hold_numbas
+
 _config: Any = numba.config  # its attributes are set at run time
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
@@ -72,6 +74,7 @@ def _short_spins() -> Iterator[None]:
 
 
 launcher = Launcher()
+hold_numbas()
 os.register_at_fork(after_in_child=launcher.after_fork)
 
 
