@@ -15,6 +15,12 @@ from operator import attrgetter
 from typing import Any
 
 _RLock: Any = type(threading.RLock())
+_importer = os.getpid()
+
+
+def forked() -> bool:
+    """Whether this process was forked from the one that imported fastopt."""
+    return os.getpid() != _importer
 
 
 def hold(lock: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numba
 
-from fastopt.kernels.forks import hold_numbas
+from fastopt.kernels.forks import forked
 
 _config: Any = numba.config  # its attributes are set at run time
 
@@ -21,7 +21,7 @@ PARALLEL_FROM = 131_072
 
 
 def _is_forked_worker() -> bool:
-    """Whether this is a child of ``multiprocessing`` that was forked before this module was imported."""
+    """Whether this is a child of ``multiprocessing`` that was forked before fastopt was imported."""
     command = " ".join(sys.orig_argv)
     others = "--multiprocessing-fork", "multiprocessing.forkserver"  # how spawned children are started
     return multiprocessing.parent_process() is not None and not any(other in command for other in others)
@@ -38,7 +38,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self.layer: str | None = None
-        self.forked = _is_forked_worker()
+        self.forked = forked() or _is_forked_worker()
         self.lock = threading.RLock()
 
     def launch(self, function: Callable, args: tuple) -> None:
@@ -74,7 +74,6 @@ def _short_spins() -> Iterator[None]:
 
 
 launcher = Launcher()
-hold_numbas()
 os.register_at_fork(after_in_child=launcher.after_fork)
 
 
