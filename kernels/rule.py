@@ -10,13 +10,14 @@ a row without a gradient has missed (see catch_up.py). Kernels get one of them a
 contents, whose type selects code.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from fastopt.kernels.lazy import lazy
 
 
 class Scaled(NamedTuple):
@@ -103,7 +104,7 @@ class Rule:
     missed_l2: type = Loop
     own_decay: bool = False
 
-    @functools.cached_property
+    @lazy
     def state_slots(self) -> tuple[str, ...]:
         """The state arrays shaped as the parameter."""
         return tuple(slot for slot in self.slots if slot is not None)
@@ -119,7 +120,7 @@ class Rule:
             given[COMPUTE_DTYPE] = dtype
         return self.hyper.fold(step, **given)  # type: ignore[attr-defined]
 
-    @functools.cached_property
+    @lazy
     def _folded(self) -> tuple[str, ...] | None:
         """The options that ``fold`` takes by name, None if there is no ``fold``."""
         if not hasattr(self.hyper, "fold"):
@@ -128,7 +129,7 @@ class Rule:
         names = (p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
         return tuple(name for name in names if name != COMPUTE_DTYPE)
 
-    @functools.cached_property
+    @lazy
     def _takes_dtype(self) -> bool:
         return COMPUTE_DTYPE in inspect.signature(self.hyper.fold).parameters  # type: ignore[attr-defined]
 

@@ -4,12 +4,10 @@ import ast
 import importlib
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import COMMON, SHARED, STEP, Process, files, run
 
 import fastopt
 import fastopt.kernels
@@ -17,65 +15,6 @@ from fastopt.kernels.cpu import cache as cache_on_disk
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {"omp": "omppool", "tbb": "tbbpool", "workqueue": "workqueue"}
-TIMEOUT = 120  # seconds; what it bounds is a hang
-
-# What scripts share. Numbers are multiples of 1/64 small enough for float32 to be exact.
-COMMON = """
-import os, sys, threading
-import numpy as np
-import fastopt
-from fastopt.kernels.cpu.dense import update_arrays
-
-def dense(size, rule=fastopt.SGD):
-    p, g = np.arange(size, dtype=np.float32) % 64, np.full(size, 4, np.float32)
-    opt = rule(p, lr=0.25, momentum=0.5)
-    for _ in range(2):
-        opt.step(g)
-    np.testing.assert_array_equal(p, np.arange(size) % 64 - 0.25 * 4 * 2.5)
-
-def sparse(count):
-    p = np.ones((4 * count, 8), np.float32)
-    opt = fastopt.SGD(p, lr=0.25, momentum=0.5)
-    indices = np.concatenate([np.arange(1, 4 * count, 4)] * 2)
-    for _ in range(2):
-        opt.step(fastopt.IndexedSlices(indices, np.full((2 * count, 8), 2, np.float32)))
-    want = np.ones_like(p)
-    want[1::4] -= 0.25 * 4 * 2.5
-    np.testing.assert_array_equal(p, want)
-
-def compiled_and_loaded():
-    stats = [d.stats for d in (vars(update_arrays).get("serial"), vars(update_arrays).get("parallel")) if d]
-    return [sum(sum(getattr(s, name).values()) for s in stats) for name in ("cache_misses", "cache_hits")]
-"""
-
-
-class Process:
-    """A Python process, in a session of its own: on a hang its children go too."""
-
-    def __init__(self, script, folder, **env):
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "PYTHON"))}
-        kept.update({k: str(v) for k, v in env.items()}, PYTHONDONTWRITEBYTECODE="1")
-        command = [sys.executable, *(["-c", script] if "\n" in script else [script])]
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=kept, text=True, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def output(self):
-        """What it printed, and its warnings."""
-        try:
-            out, err = self.process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            out, err = self.process.communicate()
-            pytest.fail(f"still running after {TIMEOUT} s: {out}{err}")
-        assert self.process.returncode == 0, f"exit status {self.process.returncode}: {out}{err}"
-        return out, err
-
-
-def run(script, folder, **env):
-    """The words that a process printed."""
-    return Process(script, folder, **env).output()[0].split()
 
 
 def copy_package(folder):
@@ -96,24 +35,6 @@ def edit(path, before, after):
     assert text.count(before) == 1
     path.write_text(text.replace(before, after))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def files(folder):
-    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-# Where kernels are compiled to, for tests to which it does not matter: where those of this process are.
-SHARED = {name: os.environ[name] for name in ("NUMBA_CACHE_DIR",) if name in os.environ}
-
-
-STEP = (
-    COMMON
-    + """
-p = np.zeros(3, np.float32)
-fastopt.SGD(p, lr=0.5).step(np.ones(3, np.float32))
-print(p[0], *compiled_and_loaded())
-"""
-)
 
 
 def test_an_edited_rule_is_compiled_again_and_an_unchanged_one_is_not(tmp_path):

@@ -1,11 +1,13 @@
 """The cache of compiled kernels on disk, and its keys: all that a kernel's machine code depends on."""
 
+import contextlib
 import functools
 import hashlib
 import os
 import pickle
 import sys
 import threading
+import time
 import types as python_types
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +26,21 @@ from fastopt.kernels.rule import RULES
 OWN = "fastopt.kernels."  # begins the names of modules whose code the package's digest covers
 FOLDER = Path(__file__).parents[1]
 # The code of these files and folders gets into no machine code for the CPU, which a test sees to.
-HOST_ONLY = "at_once.py", "cpu/backend", "cpu/cache.py", "cpu/memory.py", "cpu/threads.py", "cuda", "work.py"
+HOST_ONLY = (
+    "at_once.py",
+    "cpu/backend",
+    "cpu/cache.py",
+    "cpu/memory.py",
+    "cpu/threads.py",
+    "cuda",
+    "forks.py",
+    "lazy.py",
+    "signals.py",
+    "work.py",
+)
+
+TEMPORARY = ".tmp"
+STALE = 3600  # seconds, after which nobody is still writing a file
 
 
 def cache_for(function: Callable, parallel: bool) -> FunctionCache | NullCache:
@@ -56,14 +72,14 @@ class KernelCache(FunctionCache):
 
     def __init__(self, function: Callable, parallel: bool) -> None:
         super().__init__(function)
-        self._parallel = parallel
+        self._variant = f"{function.__module__}.{function.__qualname__}", parallel
         self._cache_file = _KeyedFiles(Path(self._cache_path), self._impl.filename_base)
 
     def _index_key(self, signature: Any, codegen: Any) -> str:
         types = [str(t) for t in signature]
         classes = [_class_key(cls) for cls in _tuple_classes(signature)]
         versions = sys.version, numba.__version__, llvmlite.__version__
-        key = types, codegen.magic_tuple(), self._parallel, versions, package_digest(), classes
+        key = self._variant, types, codegen.magic_tuple(), versions, package_digest(), classes
         return hashlib.sha256(repr(key).encode()).hexdigest()
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
@@ -86,7 +102,9 @@ class KernelCache(FunctionCache):
 class _KeyedFiles:
     """One file a key, written to a temporary name and renamed, so that readers see it whole.
 
-    It begins with its digest: damaged machine code would kill the process that loads it.
+    It holds a digest of its key and contents: damaged machine code, or that of another kernel, would kill
+    the process that loads it. That guards against accidents. Whoever can write to the folder can have code
+    run by those who load from it, as with ``__pycache__``.
     """
 
     def __init__(self, folder: Path, base: str) -> None:
@@ -98,23 +116,36 @@ class _KeyedFiles:
 
     def load(self, key: str) -> Any:
         try:
-            content = self._path(key).read_bytes()
+            file = self._path(key).read_bytes()
         except FileNotFoundError:
             return None
         size = hashlib.sha256().digest_size
-        if hashlib.sha256(content[size:]).digest() != content[:size]:
-            return None
-        return pickle.loads(content[size:])
+        digest, content = file[:size], memoryview(file)[size:]
+        return pickle.loads(content) if digest == _digest(key, content) else None
 
     def save(self, key: str, data: Any) -> None:
+        self._remove_stale()
         path = self._path(key)
-        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
         try:
             content = pickle.dumps(data)
-            temporary.write_bytes(hashlib.sha256(content).digest() + content)
+            temporary.write_bytes(_digest(key, content) + content)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _remove_stale(self) -> None:
+        """Remove what processes left that were killed while they wrote, on this machine or another."""
+        for path in self._folder.glob(f"*{TEMPORARY}"):
+            with contextlib.suppress(OSError):  # another process was faster, or may not
+                if time.time() - path.stat().st_mtime > STALE:
+                    path.unlink()
+
+
+def _digest(key: str, content: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256(key.encode())
+    digest.update(content)
+    return digest.digest()
 
 
 @functools.cache

@@ -19,6 +19,8 @@ import numpy as np
 
 from fastopt.kernels.cpu.cache import cache_for
 from fastopt.kernels.cpu.threads import launcher, runs_serial
+from fastopt.kernels.lazy import lazy
+from fastopt.kernels.signals import deferred
 
 _config: Any = numba.config  # its attributes are set at run time
 _njit: Any = numba.njit  # its type leaves out some options
@@ -79,11 +81,11 @@ class Kernel:
             launcher.start()
         return functools.partial(entry, *args)
 
-    @functools.cached_property
+    @lazy
     def serial(self) -> Callable:
         return _compile(self._function, parallel=False)
 
-    @functools.cached_property
+    @lazy
     def parallel(self) -> Callable:
         return _compile(self._function, parallel=True)
 
@@ -121,4 +123,5 @@ def _compile(function: Callable, parallel: bool, **options: Any) -> Callable:
     dispatcher = _njit(parallel=parallel, no_cfunc_wrapper=True, **{**OPTIONS, **options})(function)
     if not _config.DISABLE_JIT:
         dispatcher._cache = cache_for(function, parallel)
+        dispatcher.compile = deferred()(dispatcher.compile)  # or loads from the cache
     return dispatcher

@@ -18,8 +18,11 @@ _lock = threading.RLock()  # a collection of garbage may come while it is held
 
 
 def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()  # another thread may have held it
+    """Begin anew: another thread may have held the lock, and changed half of what it guards."""
+    global _lock, _waiting_bytes
+    _lock = threading.RLock()
+    _waiting.clear()
+    _waiting_bytes = 0
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -11,6 +11,7 @@ from typing import Any
 import numba
 
 from fastopt.kernels.at_once import at_once
+from fastopt.kernels.forks import forked
 
 _config: Any = numba.config  # its attributes are set at run time
 
@@ -23,7 +24,7 @@ _NO_TURNS = nullcontext()
 
 
 def _is_forked_worker() -> bool:
-    """Whether this is a child of ``multiprocessing`` that was forked before this module was imported."""
+    """Whether this is a child of ``multiprocessing`` that was forked before fastopt was imported."""
     command = " ".join(sys.orig_argv)
     others = "--multiprocessing-fork", "multiprocessing.forkserver"  # how spawned children are started
     return multiprocessing.parent_process() is not None and not any(other in command for other in others)
@@ -40,7 +41,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self.layer: str | None = None
-        self.forked = _is_forked_worker()
+        self.forked = forked() or _is_forked_worker()
         self.lock = threading.RLock()
 
     def start(self) -> None:

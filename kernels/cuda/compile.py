@@ -8,7 +8,11 @@ from typing import Any
 from numba import cuda, typeof, types
 from numba.cuda import dispatcher
 
-_lock = threading.Lock()
+from fastopt.kernels.forks import hold, hold_private
+
+_lock = threading.RLock()
+hold_private("numba.cuda.core.compiler_lock", "global_compiler_lock._lock")
+hold(_lock)
 
 
 def ptx(kernel: Callable, *args: Any, cc: tuple[int, int]) -> str:
