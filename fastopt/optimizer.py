@@ -1,7 +1,7 @@
 """The optimizer that all others derive from."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import setitem
 from types import MappingProxyType
@@ -11,9 +11,10 @@ import numpy as np
 
 from fastopt._core.backend import host
 from fastopt._core.exclusive import exclusive
+from fastopt._core.groups import ParameterGroup
 from fastopt._core.indices import Indices
 from fastopt._core.options import SHARED
-from fastopt._core.parameters import ParameterGroup, Parameters, Snapshot
+from fastopt._core.parameters import Parameters, Snapshot
 from fastopt._core.versions import written
 from fastopt._step.catch_up import catch_up
 from fastopt._step.norms import clip_factor
@@ -209,11 +210,13 @@ class Optimizer:
             if settings.clip_norm is not None:
                 factor = clip_factor(norm, settings.clip_norm)
         conditions = Conditions(options.rates, settings.grad_scale * factor, settings.limit)
-        ready = plan.prepare(rows, conditions, zero_grads)
-        written(plan.written)
+        calls, alive = plan.prepare(rows, conditions, zero_grads)
+        if plan.written:
+            written(plan.written)
         if zero_grads:
             written([numbers_of(entry, "")[0] for entry in entries if entry is not None])
-        host().run(ready.calls)  # the one place where a step changes parameters, state and counts
+        host().run(calls)  # the one place where a step changes parameters, state and counts
+        del alive
         return _DONE if norm is None else StepInfo(norm, factor != 1.0)
 
     def _adopt(self, group: ParameterGroup, options: dict[str, Any]) -> None:
@@ -298,7 +301,7 @@ class Optimizer:
         """Go on with what was restored; tables in files have first values where a state is empty."""
         parameters = self._parameters
         steps = [*(own.step for own in restored.states), restored.steps]
-        calls = [partial(setitem, parameters.clock, ..., np.array(steps))]
+        calls: list[Callable[[], object]] = [partial(setitem, parameters.clock, ..., np.array(steps))]
         for group, options in zip(parameters.groups, restored.options, strict=True):
             if options is not None:
                 calls.append(partial(group.options.update, options))

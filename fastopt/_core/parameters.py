@@ -2,18 +2,17 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.arrays import TableInFiles
 from fastopt._core.backend import Backend, backend_of
+from fastopt._core.groups import Definition, ParameterGroup, checked_group
 from fastopt._core.missed import ROW_STEPS, Tracking
-from fastopt._core.options import FIXED, SHARED, checked_options, is_immutable
 from fastopt._core.state import (
     MASTER,
     SCALES,
@@ -27,103 +26,9 @@ from fastopt._core.state import (
 )
 from fastopt._core.state import state_formats as chosen_formats
 from fastopt._core.structure import Structure, as_container, is_groups, named_values
+from fastopt._core.versions import written
 from fastopt.kernels import formats
-from fastopt.kernels.at_once import at_once
-from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 from fastopt.kernels.work import StoredTable
-
-
-class Definition(Protocol):
-    """What an optimizer's class says of it."""
-
-    defaults: dict[str, Any]
-
-    def rule(self, options: Mapping[str, Any]) -> Rule:
-        """The update rule that the options choose."""
-
-    def decoupled(self, options: Mapping[str, Any]) -> bool:
-        """Whether weight decay is decoupled from the gradient."""
-
-    def initial_state(self, options: Mapping[str, Any]) -> dict[str, float]:
-        """First values of state slots that do not start from 0."""
-
-    def check_options(self, options: Mapping[str, Any], label: str) -> None:
-        """Refuse combinations of options that can't be honoured."""
-
-
-@dataclass(eq=False)
-class ParameterGroup:
-    """Parameters that share options.
-
-    Attributes:
-        options: the dict that the caller sees and may change.
-        params: the caller's container. keys: of its parameters, which know their group and not the other way
-            round: a circle would keep memory until the collection of garbage.
-        checked: the options as they were last adopted, checked.
-        rule, decay: the rule that they choose, and the type of weight decay.
-        first: first values of state slots that do not start from 0.
-    """
-
-    options: dict[str, Any]
-    params: Any
-    label: str
-    number: int
-    keys: list[str | int] = field(default_factory=list)
-    checked: dict[str, Any] = field(init=False)
-    rule: Rule = field(init=False)
-    decay: type = field(init=False)
-    first: dict[str, float] = field(init=False)
-    _seen: dict[str, Any] | None = None  # the options as adopted, if they can only change by assignment
-    _rate_type: type = float
-    _fixed_rate: bool = False
-
-    def adopt(self, checked: dict[str, Any], definition: Definition) -> None:
-        """Go on with these options, ``options`` as it is now being what they were checked from."""
-        at_once(self.adopting(checked, self.options, definition))
-
-    def adopting(
-        self, checked: dict[str, Any], options: Mapping[str, Any], definition: Definition
-    ) -> list[Callable[[], object]]:
-        """The calls that go on with these options, ``options`` being what they were checked from."""
-        new = {
-            "checked": checked,
-            "rule": definition.rule(checked),
-            "decay": decay_type(definition, checked),
-            "first": definition.initial_state(checked),
-            "_fixed_rate": not callable(checked["lr"]),
-            **_remembered(options),
-        }
-        return [partial(vars(self).update, new)]
-
-    def remember(self) -> None:
-        """Take the options as they are for those adopted: they need no check until they change. With an array
-        among them, which may change in place, they are checked in every step."""
-        vars(self).update(_remembered(self.options))
-
-    def is_steady(self) -> bool:
-        """Whether its options are known to be those adopted, and give the same learning rate in each step."""
-        return self._fixed_rate and not self.changed()
-
-    def changed(self) -> bool:
-        """Whether its options may differ from those adopted."""
-        try:
-            # A number of few bits equals every number that is rounded to it.
-            return self._seen != self.options or type(self.options["lr"]) is not self._rate_type
-        except (ValueError, RuntimeError):  # an array or a tensor, which compares element by element
-            return True
-
-    def described(self, size: int, defaults: Mapping[str, Any]) -> str:
-        """Its ``size`` elements, and its options but for those that all optimizers have and that are as by
-        default."""
-        noun = "array" if len(self.keys) == 1 else "arrays"
-        names = (name for name in defaults if self.options.get(name) != SHARED.get(name, ()))
-        options = ", ".join(f"{name}={self.options.get(name)!r}" for name in names)
-        return f"{len(self.keys)} {noun}, {size:,} parameters: {options}"
-
-
-def _remembered(options: Mapping[str, Any]) -> dict[str, Any]:
-    fixed = all(name == "params" or is_immutable(value) for name, value in options.items())
-    return {"_seen": dict(options) if fixed else None, "_rate_type": type(options["lr"])}
 
 
 @dataclass(eq=False)
@@ -189,9 +94,11 @@ class Parameter:
         return self.value if isinstance(self.value, TableInFiles) else None
 
     def before_writing(self, rows: np.ndarray | None) -> None:
-        """Have a table in files keep what is about to change: rows, or all."""
+        """Tell of what is about to change, rows or all: torch, and a table in files, which keeps it."""
         if self.in_files is not None:
             self.in_files.keep(rows)
+        else:
+            written([self.value])
 
     def view(self) -> np.ndarray:
         """The array as it is now; a torch parameter may have moved."""
@@ -247,7 +154,7 @@ class Parameter:
         if not by_row:  # rows of several arrays may lie together
             apart = all(array.flags.c_contiguous for array in self.state.values())
             return self.state if apart else {k: np.asarray(v, order="C") for k, v in self.state.items()}
-        if self.codes_by_row:
+        if self.codes_by_row or not any(kind.coded for kind in self.state_formats):
             return self.state
         own = dict(self.state)
         for slot, kind in zip(rule.state_slots, self.state_formats, strict=True):
@@ -293,13 +200,6 @@ class Snapshot(NamedTuple):
     steps: int
     groups: list[ParameterGroup]
     parameters: list[Parameter]
-
-
-def decay_type(definition: Definition, checked: Mapping[str, Any]) -> type:
-    """The type of weight decay that kernels see."""
-    if not checked["weight_decay"] or definition.rule(checked).own_decay:
-        return Scaled
-    return Decoupled if definition.decoupled(checked) else L2
 
 
 class Parameters:
@@ -413,56 +313,3 @@ class Parameters:
 def _place(array: np.ndarray) -> tuple:
     """Where an array lies, and what it is."""
     return backend_of(array).address(array), array.shape, array.dtype
-
-
-def checked_group(options: Mapping[str, Any], label: str, definition: Definition) -> dict[str, Any]:
-    """A group's options but for ``params``, checked; ``label`` says whose they are.
-
-    Raises:
-        TypeError, ValueError: an option is unknown or missing, of another type or out of range.
-    """
-    own = {name: value for name, value in options.items() if name != "params"}
-    unknown = set(own) - set(definition.defaults)
-    if unknown:
-        raise ValueError(
-            f"{label} has the option {min(map(str, unknown))!r}: {type(definition).__name__} has "
-            f"{', '.join(definition.defaults)}"
-        )
-    missing = set(definition.defaults) - set(own)
-    if missing:
-        raise ValueError(f"{label} lacks the option {min(missing)!r}: set it again")
-    return checked_options(own, label)
-
-
-def changed_options(group: ParameterGroup, definition: Definition) -> dict[str, Any]:
-    """The group's options, checked anew where they were changed since they were adopted; the very same dict
-    where they were not.
-
-    Raises:
-        TypeError, ValueError: as for :func:`checked_group`, or they do not go together, or need another state
-            than at first.
-    """
-    if not group.changed():
-        return group.checked
-    checked = checked_group(group.options, group.label, definition)
-    rule = definition.rule(checked)
-    if rule != group.rule:
-        raise ValueError(
-            f"the options of {group.label} now need the state {_names(rule)}, at first "
-            f"{_names(group.rule)}: make a new optimizer to change them"
-        )
-    for name in FIXED:
-        if checked[name] != group.checked[name]:
-            raise ValueError(
-                f"{name} of {group.label} is now {checked[name]!r}, at first {group.checked[name]!r}: "
-                "make a new optimizer to change it"
-            )
-    definition.check_options(checked, group.label)
-    if checked != group.checked:
-        return checked
-    group.remember()
-    return group.checked
-
-
-def _names(rule: Rule) -> str:
-    return ", ".join((*rule.state_slots, *rule.row_slots)) or "none"

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt._core.arrays import DTYPES
+from fastopt._core.groups import ParameterGroup
 from fastopt._core.options import checked_options
-from fastopt._core.parameters import ParameterGroup
 from fastopt.kernels.rule import L2, Decoupled, Scaled
 
 LEAST = {dtype: float(np.finfo(dtype).smallest_subnormal) for dtype in DTYPES}

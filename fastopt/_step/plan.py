@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastopt._core import arrays
-from fastopt._core.backend import backend_of
+from fastopt._core.backend import Calls, backend_of
 from fastopt._core.parameters import Parameter, Parameters
 from fastopt._core.state import gradient_format
 from fastopt._core.structure import Gradients
@@ -23,16 +23,6 @@ from fastopt.gradients.protocol import numbers_of
 SAME, FLOAT32, NONE, ROWS = range(4)
 
 _SLICE = 1 << 20  # elements that are looked at at a time
-
-
-class Ready(NamedTuple):
-    """A step, to be made by ``Backend.run``.
-
-    calls: all that changes parameters, gradients, state and counts. alive: holds what the calls work on.
-    """
-
-    calls: list[Callable[[], object]]
-    alive: Any
 
 
 class Plan:
@@ -111,17 +101,19 @@ class Plan:
 
     # The step
 
-    def prepare(self, rows: Sequence[RowUpdate], conditions: Conditions, zero_grads: bool) -> Ready:
-        """The step, of which nothing has happened yet.
+    def prepare(
+        self, rows: Sequence[RowUpdate], conditions: Conditions, zero_grads: bool
+    ) -> tuple[Calls, Any]:
+        """The calls that make the step, for ``Backend.run``, and what they work on, to be held until then.
 
-        State that is missing is made, numbers are set, machine code is compiled, and tables in files keep
-        what is about to change.
+        Nothing of the step has happened yet: state that is missing is made, numbers are set, machine code is
+        compiled, and tables in files keep what is about to change.
         """
         kept = self._updates
         if kept is not None and not rows and self._parameters.all_plain:
             calls = [call for update in kept for call in update.prepare(conditions, zero_grads)]
             calls.append(self._count)
-            return Ready(calls, kept)
+            return calls, kept
         if self._parameters.dense_rows:
             for parameter in self.dense:
                 catch_up(parameter)
@@ -136,10 +128,10 @@ class Plan:
         calls = [call for update in kept for call in update.prepare(conditions, zero_grads)]
         calls += [call for launch in launches for call in launch.prepare()]
         for parameter, gradient, state, tracking in ready:
-            adopted += [
-                partial(setattr, parameter, "state", state),
-                partial(setattr, parameter, "tracking", tracking),
-            ]
+            if state is not parameter.state:
+                adopted.append(partial(setattr, parameter, "state", state))
+            if tracking is not parameter.tracking:
+                adopted.append(partial(setattr, parameter, "tracking", tracking))
             if tracking is not None:
                 adopted += tracking.history.advance(conditions.rates[parameter.group.number])
             if zero_grads:
@@ -149,7 +141,7 @@ class Plan:
                 parameter.before_writing(gradient.rows_written)
             for parameter in self.dense:
                 parameter.before_writing(None)
-        return Ready([*calls, *adopted, self._count], (kept, launches))
+        return [*calls, *adopted, self._count], (kept, launches)
 
     def _new_updates(
         self, states: Sequence[dict[str, np.ndarray]], conditions: Conditions

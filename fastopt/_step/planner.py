@@ -1,14 +1,15 @@
 """From gradients to a plan: what is the same as in the step before is not found out again."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.backend import host
+from fastopt._core.groups import Definition, ParameterGroup, changed_options
 from fastopt._core.indices import Indices, sort_together
-from fastopt._core.parameters import Definition, Parameter, ParameterGroup, Parameters, changed_options
+from fastopt._core.parameters import Parameter, Parameters
 from fastopt._core.structure import Gradients
 from fastopt._step.numbers import StepOptions, learning_rate
 from fastopt._step.plan import FLOAT32, NONE, ROWS, SAME, Plan
@@ -16,14 +17,7 @@ from fastopt._step.rows import RowUpdate
 from fastopt.gradients.protocol import RowGradient, SparseGradient
 
 Options = Mapping[str, Any]
-
-
-class Planned(NamedTuple):
-    """What a step is to do; ``entries``: the gradient of each parameter, ``rows``: those that are by rows."""
-
-    plan: Plan
-    entries: list | tuple
-    rows: Sequence[RowUpdate]
+Planned = tuple[Plan, list | tuple, Sequence[RowUpdate]]
 
 
 class Planner:
@@ -84,7 +78,8 @@ class Planner:
         return changed_options(group, definition)
 
     def plan(self, grads: Any, options: StepOptions, zero_grads: bool) -> Planned:
-        """What a step with these gradients and options is to do.
+        """What a step with these gradients and options is to do, the gradient of each parameter, and the
+        updates by rows.
 
         Raises:
             TypeError, ValueError: a gradient does not fit its parameter.
@@ -102,7 +97,7 @@ class Planner:
             gradients = Gradients(entries, grads, self._structure)
             kept, rows = self._looked_at(kept, gradients, options.checked, zero_grads)
         self._plan = kept
-        return Planned(kept, entries, rows)
+        return kept, entries, rows
 
     def _expected(self, options: Sequence[Options]) -> list[np.dtype | None]:
         """The dtypes of the dense gradients that need no closer look."""

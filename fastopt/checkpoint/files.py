@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fastopt._core.parameters import Definition, Parameter, Snapshot, checked_group
+from fastopt._core.groups import Definition, checked_group
+from fastopt._core.parameters import Parameter, Snapshot
 from fastopt.checkpoint import tensors
 from fastopt.checkpoint.state_dict import (
     Restored,

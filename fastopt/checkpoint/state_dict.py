@@ -9,16 +9,10 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.backend import host
+from fastopt._core.groups import Definition, ParameterGroup, checked_group, decay_type
 from fastopt._core.missed import LAST_STEP, LR_HISTORY, MOST_COUNTED, ROW_STEPS, Tracking
 from fastopt._core.options import FIXED, SHARED, plain
-from fastopt._core.parameters import (
-    Definition,
-    Parameter,
-    ParameterGroup,
-    Snapshot,
-    checked_group,
-    decay_type,
-)
+from fastopt._core.parameters import Parameter, Snapshot
 from fastopt._core.state import SCALES
 from fastopt.kernels.at_once import at_once
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastopt._core.at_once import at_once
+from fastopt.kernels.at_once import at_once
 from fastopt.tables.files import write_file
 from fastopt.tables.folder import WEIGHTS, Folder, Paths
 from fastopt.tables.mapped import Mapped, blocks

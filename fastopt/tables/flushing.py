@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from fastopt._core.at_once import at_once
 from fastopt._core.missed import MOST_COUNTED
 from fastopt._core.parameters import Parameter, Snapshot
+from fastopt.kernels.at_once import at_once
 from fastopt.tables.folder import META
 from fastopt.tables.meta import Fields
 from fastopt.tables.table import Table, commit

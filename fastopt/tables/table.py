@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastopt._core import arrays
-from fastopt._core.at_once import at_once
 from fastopt._core.files import sync
+from fastopt.kernels.at_once import at_once
 from fastopt.tables.contents import Contents, Flushed, write_beside
 from fastopt.tables.folder import META, Folder
 from fastopt.tables.meta import Meta, checked_progress, checked_slot, listed

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from fastopt._core.at_once import at_once
 from fastopt._core.files import sync
+from fastopt.kernels.at_once import at_once
 from fastopt.tables.files import open_file, write, write_file
 
 LOG_BYTES = 1 << 20  # of a record at most, unless a row is larger: small enough to stay in the cache

@@ -72,14 +72,17 @@ class Kernel:
     def ready(self, work: int, args: tuple) -> Callable[[], None]:
         """The call of the variant that suits ``work`` with these arguments, compiled, in which no Python code
         runs: for :func:`~fastopt.kernels.cpu.threads.run`."""
-        serial = runs_serial(work)
+        return functools.partial(self.entry(runs_serial(work), args), *args)
+
+    def entry(self, serial: bool, args: tuple) -> Callable[..., None]:
+        """What is called there, for arguments of the types of ``args`` and no others."""
         key = serial, type_of(args)
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = _entry(self.serial if serial else self.parallel, args)
         if not serial:
             launcher.start()
-        return functools.partial(entry, *args)
+        return entry
 
     @lazy
     def serial(self) -> Callable:
@@ -93,7 +96,8 @@ class Kernel:
 def type_of(value: Any) -> Any:
     """What a kernel's machine code depends on, of an argument: faster than Numba finds it."""
     if isinstance(value, np.ndarray):
-        return value.dtype, value.ndim, value.flags.writeable, value.flags.c_contiguous
+        flags = value.flags
+        return value.dtype.char, value.ndim, flags.writeable, flags.c_contiguous
     if isinstance(value, tuple):
         return type(value), *map(type_of, value)
     return type(value)

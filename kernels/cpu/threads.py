@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numba
@@ -19,8 +19,6 @@ SPIN_COUNT = "GOMP_SPINCOUNT"
 # So many elements take 50 microseconds of Adam; for fewer, waking the other threads costs more than it
 # saves.
 PARALLEL_FROM = 131_072
-
-_NO_TURNS = nullcontext()
 
 
 def _is_forked_worker() -> bool:
@@ -51,13 +49,9 @@ class Launcher:
                 numba.get_num_threads()
                 self.layer = numba.threading_layer()
 
-    def turn(self) -> AbstractContextManager:
-        """What parallel kernels run in."""
-        return self.lock if self.layer == "workqueue" else _NO_TURNS
-
     def launch(self, function: Callable, args: tuple) -> None:
         self.start()
-        with self.turn():
+        with self.lock if self.layer == "workqueue" else nullcontext():
             function(*args)
 
     def after_fork(self) -> None:
@@ -88,7 +82,10 @@ launcher = Launcher()
 
 def run(calls: Iterable[Callable[[], object]]) -> None:
     """Make calls of kernels and others in turn, with no signal handler run between them (see at_once.py)."""
-    with launcher.turn():
+    if launcher.layer == "workqueue":
+        with launcher.lock:
+            at_once(calls)
+    else:
         at_once(calls)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -79,6 +80,7 @@ class MatrixLaunch:
         self._work = math.prod(work.shape)
         self._state = [array.reshape(-1) for array, _ in work.state]
         self._places = np.array([0, _place(work.master), 0, 0], np.int64)
+        self._entries: dict[bool, Callable] = {}  # by variant, serial or not
         self._like = spec.compute.type(0)
         self._types = spec.h, spec.c
         self._kinds = formats(*spec.formats)
@@ -94,9 +96,14 @@ class MatrixLaunch:
     def prepare(self, zero_grads: bool) -> Sequence[Callable[[], object]]:
         if not self._work:
             return ()
-        given = self._like, self._kinds, self._places, self._shape, *self._state
+        row_var, col_var = self._state
+        given = self._like, self._kinds, self._places, self._shape, row_var, col_var
         arguments = tile_arguments(*self._types, *given, self.numbers[0], zero_grads)
-        return (update_tiles.ready(self._work, arguments),)
+        serial = runs_serial(self._work)
+        entry = self._entries.get(serial)
+        if entry is None:
+            entry = self._entries[serial] = update_tiles.entry(serial, arguments)
+        return (partial(entry, *arguments),)
 
 
 def _place(array: np.ndarray | None) -> int:
@@ -109,6 +116,7 @@ class Squares:
     def __init__(self, compute: np.dtype, kind: Format, sizes: Sequence[int]) -> None:
         self._like, self._kinds = compute.type(0), formats(kind)
         self._bases = np.cumsum([0, *sizes])
+        self._entries: dict[bool, Callable] = {}  # by variant, serial or not
 
     def sum(self, addresses: np.ndarray, scale: float) -> float:
         """The sum of squares of all arrays, which lie at ``addresses``, times ``scale**2``."""
@@ -117,5 +125,9 @@ class Squares:
             return 0.0
         partials = empty(-(-size // norms.SUMMED), np.float64)
         arguments = self._like, self._kinds, addresses, self._bases, scale, partials
-        run([norms.sum_squares_arrays.ready(size, arguments)])
+        serial = runs_serial(size)
+        entry = self._entries.get(serial)
+        if entry is None:
+            entry = self._entries[serial] = norms.sum_squares_arrays.entry(serial, arguments)
+        run([partial(entry, *arguments)])
         return float(partials.sum())
