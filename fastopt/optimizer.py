@@ -1,13 +1,9 @@
 """The optimizer that all others derive from."""
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
-from operator import setitem
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
-
-import numpy as np
 
 from fastopt._core.backend import host
 from fastopt._core.exclusive import exclusive
@@ -24,8 +20,8 @@ from fastopt._step.rows import find_winners
 from fastopt._step.settings import StepInfo, checked_settings
 from fastopt.checkpoint import files
 from fastopt.checkpoint import state_dict as states
+from fastopt.checkpoint.take_over import take_over
 from fastopt.gradients.protocol import numbers_of
-from fastopt.kernels.at_once import at_once
 from fastopt.kernels.rule import Rule
 from fastopt.tables import flushing
 
@@ -298,31 +294,8 @@ class Optimizer:
         self._take_over(states.checked_state(self._snapshot(), self, state_dict, options=options))
 
     def _take_over(self, restored: states.Restored) -> None:
-        """Go on with what was restored; tables in files have first values where a state is empty."""
-        parameters = self._parameters
-        steps = [*(own.step for own in restored.states), restored.steps]
-        calls: list[Callable[[], object]] = [partial(setitem, parameters.clock, ..., np.array(steps))]
-        for group, options in zip(parameters.groups, restored.options, strict=True):
-            if options is not None:
-                calls.append(partial(group.options.update, options))
-                calls += group.adopting(options, {**group.options, **options}, self)
-        for parameter, (_, state, tracking) in zip(parameters.all, restored.states, strict=True):
-            calls.append(partial(setattr, parameter, "tracking", tracking))
-            if parameter.in_files is None:
-                calls.append(partial(setattr, parameter, "state", state))
-            elif state or parameter.state:
-                slots = parameter.slots()
-                own = parameter.state or parameter.in_files.state(slots)
-                parameter.before_writing(None)
-                calls.append(partial(setattr, parameter, "state", own))
-                for name, slot in slots.items():
-                    calls.append(partial(setitem, own[name], ..., state.get(name, slot.first)))
-        for parameter, value in zip(parameters.all, restored.values, strict=True):
-            if value is not None:
-                parameter.before_writing(None)
-                calls.append(partial(setitem, parameter.view(), ..., value))
         self._planner.forget()
-        at_once(calls)
+        take_over(self._parameters, restored, self)
 
     @exclusive
     def save(self, path: Any, *, params: bool = False, metadata: Mapping[str, Any] | None = None) -> None:

@@ -98,7 +98,8 @@ class MatrixLaunch:
             return ()
         row_var, col_var = self._state
         given = self._like, self._kinds, self._places, self._shape, row_var, col_var
-        arguments = tile_arguments(*self._types, *given, self.numbers[0], zero_grads)
+        h, c = self._types
+        arguments = tile_arguments(h, c, *given, self.numbers[0], zero_grads)
         serial = runs_serial(self._work)
         entry = self._entries.get(serial)
         if entry is None:
