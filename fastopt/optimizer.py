@@ -197,7 +197,8 @@ class Optimizer:
             for group, own in zip(parameters.groups, options.checked, strict=True):
                 if own is not group.checked:
                     self._adopt(group, own)
-        find_winners(rows)
+        if rows:
+            find_winners(rows)
         if settings.need_norm:
             unscaled = plan.norm(rows)
             norm = settings.grad_scale * unscaled

@@ -94,7 +94,9 @@ class Table:
         return h, c, self.dtype(0), kinds, table, bases, numbers, zero_grads, chunk
 
     def step(self, grads, step, options, work=1, **others):
-        run(trust.update_whole_arrays(work, *self.arguments(grads, step, options, **others)))
+        given = self.arguments(grads, step, options, **others)
+        types = type(given[0]), type(given[1]), self.dtype, self.members
+        run(trust.update_whole_arrays(work, types, *given))
 
     def gradients(self, rng):
         return [Stored(rng.standard_normal(p.first.size), self.members[1], self.dtype) for p in self.ps]

@@ -89,7 +89,8 @@ class Planner:
             kept = None
         if kept is None or (self._has_codes and kept.rows_planned):
             self._locator.expect(self._expected(options.checked))
-        grads = self._structure.taken(grads)
+        if type(grads) is not np.ndarray:
+            grads = self._structure.taken(grads)
         entries = self._structure.entries(grads)
         same = self._locator.unchanged(self._values, entries, zero_grads)
         rows: Sequence[RowUpdate] = ()

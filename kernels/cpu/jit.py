@@ -11,11 +11,10 @@ Options, each for a reason:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numba
-import numpy as np
 
 from fastopt.kernels.cpu.cache import cache_for
 from fastopt.kernels.cpu.threads import launcher, runs_serial
@@ -69,20 +68,20 @@ class Kernel:
         else:
             launcher.launch(self.parallel, args)
 
-    def ready(self, work: int, args: tuple) -> Callable[[], None]:
+    def ready(self, work: int, args: tuple, types: Hashable) -> Callable[[], None]:
         """The call of the variant that suits ``work`` with these arguments, compiled, in which no Python code
-        runs: for :func:`~fastopt.kernels.cpu.threads.run`."""
-        return functools.partial(self.entry(runs_serial(work), args), *args)
+        runs: for :func:`~fastopt.kernels.cpu.threads.run`.
 
-    def entry(self, serial: bool, args: tuple) -> Callable[..., None]:
-        """What is called there, for arguments of the types of ``args`` and no others."""
-        key = serial, type_of(args)
-        entry = self._entries.get(key)
+        ``types`` differs where the types of the arguments do: Numba takes as long to find them as a small
+        kernel to run.
+        """
+        serial = runs_serial(work)
+        entry = self._entries.get((serial, types))
         if entry is None:
-            entry = self._entries[key] = _entry(self.serial if serial else self.parallel, args)
+            entry = self._entries[serial, types] = _entry(self.serial if serial else self.parallel, args)
         if not serial:
             launcher.start()
-        return entry
+        return functools.partial(entry, *args)
 
     @lazy
     def serial(self) -> Callable:
@@ -91,16 +90,6 @@ class Kernel:
     @lazy
     def parallel(self) -> Callable:
         return _compile(self._function, parallel=True)
-
-
-def type_of(value: Any) -> Any:
-    """What a kernel's machine code depends on, of an argument: faster than Numba finds it."""
-    if isinstance(value, np.ndarray):
-        flags = value.flags
-        return value.dtype.char, value.ndim, flags.writeable, flags.c_contiguous
-    if isinstance(value, tuple):
-        return type(value), *map(type_of, value)
-    return type(value)
 
 
 def _entry(dispatcher: Any, args: tuple) -> Callable:

@@ -9,7 +9,7 @@ Sums are in float64, over blocks that begin with their array and are added in or
 the number of threads nor on the other arrays.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fastopt.kernels.cpu.dense import array_at, update_arrays
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.norms import SUMMED, add_squares, total_of
 from fastopt.kernels.cpu.runs import Formats, made_by, new_array, opened, run_length
+from fastopt.kernels.cpu.threads import run
 from fastopt.kernels.element import direction, load, part_of, rescaled, trust_ratio, unpack
 from fastopt.kernels.formats import BLOCK
 from fastopt.kernels.intrinsics import ON_STACK, on_stack
@@ -34,6 +35,7 @@ GATHERED = 4 * LANES  # numbers that are added to the sums at a time
 
 def update_whole_arrays(
     work: int,
+    types: Hashable,
     h: Any,
     c: Any,
     like: Any,
@@ -45,20 +47,21 @@ def update_whole_arrays(
     chunk: int,
 ) -> Sequence[Callable[[], object]]:
     """The call that does what :data:`~fastopt.kernels.cpu.dense.update_arrays` does, by a rule with a trust
-    ratio, which is found here."""
+    ratio, which is found here; ``types``: as for :meth:`~fastopt.kernels.cpu.jit.Kernel.ready`."""
     if not work:
         return ()
     sums = np.empty((bases[-1] // SUMMED + len(table), 2))
     units, needed = np.ones((2, len(table), 2))
     own_numbers = np.empty((len(table), numbers.shape[1]))
     given = h, c, like, kinds, table, bases, numbers, chunk, units, sums, needed, own_numbers
-    find_trust_ratios(work, *given)
+    run([find_trust_ratios.ready(work, given, types)])
     if isinstance(like, np.float64) and (needed != 1.0).any():  # squares of float32 are as they should be
         units[...] = needed
-        find_trust_ratios(work, *given)
+        run([find_trust_ratios.ready(work, given, types)])
     own_table = table.copy()
     own_table[:, ARRAY_NUMBERS] = np.arange(len(table))
-    return (update_arrays.ready(work, (h, c, like, kinds, own_table, bases, own_numbers, zero_grads, chunk)),)
+    own = h, c, like, kinds, own_table, bases, own_numbers, zero_grads, chunk
+    return (update_arrays.ready(work, own, types),)
 
 
 @Kernel

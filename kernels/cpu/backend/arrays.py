@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 
@@ -40,9 +39,11 @@ class ArraysLaunch:
         self._size = int(self._bases[-1])
         self._kinds = formats(*spec.formats)
         self._compute = spec.compute
-        self._types = spec.h, spec.c  # Python's floats, which cost least to pass
+        self._hyper = spec.h, spec.c  # Python's floats, which cost least to pass
+        self._types = spec.key
         self.numbers = np.zeros((classes, len(spec.h) + len(spec.c)))
         self._prepared: tuple = ()  # what the calls and their arguments were made for
+        self._calls: list[Callable[[], object]] = []
         self._alive = works
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
@@ -64,11 +65,13 @@ class ArraysLaunch:
             self._prepared = ()  # until all is ready, since compiling may fail
             chunk = max(-(-self._size // (parts * RUN)), 1) * RUN
             given = self._kinds, self._table, self._bases, self.numbers, zero_grads, chunk
-            self._arguments = *self._types, self._compute.type(0), *given
+            self._arguments = *self._hyper, self._compute.type(0), *given
             if not self._trust:
-                self._calls = [update_arrays.ready(self._size, self._arguments)] if self._size else []
+                self._calls = (
+                    [update_arrays.ready(self._size, self._arguments, self._types)] if self._size else []
+                )
             self._prepared = prepared
-        return update_whole_arrays(self._size, *self._arguments) if self._trust else self._calls
+        return update_whole_arrays(self._size, self._types, *self._arguments) if self._trust else self._calls
 
 
 class MatrixLaunch:
@@ -80,9 +83,9 @@ class MatrixLaunch:
         self._work = math.prod(work.shape)
         self._state = [array.reshape(-1) for array, _ in work.state]
         self._places = np.array([0, _place(work.master), 0, 0], np.int64)
-        self._entries: dict[bool, Callable] = {}  # by variant, serial or not
         self._like = spec.compute.type(0)
-        self._types = spec.h, spec.c
+        self._hyper = spec.h, spec.c
+        self._types = spec.key
         self._kinds = formats(*spec.formats)
         self.numbers = np.zeros((1, len(spec.h) + len(spec.c)))
         self._alive = work
@@ -98,13 +101,9 @@ class MatrixLaunch:
             return ()
         row_var, col_var = self._state
         given = self._like, self._kinds, self._places, self._shape, row_var, col_var
-        h, c = self._types
+        h, c = self._hyper
         arguments = tile_arguments(h, c, *given, self.numbers[0], zero_grads)
-        serial = runs_serial(self._work)
-        entry = self._entries.get(serial)
-        if entry is None:
-            entry = self._entries[serial] = update_tiles.entry(serial, arguments)
-        return (partial(entry, *arguments),)
+        return (update_tiles.ready(self._work, arguments, self._types),)
 
 
 def _place(array: np.ndarray | None) -> int:
@@ -116,8 +115,8 @@ class Squares:
 
     def __init__(self, compute: np.dtype, kind: Format, sizes: Sequence[int]) -> None:
         self._like, self._kinds = compute.type(0), formats(kind)
+        self._types = compute, kind
         self._bases = np.cumsum([0, *sizes])
-        self._entries: dict[bool, Callable] = {}  # by variant, serial or not
 
     def sum(self, addresses: np.ndarray, scale: float) -> float:
         """The sum of squares of all arrays, which lie at ``addresses``, times ``scale**2``."""
@@ -126,9 +125,5 @@ class Squares:
             return 0.0
         partials = empty(-(-size // norms.SUMMED), np.float64)
         arguments = self._like, self._kinds, addresses, self._bases, scale, partials
-        serial = runs_serial(size)
-        entry = self._entries.get(serial)
-        if entry is None:
-            entry = self._entries[serial] = norms.sum_squares_arrays.entry(serial, arguments)
-        run([partial(entry, *arguments)])
+        run([norms.sum_squares_arrays.ready(size, arguments, self._types)])
         return float(partials.sum())

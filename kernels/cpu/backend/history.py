@@ -137,7 +137,7 @@ class History:
         nesterov, undampened = getattr(h, "nesterov", False), getattr(h, "undampened", 1.0)
         keep = 1.0 - lr * self._decoupled
         given = keep, self._penalty, lr, h.momentum, undampened, nesterov, self._decay
-        return add_linear.ready(0, (self.steps, i, *given))
+        return add_linear.ready(0, (self.steps, i, *given), ())
 
     def _adding_adaptive(self, i: int, lr: float) -> Callable[[], object]:
         keep = self._positive(1.0 - lr * self._decoupled, lr)
@@ -145,7 +145,7 @@ class History:
         root = 1.0 / getattr(h, "root_correction", 1.0)
         rectified = getattr(h, "rectified", True)
         given = self.window, root, self._growth, h.step_size, keep, rectified, h.beta1, h.beta2
-        return add_adaptive.ready(0, (self.steps, i, *given))
+        return add_adaptive.ready(0, (self.steps, i, *given), ())
 
     def _adding_loop(self, i: int, lr: float) -> Callable[[], object]:
         return self._set_row(i, self._numbers(self.base + i, lr))

@@ -1,6 +1,6 @@
 """Launches over tables: the rows that gradients name, and rows that catch up with steps they missed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,16 @@ CACHE_LINES = 32  # elements: parts that are a multiple of it apart do not write
 class RowsLaunch:
     """A kernel and what it is called with."""
 
-    def __init__(self, kernel: Kernel, work: int, arguments: tuple, alive: Any) -> None:
+    def __init__(self, kernel: Kernel, work: int, arguments: tuple, types: Hashable, alive: Any) -> None:
         self._kernel = kernel
         self._work = work
         self._arguments = arguments
+        self._types = types
         self._alive = alive  # the arrays whose addresses are among the arguments
 
     def prepare(self) -> Sequence[Callable[[], object]]:
         """The call that does the work, its machine code ready."""
-        return [self._kernel.ready(self._work, self._arguments)] if self._work else []
+        return [self._kernel.ready(self._work, self._arguments, self._types)] if self._work else []
 
 
 def update_rows(spec: Spec, works: Sequence[TableWork]) -> RowsLaunch:
@@ -52,7 +53,7 @@ def update_rows(spec: Spec, works: Sequence[TableWork]) -> RowsLaunch:
         parts,
         _buffers(len(parts), kinds, widest, spec.compute),
     )
-    return RowsLaunch(update_tables, sum(amounts), arguments, works)
+    return RowsLaunch(update_tables, sum(amounts), arguments, spec.key, works)
 
 
 def catch_up(
@@ -69,7 +70,7 @@ def catch_up(
     buffers = _buffers(parts, kinds, dim, spec.compute)
     like = spec.compute.type(0)
     arguments = spec.mode, *spec.typed, like, kinds, row, listed, count, buffers
-    return RowsLaunch(catch_up_rows, count * dim, arguments, (stored, row_steps))
+    return RowsLaunch(catch_up_rows, count * dim, arguments, spec.key, (stored, row_steps))
 
 
 def sum_squares_rows(gradients: Sequence[TableGradient], scale: float) -> float:
