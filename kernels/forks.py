@@ -51,7 +51,7 @@ def hold_private(module: str, path: str) -> None:
 
 def hold_numbas() -> None:
     """:func:`hold` the locks of compilations, and share none with other processes."""
-    threads = importlib.import_module("numba.np.ufunc.parallel")
+    threads: Any = importlib.import_module("numba.np.ufunc.parallel")
     if hasattr(threads, "_backend_init_process_lock"):
         # A semaphore that forked processes share, which each takes when it asks for its threads: one that is
         # killed there leaves it taken, and all others wait for ever. Threads exclude each other by a lock of
