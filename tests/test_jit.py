@@ -269,17 +269,85 @@ fastopt.embedding(np.ones((3, 2), np.float32), np.array([1]))
 
 
 def test_damaged_cache_files_are_replaced(tmp_path):
+    script = (
+        COMMON
+        + """
+import pathlib
+
+def step():
+    # As in a new process: how many kernels were compiled, and how many loaded.
+    vars(update_arrays).pop("serial", None)
+    vars(update_arrays).get("_entries", {}).clear()
+    p = np.zeros(3, np.float32)
+    fastopt.SGD(p, lr=0.5).step(np.ones(3, np.float32))
+    assert (p == -0.5).all()
+    return compiled_and_loaded()
+
+assert step() == [1, 0]
+(path,) = pathlib.Path(os.environ["NUMBA_CACHE_DIR"]).rglob("*update_arrays*.nbc")
+whole = path.read_bytes()
+eighth = len(whole) // 8
+flips = 0, 31, 32, 3 * eighth, len(whole) - 1
+bits = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in flips]
+hole = whole[: 2 * eighth] + bytes(256) + whole[2 * eighth + 256 :]
+for damaged in (b"", b"garbage", whole[:32], whole[: 5 * eighth], whole + b".", hole, *bits):
+    path.write_bytes(damaged)
+    assert step() == [1, 0]
+    assert step() == [0, 1]
+assert [p.name for p in path.parent.glob("*update_arrays*")] == [path.name]
+path.unlink()
+path.mkdir()  # as what can't be read nor replaced
+assert step() == [1, 0]
+"""
+    )
+    _, err = Process(script, tmp_path, NUMBA_CACHE_DIR=tmp_path / "cache").output()
+    assert len(warned(err)) == 1, err
+
+
+# Each step has a kernel of its own, by its name, the rule, the dtype or how it is compiled.
+SEVERAL = (
+    COMMON
+    + """
+for rule, size, dtype in (
+    (fastopt.SGD, 3, np.float32), (fastopt.SGD, 3, np.float64),
+    (fastopt.AdaGrad, 3, np.float32), (fastopt.SGD, 200_000, np.float32),
+):
+    p = np.zeros(size, dtype)
+    rule(p, lr=0.5).step(np.ones(size, dtype))
+    print(p[0], p[-1])
+table = np.arange(6, dtype=np.float32).reshape(3, 2)
+print(*fastopt.embedding(table, np.array([2])).ravel())
+fastopt.clip_grad_value(table, 0.5)
+print(*table.ravel())
+"""
+)
+
+
+def test_a_kernel_stored_under_the_name_of_another_is_compiled_again(tmp_path):
+    env = {"NUMBA_CACHE_DIR": tmp_path / "cache", "NUMBA_NUM_THREADS": 2}
+    right = run(SEVERAL, tmp_path, **env)
+    paths = sorted((tmp_path / "cache").rglob("*.nbc"))
+    whole = [path.read_bytes() for path in paths]
+    assert len(paths) >= 6 and len(set(whole)) == len(paths)
+    others = whole[1:] + whole[:1]
+    for path, other in zip(paths, others, strict=True):
+        path.write_bytes(other)
+    assert run(SEVERAL, tmp_path, **env) == right
+    assert sorted((tmp_path / "cache").rglob("*.nbc")) == paths
+    assert not any(path.read_bytes() == other for path, other in zip(paths, others, strict=True))
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(tmp_path):
     env = {"NUMBA_CACHE_DIR": tmp_path / "cache"}
-    assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
+    run(STEP, tmp_path, **env)
     (path,) = (tmp_path / "cache").rglob("*update_arrays*.nbc")
-    whole = path.read_bytes()
-    eighth = len(whole) // 8
-    hole = whole[: 2 * eighth] + bytes(256) + whole[2 * eighth + 256 :]
-    for damaged in (b"garbage", whole[: 5 * eighth], hole):
-        path.write_bytes(damaged)
-        assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
-    assert run(STEP, tmp_path, **env) == ["-0.5", "0", "1"]
-    assert [p.name for p in path.parent.glob("*update_arrays*")] == [path.name]
+    stale, fresh = path.with_suffix(".12.34.tmp"), path.with_suffix(".56.78.tmp")
+    for left in (stale, fresh):
+        left.write_bytes(b"half a kernel")
+    os.utime(stale, (0, 0))
+    os.unlink(path)
+    assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
+    assert path.exists() and fresh.exists() and not stale.exists()
 
 
 def test_two_processes_may_fill_one_cache_at_once(tmp_path):
