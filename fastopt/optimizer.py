@@ -77,6 +77,7 @@ class Optimizer:
     Raises:
         ValueError, TypeError: from the constructor and from ``step``, before any array is touched,
             naming the argument, what was got and what was expected.
+        RuntimeError: from a method, while another is at work on the same optimizer.
     """
 
     def __init__(

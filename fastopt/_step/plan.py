@@ -111,7 +111,9 @@ class Plan:
         """
         kept = self._updates
         if kept is not None and not rows and self._parameters.all_plain:
-            calls = [call for update in kept for call in update.prepare(conditions, zero_grads)]
+            calls: list[Callable[[], object]] = []
+            for update in kept:
+                calls += update.prepare(conditions, zero_grads)
             calls.append(self._count)
             return calls, kept
         if self._parameters.dense_rows:

@@ -14,7 +14,7 @@ LEAST_LOG = -746.0  # of a number that is not rounded to 0
 
 def power(base: float, exponent: Any) -> Any:
     """``base`` to the power of a number or of an array."""
-    if not isinstance(exponent, np.ndarray):
+    if type(exponent) is int or not isinstance(exponent, np.ndarray):
         return base**exponent
     result = np.zeros(exponent.shape)
     above = exponent * math.log(base) > LEAST_LOG if 0.0 < base < 1.0 else np.full(exponent.shape, True)
@@ -29,7 +29,7 @@ def exponential(x: Any) -> Any:
 
 def root(x: Any) -> Any:
     """The square root of a number or of an array."""
-    return np.sqrt(x) if isinstance(x, np.ndarray) else math.sqrt(x)
+    return math.sqrt(x) if type(x) is float or not isinstance(x, np.ndarray) else np.sqrt(x)
 
 
 def choose(condition: Any, one: Any, other: Any) -> Any:
