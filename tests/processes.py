@@ -33,6 +33,11 @@ def sparse(count):
     want[1::4] -= 0.25 * 4 * 2.5
     np.testing.assert_array_equal(p, want)
 
+def forget():
+    # As in a new process, which loads kernels.
+    vars(update_arrays).pop("serial", None)
+    update_arrays._entries.clear()
+
 def compiled_and_loaded():
     stats = [d.stats for d in (vars(update_arrays).get("serial"), vars(update_arrays).get("parallel")) if d]
     return [sum(sum(getattr(s, name).values()) for s in stats) for name in ("cache_misses", "cache_hits")]

@@ -711,7 +711,7 @@ def test_a_kernel_that_can_not_be_compiled_changes_nothing(monkeypatch):
     grads = [np.ones(3), fastopt.IndexedSlices(np.array([1]), np.ones((1, 2)))]
 
     class Interrupted(Kernel):
-        def ready(self, work, args):
+        def ready(self, work, args, types):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("fastopt.kernels.cpu.backend.rows.update_tables", Interrupted(lambda: None))
@@ -730,7 +730,7 @@ def test_kernels_of_several_passes_are_compiled_before_the_first_write(make, ker
     params = [np.ones(3), np.ones((4, 2))]  # Adafactor's vector is updated by another kernel, or a first one
 
     class Interrupted(Kernel):
-        def ready(self, work, args):
+        def ready(self, work, args, types):
             raise KeyboardInterrupt
 
     module, name = kernel.split(".")

@@ -275,9 +275,8 @@ def test_damaged_cache_files_are_replaced(tmp_path):
 import pathlib
 
 def step():
-    # As in a new process: how many kernels were compiled, and how many loaded.
-    vars(update_arrays).pop("serial", None)
-    vars(update_arrays).get("_entries", {}).clear()
+    # How many kernels were compiled, and how many loaded.
+    forget()
     p = np.zeros(3, np.float32)
     fastopt.SGD(p, lr=0.5).step(np.ones(3, np.float32))
     assert (p == -0.5).all()

@@ -8,7 +8,6 @@ import numpy as np
 from fastopt.kernels.cpu import norms
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.catch_up import catch_up as catch_up_rows
-from fastopt.kernels.cpu.jit import Kernel
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.rows import update_tables
 from fastopt.kernels.cpu.stored_rows import buffer_rows
@@ -24,7 +23,7 @@ CACHE_LINES = 32  # elements: parts that are a multiple of it apart do not write
 class RowsLaunch:
     """A kernel and what it is called with."""
 
-    def __init__(self, kernel: Kernel, work: int, arguments: tuple, types: Hashable, alive: Any) -> None:
+    def __init__(self, kernel: Any, work: int, arguments: tuple, types: Hashable, alive: Any) -> None:
         self._kernel = kernel
         self._work = work
         self._arguments = arguments
