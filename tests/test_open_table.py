@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 import cases
@@ -490,7 +491,7 @@ def trained(path, make):
 @pytest.mark.parametrize(
     ("make", "other", "message"),
     [
-        (fastopt.Adam, fastopt.SGD, "params was updated by the optimizer 'Adam': expected 'SGD'"),
+        (fastopt.Adam, fastopt.SGD, "params, .*t, was updated by the optimizer 'Adam': expected 'SGD'"),
         (fastopt.Adam, fastopt.AdamW, "updated by the optimizer 'Adam'"),
         (fastopt.Adam, lambda p: fastopt.Adam(p, amsgrad=True), "has the state exp_avg"),
         (
@@ -715,6 +716,7 @@ def test_a_table_under_another_name_is_refused_with_what_works(given, alone, rem
         ("steps", -5),
         ("steps", 1e300),
         ("step", 1.5),
+        ("step", 1),
         ("tables", 3),
         ("slots", [None]),
         ("key", []),
@@ -728,7 +730,9 @@ def test_edited_progress_is_refused(field, value, tmp_path):
         {**meta["progress"], field: value},
         {k: v for k, v in meta["progress"].items() if k != field},
     ):
-        (tmp_path / "t" / "meta.json").write_text(json.dumps({**meta, "progress": bad}))
+        stored = {name: value for name, value in meta.items() if name != "crc32"} | {"progress": bad}
+        stored["crc32"] = zlib.crc32(json.dumps(stored).encode())
+        (tmp_path / "t" / "meta.json").write_text(json.dumps(stored))
         table = fastopt.open_table(tmp_path / "t")
         with pytest.raises(ValueError, match=rf"progress of params.*meta\.json.*{field}"):
             fastopt.SGD(table, lr=0.1)

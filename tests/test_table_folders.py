@@ -5,11 +5,15 @@ import json
 import os
 import shutil
 import signal
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import fastopt
+from fastopt._step import rows
+from fastopt.gradients import pooling
 from fastopt.tables import mapped, undo_log
 from fastopt.tables.open import open_table
 
@@ -68,13 +72,27 @@ def edited(meta, field, value):
 def test_edited_fields_are_refused_and_nothing_changes(table, tmp_path, file, field, value):
     copy = killed(table, tmp_path / "copy")
     meta = json.loads((copy / file).read_text())
+    del meta["crc32"]
     edited(meta, field, value)
+    meta["crc32"] = zlib.crc32(json.dumps(meta).encode())
     (copy / file).write_text(json.dumps(meta))
     before = files_of(copy)
     with pytest.raises(ValueError, match=str(copy)) as error:
         open_table(copy)
     assert any(name in str(error.value) for name in (*field, "file that can", "weights has"))
     assert files_of(copy) == before
+
+
+def test_every_flipped_bit_of_a_meta_file_is_seen(table, tmp_path):
+    table.flush({"step": 100})
+    copy = killed(table, tmp_path / "copy")
+    content = (copy / "meta.json").read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (copy / "meta.json").write_bytes(flipped)
+        with pytest.raises(ValueError, match="copy/meta"):
+            open_table(copy)
 
 
 @pytest.mark.parametrize(
@@ -320,3 +338,28 @@ def test_a_table_of_an_earlier_version_has_no_checksums(tmp_path):
     with open_table(tmp_path / "t") as table:
         table.roll_back()
         assert table.progress["optimizer"] == "RowwiseAdam"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no reserving")
+@pytest.mark.parametrize("kind", ["step_per_row", "max"])
+def test_rows_are_kept_before_a_step_reads_them(tmp_path, kind, monkeypatch):
+    """Reading a page of tmpfs that the disk has no room for would end the process."""
+    with open_table(tmp_path / "t", 60_000, 4) as table:
+        opt = fastopt.Adam(table, step_per_row=kind == "step_per_row")
+        opt.step(fastopt.IndexedSlices(np.arange(3), np.ones((3, 4), np.float32)))
+        opt.flush()
+        read = []
+        for module, name in ((pooling.Bags, "pool_max"), (rows, "folded_by_count")):
+            monkeypatch.setattr(module, name, lambda *_: read.append(1))
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        index, values = np.array([50_000]), np.ones((1, 4), np.float32)
+        grad = fastopt.IndexedSlices(index, values)
+        if kind == "max":
+            grad = fastopt.BagGradient(index, np.array([0]), values, mode="max")
+        with pytest.raises(OSError, match="No space"):
+            opt.step(grad)
+        assert not read and opt.steps == 1

@@ -30,7 +30,8 @@ def exclusive(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
             if len(calls) > 1:
                 raise RuntimeError(
                     f"{type(self).__name__}.{method.__name__} was called while another call of the same "
-                    "object is at work, in another thread or in a signal handler: expected one at a time"
+                    "object is at work, in another thread or in a signal handler, or was when this process "
+                    "was forked: expected one at a time"
                 )
             return method(self, *args, **kwargs)
         finally:

@@ -139,8 +139,6 @@ class Plan:
             if zero_grads:
                 adopted.append(gradient.clear)
         if self._parameters.in_files:
-            for parameter, gradient in rows:
-                parameter.before_writing(gradient.rows_written)
             for parameter in self.dense:
                 parameter.before_writing(None)
         return [*calls, *adopted, self._count], (kept, launches)

@@ -23,10 +23,18 @@ class RowUpdate(NamedTuple):
     gradient: RowGradient
 
 
+def keep_rows(parameter: Parameter, gradient: RowGradient) -> None:
+    """Have a table in files keep the rows that a gradient changes. Reading one for which the disk has no room
+    would end the process, so this comes before what a step reads of it."""
+    if parameter.in_files is not None:
+        parameter.before_writing(gradient.rows_written)
+
+
 def find_winners(updates: Sequence[RowUpdate]) -> None:
     """Find where the maxima of bags come from, in rows that are up to date."""
     for parameter, gradient in updates:
         if gradient.takes_maxima:
+            keep_rows(parameter, gradient)
             catch_up(parameter, gradient.indices)
             gradient.find_winners(parameter.view())
 
@@ -43,12 +51,13 @@ class ReadyRows(NamedTuple):
 def ready_rows(update: RowUpdate) -> ReadyRows:
     """An update with state and tracking, new where they are missing: the parameter is to have them."""
     parameter, gradient = update
-    tracking = None
+    tracking, state = None, parameter.ready_state(by_row=True)
+    keep_rows(parameter, gradient)
     if gradient.dense:
         catch_up(parameter)
     elif parameter.group.checked["rows"] == "dense":
         tracking = tracked(parameter)
-    return ReadyRows(*update, parameter.ready_state(by_row=True), tracking)
+    return ReadyRows(*update, state, tracking)
 
 
 def row_launches(updates: Sequence[ReadyRows], conditions: Conditions) -> list[Launch]:

@@ -116,6 +116,8 @@ def checked_state(
         _state(definition, saved_options[p.group.number], p, state[p.key], f"{source}['state'][{p.key!r}]")
         for p in snapshot.parameters
     ]
+    for key, own in zip(keys, states, strict=True):
+        _count(own.step, f"{source}['state'][{key!r}]['step']", steps)
     if options:
         return Restored(steps, list(saved_options), states, [None] * len(states))
     for parameter, own in zip(snapshot.parameters, states, strict=True):
@@ -280,9 +282,9 @@ def _array(value: Any, label: str, shape: tuple[int, ...], dtype: np.dtype) -> n
     return np.array(array, order="C")
 
 
-def _count(value: Any, label: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= MOST_COUNTED:
-        raise ValueError(f"{label} is {short(value)}: expected a whole number, at least 0")
+def _count(value: Any, label: str, most: int = MOST_COUNTED) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= most:
+        raise ValueError(f"{label} is {short(value)}: expected a whole number from 0 to {most}")
     return int(value)
 
 

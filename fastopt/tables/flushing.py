@@ -71,7 +71,7 @@ def resume(snapshot: Snapshot, owner: Any) -> Resumed:
                 f"{parameter.label}, {table.path}, was changed by another optimizer since its last flush: "
                 "flush it first"
             )
-        _check(snapshot, parameter, own)
+        _check(snapshot, parameter, table, own)
     for table in back:
         table.roll_back()
     steps, steps_of = None, []
@@ -95,7 +95,7 @@ def _read(parameter: Parameter, table: Table, stored: Progress, name: str) -> _S
             field.text("optimizer"),
             field.key("key"),
             field.whole("steps", 0, MOST_COUNTED),
-            field.whole("step", 0, MOST_COUNTED),
+            field.whole("step", 0, field.whole("steps", 0, MOST_COUNTED)),
             [str(slot) for slot in field.keys("slots")],
             field.keys("tables"),
         )
@@ -129,24 +129,24 @@ def _interrupted(
     return back
 
 
-def _check(snapshot: Snapshot, parameter: Parameter, own: _Stored | None) -> None:
+def _check(snapshot: Snapshot, parameter: Parameter, table: Table, own: _Stored | None) -> None:
     if own is None:
         return
-    name = snapshot.optimizer
+    name, label = snapshot.optimizer, f"{parameter.label}, {table.path},"
     if own.optimizer != name:
         raise ValueError(
-            f"{parameter.label} was updated by the optimizer {own.optimizer!r}: expected {name!r}; make an "
+            f"{label} was updated by the optimizer {own.optimizer!r}: expected {name!r}; make an "
             f"{own.optimizer}"
         )
     if own.key != parameter.key:
         raise ValueError(
-            f"{parameter.label} was the parameter {own.key!r} of its optimizer, here it is "
+            f"{label} was the parameter {own.key!r} of its optimizer, here it is "
             f"{parameter.key!r}: pass {_as_before(own)}"
         )
     slots = list(parameter.slots())
     if own.slots != slots:
         raise ValueError(
-            f"{parameter.label} has the state {', '.join(own.slots) or 'none'}, the options need "
+            f"{label} has the state {', '.join(own.slots) or 'none'}, the options need "
             f"{', '.join(slots) or 'none'}: expected the options it was updated with"
         )
 

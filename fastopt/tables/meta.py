@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ class Meta(NamedTuple):
     def write(self, path: Path) -> None:
         slots = {name: {"shape": slot.shape, "dtype": _text(slot.dtype)} for name, slot in self.slots.items()}
         stored = {**self._asdict(), "dtype": self.dtype.str, "slots": slots}
-        write_file(path, json.dumps(stored).encode())
+        write_file(path, json.dumps({**stored, "crc32": _crc(stored)}).encode())
 
     @classmethod
     def read(cls, path: Path) -> "Meta":
@@ -100,6 +101,11 @@ class Meta(NamedTuple):
             sums = field.whole("sums", 0)
         found = cls(rows, dim, dtype, checked, field.whole("generation", 0), progress, sums, version)
         _check_bytes(found.weights, "rows and dim")
+        if version > FIRST_FORMAT:
+            got = field.whole("crc32", 0)
+            expected = _crc({name: value for name, value in stored.items() if name != "crc32"})
+            if got != expected:
+                raise ValueError(f"crc32 is {got}, the rest has {expected}: it was changed since")
         return found
 
     def check_former(self, former: "Meta", path: Path) -> None:
@@ -149,6 +155,11 @@ class Fields:
         if not isinstance(value, list):
             raise ValueError(f"{name} is {_short(value)}, expected a list")
         return [_key(one, name) for one in value]
+
+
+def _crc(stored: Mapping[str, Any]) -> int:
+    """Of all that is stored beside it."""
+    return zlib.crc32(json.dumps(stored).encode())
 
 
 def _key(value: Any, name: str) -> str | int:
