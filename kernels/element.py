@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import overload, register_jitable
 from numba.np.numpy_support import as_dtype
 
-from fastopt.kernels.magnitude import HUGE
+from fastopt.kernels.magnitude import HUGE, sum_of_squares
 from fastopt.kernels.rule import L2, RULES, Decoupled, Rule
 from fastopt.kernels.source import define
 
@@ -206,25 +206,14 @@ def limited(c, g, limit):
     ``limit / (norm + NORM_EPS)`` as ``torch.nn.utils.clip_grad_norm_``, NaN for a NaN norm."""
     if limit == np.inf:
         return c
-    total = scaled_squares(c.scale, g, 1.0)
+    total = sum_of_squares(c.scale, g, 1.0)
     factor = limit / (math.sqrt(total) + NORM_EPS)
     if factor > 1.0:
         return c
     if total == np.inf:
         # NORM_EPS is nothing beside such a norm, as is a norm too small for squares beside NORM_EPS.
-        factor = limit / HUGE / math.sqrt(scaled_squares(c.scale, g, HUGE))
+        factor = limit / HUGE / math.sqrt(sum_of_squares(c.scale, g, HUGE))
     return rescaled(c, g.dtype.type(factor))
-
-
-@register_jitable
-def scaled_squares(scale, g, unit):
-    """The sum of squares of ``scale * g`` over ``unit``, in float64."""
-    over = 1.0 / unit
-    total = 0.0
-    for d in range(g.size):
-        x = np.float64(scale * g[d]) * over
-        total += x * x
-    return total
 
 
 @register_jitable

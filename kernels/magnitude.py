@@ -22,12 +22,12 @@ def unit_of(total):
 
 
 @register_jitable
-def sum_of_squares(x, unit):
-    """The sum of squares of the 1-D ``x`` over ``unit``, in float64."""
-    scale = 1.0 / unit
+def sum_of_squares(scale, x, unit):
+    """The sum of squares of ``scale * x``, of the 1-D ``x``, over ``unit``, in float64."""
+    over = 1.0 / unit
     total = 0.0
     for d in range(x.size):
-        y = np.float64(x[d]) * scale
+        y = np.float64(scale * x[d]) * over
         total += y * y
     return total
 
@@ -35,8 +35,9 @@ def sum_of_squares(x, unit):
 @register_jitable
 def magnitude(x):
     """The norm of the 1-D ``x`` as a number and its unit: their product may be more than float64 holds."""
-    total = sum_of_squares(x, 1.0)
+    one = x.dtype.type(1)
+    total = sum_of_squares(one, x, 1.0)
     unit = unit_of(total)
     if unit != 1.0:
-        total = sum_of_squares(x, unit)
+        total = sum_of_squares(one, x, unit)
     return math.sqrt(total), unit

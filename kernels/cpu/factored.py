@@ -89,13 +89,14 @@ def update_tiles(h, c, like, kinds, places, shape, row_var, col_var, numbers, ze
         means[m] = update_moments(h, like, shape, numbers, m, row_sums, col_sums, row_var, col_var)
     for k in prange(chunks):
         last = min((k + 1) * chunk, tiles)
-        add_updates(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means, sums)
+        add_updates(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means,
+                    1.0, 1.0, sums)  # fmt: skip
     p_unit, u_unit = unit_of(total_of_tiles(sums[0])), unit_of(total_of_tiles(sums[1]))
     if p_unit != 1.0 or u_unit != 1.0:
         for k in prange(chunks):
             last = min((k + 1) * chunk, tiles)
-            add_in_units(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means,
-                         p_unit, u_unit, sums)  # fmt: skip
+            add_updates(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means,
+                        p_unit, u_unit, sums)  # fmt: skip
     factor = factor_of(h, shape, numbers, sums, p_unit, u_unit)
     for k in prange(chunks):
         last = min((k + 1) * chunk, tiles)
@@ -182,34 +183,10 @@ def share_of(h, like, moment, mean):
 
 
 @helper
-def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var, col_var, means, sums):
-    """The squares of the update."""
-    c = unpack(c, numbers[len(h) :], like)
-    h = unpack(h, numbers, like)
-    buffers = new_array((2, LANES), like)
-    memory = np.empty(LANES)
-    for tile in range(first, last):
-        matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
-        columns = col_var[matrix * shape[2] :]
-        lanes = memory[: min(LANES, right - left)]
-        lanes[:] = 0.0
-        for row in range(top, bottom):
-            own_row = matrix * shape[1] + row
-            share = share_of(h, like, row_var[own_row], means[matrix])
-            for column in range(left, right, LANES):
-                width = min(LANES, right - column)
-                at = own_row * shape[2] + column
-                g = open_gradient(kinds, like, places, at, width, buffers[1])
-                updates = buffers[0, :width]
-                find_updates(h, c, g, share, columns[column : column + width], updates)
-                add_squares(updates, 1.0, lanes)
-        sums[1, tile] = total_of(lanes)
-
-
-@helper
-def add_in_units(h, c, like, kinds, places, shape, numbers, first, last, row_var, col_var, means,
-                 p_unit, u_unit, sums):  # fmt: skip
-    """The squares of the parameter and of the update, over their units."""
+def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var, col_var, means,
+                p_unit, u_unit, sums):  # fmt: skip
+    """The squares of the update over its unit; and those of the parameter, which have been added up in the
+    unit 1, where its own is another."""
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)
     buffers = new_array((2, LANES), like)
@@ -217,21 +194,26 @@ def add_in_units(h, c, like, kinds, places, shape, numbers, first, last, row_var
     for tile in range(first, last):
         matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
         columns = col_var[matrix * shape[2] :]
-        lanes[:] = 0.0
+        used = min(LANES, right - left)
+        p_lanes, u_lanes = lanes[0, :used], lanes[1, :used]
+        p_lanes[:] = 0.0
+        u_lanes[:] = 0.0
         for row in range(top, bottom):
             own_row = matrix * shape[1] + row
             share = share_of(h, like, row_var[own_row], means[matrix])
             for column in range(left, right, LANES):
                 width = min(LANES, right - column)
                 at = own_row * shape[2] + column
-                add_squares(
-                    open_parameter(kinds, like, places, at, width, buffers[0]), 1.0 / p_unit, lanes[0, :width]
-                )
+                if p_unit != 1.0:
+                    p = open_parameter(kinds, like, places, at, width, buffers[0])
+                    add_squares(p, 1.0 / p_unit, p_lanes)
                 g = open_gradient(kinds, like, places, at, width, buffers[1])
                 updates = buffers[0, :width]
                 find_updates(h, c, g, share, columns[column : column + width], updates)
-                add_squares(updates, 1.0 / u_unit, lanes[1, :width])
-        sums[0, tile], sums[1, tile] = total_of(lanes[0]), total_of(lanes[1])
+                add_squares(updates, 1.0 / u_unit, u_lanes)
+        if p_unit != 1.0:
+            sums[0, tile] = total_of(p_lanes)
+        sums[1, tile] = total_of(u_lanes)
 
 
 @restricted_helper
