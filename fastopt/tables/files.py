@@ -5,9 +5,8 @@ import os
 import stat
 from pathlib import Path
 
-_SAFE = (
-    os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-)  # the last for a pipe, which would wait for its other end
+# Without the last, opening a pipe would wait for its other end.
+_SAFE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def open_file(path: Path, flags: int) -> int:

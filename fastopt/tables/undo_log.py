@@ -5,6 +5,7 @@ says where the last record ends; rows change only after it does. So a shorter fi
 that end is a record whose writing did not end, and whose rows are as they were.
 """
 
+import functools
 import math
 import os
 import struct
@@ -22,9 +23,7 @@ from fastopt.kernels.at_once import at_once
 from fastopt.tables.files import open_file, write, write_file
 
 LOG_BYTES = 1 << 20  # of a record at most, unless a row is larger: small enough to stay in the cache
-_HEAD = struct.Struct(
-    "<8s36s?qqI"
-)  # magic, boot id, sealed: all is on the disk, generation, end, CRC of these
+_HEAD = struct.Struct("<8s36s?qqI")  # magic, boot id, whether all is on the disk, generation, end, CRC
 _HEAD_MAGIC = b"fastlog2"
 _FIRST_HEAD = struct.Struct("<8s36s?I")  # that of the first format, which does not say where the records end
 _FIRST_MAGIC = b"fastlog1"
@@ -298,7 +297,12 @@ def _stamped(layout: struct.Struct, *fields: Any) -> bytes:
 
 def _boot() -> bytes:
     """What differs from one start of the machine to the next, where the system tells."""
+    return _boot_id(_BOOT_ID)
+
+
+@functools.cache  # each record that is logged writes a head with it
+def _boot_id(path: Path) -> bytes:
     try:
-        return _BOOT_ID.read_bytes().strip()[:36].ljust(36)
+        return path.read_bytes().strip()[:36].ljust(36)
     except OSError:
         return b"unknown".ljust(36)
