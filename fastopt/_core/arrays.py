@@ -195,8 +195,8 @@ def check_like(
         )
 
 
-def before_writing(value: Any, rows: np.ndarray) -> None:
-    """Have a table in files keep rows that are about to change, and torch know of a tensor's change."""
+def before_writing(value: Any, rows: np.ndarray | None) -> None:
+    """Have a table in files keep rows, None for all, that are about to change, and torch know of a tensor."""
     if isinstance(value, TableInFiles):
         value.keep(rows)
     written([value])

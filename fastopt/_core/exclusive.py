@@ -2,21 +2,16 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Used(Protocol):
-    """An object that has such methods. ``calls``: those that are at work, a dict used as a set."""
-
-    calls: dict[object, None]
-
-
 def exclusive(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
     """Have a method raise RuntimeError while this or another such method of the same object is at work: in
-    another thread, or in this one, from a signal handler or from a function that was passed to it.
+    another thread, or in this one, from a signal handler or from a function that was passed to it. The object
+    has a dict ``calls``, used as a set, of those that are.
 
     A lock would stay taken where a signal handler raises before the block that releases it is entered. Here
     a call is entered within the block, and leaves by the first thing done at its end, which is a call of C.

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Protocol
 
 from fastopt._core.options import FIXED, SHARED, checked_options, is_immutable
-from fastopt.kernels.at_once import at_once
 from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 
 
@@ -56,12 +55,12 @@ class ParameterGroup:
 
     def adopt(self, checked: dict[str, Any], definition: Definition) -> None:
         """Go on with these options, ``options`` as it is now being what they were checked from."""
-        at_once(self.adopting(checked, self.options, definition))
+        self.adopting(checked, self.options, definition)()
 
     def adopting(
         self, checked: dict[str, Any], options: Mapping[str, Any], definition: Definition
-    ) -> list[Callable[[], object]]:
-        """The calls that go on with these options, ``options`` being what they were checked from."""
+    ) -> Callable[[], object]:
+        """The call, of C, that goes on with these options, ``options`` being what they were checked from."""
         new = {
             "checked": checked,
             "rule": definition.rule(checked),
@@ -70,7 +69,7 @@ class ParameterGroup:
             "_fixed_rate": not callable(checked["lr"]),
             **_remembered(options),
         }
-        return [partial(vars(self).update, new)]
+        return partial(vars(self).update, new)
 
     def remember(self) -> None:
         """Take the options as they are for those adopted: they need no check until they change. With an array

@@ -26,7 +26,6 @@ from fastopt._core.state import (
 )
 from fastopt._core.state import state_formats as chosen_formats
 from fastopt._core.structure import Structure, as_container, is_groups, named_values
-from fastopt._core.versions import written
 from fastopt.kernels import formats
 from fastopt.kernels.work import StoredTable
 
@@ -94,11 +93,8 @@ class Parameter:
         return self.value if isinstance(self.value, TableInFiles) else None
 
     def before_writing(self, rows: np.ndarray | None) -> None:
-        """Tell of what is about to change, rows or all: torch, and a table in files, which keeps it."""
-        if self.in_files is not None:
-            self.in_files.keep(rows)
-        else:
-            written([self.value])
+        """Tell of what is about to change, rows or all."""
+        arrays.before_writing(self.value, rows)
 
     def view(self) -> np.ndarray:
         """The array as it is now; a torch parameter may have moved."""

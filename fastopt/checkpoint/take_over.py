@@ -19,7 +19,7 @@ def take_over(parameters: Parameters, restored: Restored, definition: Definition
     for group, options in zip(parameters.groups, restored.options, strict=True):
         if options is not None:
             calls.append(partial(group.options.update, options))
-            calls += group.adopting(options, {**group.options, **options}, definition)
+            calls.append(group.adopting(options, {**group.options, **options}, definition))
     for parameter, (_, state, tracking) in zip(parameters.all, restored.states, strict=True):
         calls.append(partial(setattr, parameter, "tracking", tracking))
         if parameter.in_files is None:

@@ -66,10 +66,8 @@ class ArraysLaunch:
             chunk = max(-(-self._size // (parts * RUN)), 1) * RUN
             given = self._kinds, self._table, self._bases, self.numbers, zero_grads, chunk
             self._arguments = *self._hyper, self._compute.type(0), *given
-            if not self._trust:
-                self._calls = (
-                    [update_arrays.ready(self._size, self._arguments, self._types)] if self._size else []
-                )
+            if self._size and not self._trust:
+                self._calls = [update_arrays.ready(self._size, self._arguments, self._types)]
             self._prepared = prepared
         return update_whole_arrays(self._size, self._types, *self._arguments) if self._trust else self._calls
 
