@@ -20,7 +20,7 @@ moment that had become 0, a first moment rounded up would be a step of hundreds 
 import functools
 import math
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -165,6 +165,22 @@ def to_root(x, random, inverse):
 @register_jitable
 def root_inverse(scale):
     return ROOT_SPAN * ROOT_SPAN / scale
+
+
+# Source of random bits, for functions that are made from text
+
+
+def half_of_random(slot: int) -> str:
+    """Source of the random bits of a slot: two slots share 32."""
+    return f"r{slot // 2}" if slot % 2 == 0 else f"np.uint32(r{slot // 2} << np.uint32(16))"
+
+
+def random_draws(slots: Sequence[int]) -> list[str]:
+    """Lines that draw the random bits of these slots for the element ``k``, counted from ``position``."""
+    return [
+        f"r{n} = random_bits(np.uint64(key) + np.uint64({n * 0x9E3779B97F4A7C15 % 2**64}), position, k)"
+        for n in sorted({slot // 2 for slot in slots})
+    ]
 
 
 @dataclass(frozen=True, eq=False)

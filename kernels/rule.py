@@ -6,8 +6,8 @@ and not one with zeros, so that a kernel holds a single loop: a test that does n
 loop makes the compiler write it twice, and compile twice as long.
 
 :class:`Still`, :class:`Linear`, :class:`Adaptive` and :class:`Loop` say how the steps are made up for that
-a row without a gradient has missed (see catch_up.py). Kernels get one of them as an argument without
-contents, whose type selects code.
+a row without a gradient has missed (see catch_up.py), :class:`Lazy` and :class:`PerRow` that none are.
+Kernels of tables get one of them, the mode, as an argument without contents, whose type selects code.
 """
 
 import inspect
@@ -59,6 +59,15 @@ class Adaptive(NamedTuple):
 
 class Loop(NamedTuple):
     """The steps are gone through one by one."""
+
+
+class Lazy(NamedTuple):
+    """No steps are made up for: a row without a gradient stays as it is."""
+
+
+class PerRow(NamedTuple):
+    """The row's own updates are counted, and its hyperparameters chosen by their number: what is folded for
+    the learning rate 1 is times the first number of a launch's hyperparameters."""
 
 
 COMPUTE_DTYPE = "compute_dtype"

@@ -131,8 +131,6 @@ class Backend(Protocol):
     MatrixLaunch: Callable[[Spec, ArrayWork], DenseLaunch]  # of a parameter with state of rows and columns
     Squares: Callable[[np.dtype, Format, Sequence[int]], Squares]  # of a format, sizes
     History: type[History]
-    Lazy: type  # the mode of tables whose rows just take the update
-    PerRow: type  # of those whose rows count their own: what is folded for lr 1 is times the first number
 
     def run(self, calls: Iterable[Callable[[], object]]) -> None:
         """Make these calls in turn, of launches and of C, with no signal handler run between them (see

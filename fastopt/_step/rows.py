@@ -13,6 +13,7 @@ from fastopt._step.catch_up import catch_up, tracked
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
 from fastopt.gradients.protocol import RowGradient
 from fastopt.kernels.formats import PLAIN
+from fastopt.kernels.rule import Lazy, PerRow
 from fastopt.kernels.work import RowSteps, Spec, TableWork
 
 
@@ -77,10 +78,9 @@ def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
     h = rule_numbers(group, options, lr, step, compute)
     c = decay_numbers(group, options, group.decay, lr, conditions.scale, conditions.limit, compute)
     by_row = gradient.by_row()
-    mode, row_steps, numbers = parameter.backend.Lazy(), None, (*h, *c)
+    mode, row_steps, numbers = Lazy(), None, (*h, *c)
     if ROW_STEPS in state:
-        # Kernels multiply what is folded for the learning rate 1 by the first number.
-        mode, numbers = parameter.backend.PerRow(), (lr, *h[1:], *c)
+        mode, numbers = PerRow(), (lr, *h[1:], *c)
         counts, rows = state[ROW_STEPS], by_row.segments.own_rows()
         row_steps = RowSteps(counts, folded_by_count(counts, rows, group.rule, options))
     elif tracking is not None:

@@ -1,7 +1,5 @@
 """Sparse updates and reads: the rows of tables that indices name."""
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import prange
 from numba.extending import overload, register_jitable
@@ -22,21 +20,14 @@ from fastopt.kernels.layout import (
     TABLE_SKIPPED,
     TABLE_STEP,
 )
+from fastopt.kernels.rule import Lazy, PerRow
 
 LOOKUPS_PER_CHUNK = 256
 SEGMENTS_PER_CHUNK = 256
 
 
-# What comes before the update of a row is selected by the type of an argument without contents, the mode: for
-# the kinds of missed steps (see rule.py) a row takes those that it has missed. The other modes are these
-
-
-class Lazy(NamedTuple):
-    """Nothing comes before: a row without a gradient stays as it is."""
-
-
-class PerRow(NamedTuple):
-    """The row's own updates are counted, and its hyperparameters chosen by their number."""
+# What comes before the update of a row is selected by the type of an argument without contents, the mode (see
+# rule.py): for the kinds of missed steps a row takes those that it has missed.
 
 
 @register_jitable

@@ -12,7 +12,7 @@ from numba.np.numpy_support import as_dtype
 
 from fastopt.kernels.cpu.jit import restricted_helper
 from fastopt.kernels.element import update_element
-from fastopt.kernels.formats import BLOCK, NEAREST, Format, larger, scale_from
+from fastopt.kernels.formats import BLOCK, NEAREST, Format, half_of_random, larger, random_draws, scale_from
 from fastopt.kernels.intrinsics import random_bits, view
 from fastopt.kernels.source import define
 
@@ -50,22 +50,6 @@ def new_array(shape, like):
 def _new_array(shape, like):
     dtype = as_dtype(like)
     return lambda shape, like: np.empty(shape, dtype)
-
-
-# Random bits
-
-
-def _half_of_random(slot: int) -> str:
-    """Source of the random bits of a slot: two slots share 32."""
-    return f"r{slot // 2}" if slot % 2 == 0 else f"np.uint32(r{slot // 2} << np.uint32(16))"
-
-
-def _draws(slots: list[int]) -> list[str]:
-    """Lines that draw the random bits of these slots for element ``k``."""
-    return [
-        f"r{n} = random_bits(np.uint64(key) + np.uint64({n * 0x9E3779B97F4A7C15 % 2**64}), position, k)"
-        for n in sorted({slot // 2 for slot in slots})
-    ]
 
 
 # Opening
@@ -153,9 +137,9 @@ def run_update(members: Formats, like: np.dtype) -> Callable:
             stores.append(f"a{k}[i] = {new}")
         if kind.stored is not None:
             target = f"o{k}" if kind.master else f"a{k}"
-            random = _half_of_random(k - 2) if kind.random else "np.uint32(0)"
+            random = half_of_random(k - 2) if kind.random else "np.uint32(0)"
             stores.append(f"{target}[i] = encode{k}({new}, {random})")
-    draws = _draws([s for s, kind in enumerate(slots) if kind.random and not kind.coded])
+    draws = random_draws([s for s, kind in enumerate(slots) if kind.random and not kind.coded])
     loop = define(
         "loop",
         f"h, c, size, key, position, {', '.join(parameters)}",
@@ -176,8 +160,8 @@ def run_update(members: Formats, like: np.dtype) -> Callable:
             "size, key, position, " + ", ".join(f"a{s + 2}, b{s + 2}, v{s + 2}" for s in coded),
             "for k in range(size):",
             "    i = np.uint64(k)",
-            *(f"    {line}" for line in _draws(coded)),
-            *(f"    a{s + 2}[i] = encode{s + 2}(b{s + 2}[i], {_half_of_random(s)}, v{s + 2})" for s in coded),
+            *(f"    {line}" for line in random_draws(coded)),
+            *(f"    a{s + 2}[i] = encode{s + 2}(b{s + 2}[i], {half_of_random(s)}, v{s + 2})" for s in coded),
             **names,
         )
         names["encode"] = restricted_helper(encode)
@@ -241,7 +225,7 @@ def writer(kind: Format, slot: int | None = None) -> Callable:
     names |= {"inverse": kind.inverse, "larger": larger, "scale_from": scale_from, "NEAREST": NEAREST}
     draws, random = [], "NEAREST"
     if kind.random and slot is not None:
-        draws, random = _draws([slot]), _half_of_random(slot)
+        draws, random = random_draws([slot]), half_of_random(slot)
     if kind.coded:
         lines = [
             f"for first in range(0, values.size, {BLOCK}):",

@@ -1,29 +1,78 @@
-"""What touches numba-cuda's internals: compiling for a GPU that need not be there."""
+"""What touches numba-cuda's internals and the linker: kernels become PTX, and this machine code, for a GPU
+that need not be there."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
-from numba import cuda, typeof, types
-from numba.cuda import dispatcher
+import numpy as np
+from numba import types
 
 from fastopt.kernels.forks import hold, hold_private
+
+
+@contextmanager
+def _with_row_stack() -> Iterator[None]:
+    """numba-cuda 0.30 looks up ``np.row_stack`` when it is loaded and when it first compiles; NumPy 2.5 has
+    none."""
+    if hasattr(np, "row_stack"):
+        yield
+        return
+    np.vstack = np.vstack  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del np.vstack  # type: ignore[attr-defined]
+
+
+with _with_row_stack():
+    from numba.cuda import compiler, dispatcher
 
 _lock = threading.RLock()
 hold_private("numba.cuda.core.compiler_lock", "global_compiler_lock._lock")
 hold(_lock)
 
+KINDS = {int: types.int64, float: types.float64}  # of kernels' arguments
 
-def ptx(kernel: Callable, *args: Any, cc: tuple[int, int]) -> str:
-    """PTX of ``kernel``, for arguments as in a launch and a GPU of compute capability ``cc``."""
-    signature = types.void(*map(typeof, args))
-    with _lock:
-        # the functions a kernel calls are compiled for the current device, and without a driver
-        # there is none
+
+def ptx(kernel: Callable, arguments: tuple[type, ...], cc: tuple[int, int]) -> tuple[str, str]:
+    """PTX of ``kernel``, and its name there, for arguments that are int or float and a GPU of compute
+    capability ``cc``.
+
+    Products and sums are rounded apart, as on the CPU: without this switch they become one instruction with
+    one rounding, and other bits.
+    """
+    signature = types.void(*(KINDS[kind] for kind in arguments))
+    with _lock, _with_row_stack():
+        # The functions that a kernel calls are compiled for the current device, and without a driver there is
+        # none.
         current_device = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
         try:
-            return cuda.compile_ptx(kernel, signature, cc=cc)[0]
+            library, _ = compiler._compile_pyfunc_with_fixup(
+                kernel, signature, device=False, cc=cc, abi="numba"
+            )
+            library._nvvm_options["fma"] = False
+            return library.get_asm_str(cc=cc), library._entry_name
         finally:
             dispatcher.get_current_device = current_device
+
+
+def cubin(text: str, cc: tuple[int, int], most_registers: int | None = None) -> bytes:
+    """The machine code of PTX, which needs no driver."""
+    from cuda.bindings import nvjitlink
+
+    options = [f"-arch=sm_{cc[0]}{cc[1]}"]
+    if most_registers is not None:
+        options.append(f"-maxrregcount={most_registers}")
+    handle = nvjitlink.create(len(options), options)
+    try:
+        data = text.encode() + b"\0"
+        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "kernel")
+        nvjitlink.complete(handle)
+        made = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, made)
+        return bytes(made)
+    finally:
+        nvjitlink.destroy(handle)

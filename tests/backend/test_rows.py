@@ -19,12 +19,12 @@ from backend.launches import (
 
 from fastopt._core.backend import Launch
 from fastopt.kernels import rules
-from fastopt.kernels.rule import Scaled
+from fastopt.kernels.rule import Lazy, PerRow, Scaled
 from fastopt.kernels.work import RowSteps, TableGradient
 
 
 def lazy_spec(device):
-    return adam_spec(Scaled, mode=device.backend.Lazy())
+    return adam_spec(Scaled, mode=Lazy())
 
 
 def row_sums(indices, values, weights=None):
@@ -46,7 +46,7 @@ def updated(arrays, rows, sums, h, c):
     return results
 
 
-@pytest.mark.covers("update_rows", "Lazy", "segments_of")
+@pytest.mark.covers("update_rows", "segments_of")
 def test_rows_of_two_tables_are_updated_once_each(device, rng):
     """Rows that are named often, in tables of different widths and with other numbers, in one launch; the
     state of the second lies row by row side by side."""
@@ -164,7 +164,7 @@ def test_no_indices_update_nothing(device, rng):
     assert_same(one.run(gradient), one.before)
 
 
-@pytest.mark.covers("update_rows", "PerRow", "segments_of")
+@pytest.mark.covers("update_rows", "segments_of")
 def test_rows_that_count_their_own_updates(device, rng):
     """Each row has the numbers of its own count; of one that is not there those of the count below it."""
     before = adam_state(rng, (10, 5))
@@ -182,7 +182,7 @@ def test_rows_that_count_their_own_updates(device, rng):
         step=3,
         row_steps=RowSteps(on_device, history),
     )
-    spec = adam_spec(Scaled, mode=device.backend.PerRow())
+    spec = adam_spec(Scaled, mode=PerRow())
     launch = device.backend.update_rows(spec, [work])
     calls = launch.prepare()
     np.testing.assert_array_equal(device.get(on_device), counts)

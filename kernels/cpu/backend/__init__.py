@@ -27,17 +27,14 @@ from fastopt.kernels.cpu.headers import Identities
 from fastopt.kernels.cpu.index import check_bounds as bounds
 from fastopt.kernels.cpu.index import segments_of
 from fastopt.kernels.cpu.memory import empty
-from fastopt.kernels.cpu.rows import Lazy, PerRow
 from fastopt.kernels.cpu.threads import run
 
 __all__ = [
     "ArraysLaunch",
     "History",
     "Identities",
-    "Lazy",
     "Locator",
     "MatrixLaunch",
-    "PerRow",
     "Squares",
     "address",
     "bags_of_positions",

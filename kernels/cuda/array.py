@@ -1,0 +1,228 @@
+"""Arrays in the memory of a device, with what the package uses of NumPy's."""
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fastopt.kernels.cuda.assign import copy_all, set_all
+from fastopt.kernels.cuda.driver import driver
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Memory:
+    """Memory of a device, given back when the last array over it goes."""
+
+    def __init__(self, device: int, nbytes: int) -> None:
+        self.device = device
+        self.address = driver().allocate(device, max(nbytes, 1))
+
+    def __del__(self) -> None:
+        address = getattr(self, "address", 0)
+        if address:
+            driver().free(self.device, address)
+
+
+class Flags:
+    """What NumPy says of an array's memory."""
+
+    def __init__(self, c_contiguous: bool, aligned: bool, writeable: bool) -> None:
+        self.c_contiguous = c_contiguous
+        self.aligned = aligned
+        self.writeable = writeable
+
+
+class DeviceArray:
+    """An array in the memory of a CUDA device.
+
+    It offers the CUDA array interface and DLPack, so that torch, CuPy, JAX and Numba use the same memory:
+    ``torch.as_tensor(array, device="cuda")``, ``cupy.asarray(array)``. :meth:`copy_to_host` makes a NumPy
+    array of it.
+
+    Attributes:
+        device: the number of the device. address: of the first element, an int.
+        shape, dtype, strides (in bytes), ndim, size, itemsize, nbytes, flags: as those of NumPy.
+    """
+
+    __slots__ = ("_owner", "_writeable", "address", "device", "dtype", "shape", "strides")
+
+    def __init__(
+        self,
+        device: int,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: Any,
+        strides: tuple[int, ...] | None = None,
+        *,
+        writeable: bool = True,
+        owner: Any = None,
+    ) -> None:
+        self.device = device
+        self.address = address
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self.strides = contiguous_strides(shape, self.dtype.itemsize) if strides is None else strides
+        self._writeable = writeable
+        self._owner = owner  # keeps the memory alive
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.itemsize
+
+    @property
+    def flags(self) -> Flags:
+        expected = contiguous_strides(self.shape, self.itemsize)
+        pairs = zip(self.shape, self.strides, expected, strict=True)
+        contiguous = not self.size or all(n == 1 or a == b for n, a, b in pairs)
+        return Flags(contiguous, self.address % self.itemsize == 0, self._writeable)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"DeviceArray(shape={self.shape}, dtype={self.dtype}, device={self.device})"
+
+    # Views
+
+    def _over(self, address: int, shape: tuple[int, ...], dtype: Any, strides: Any = None) -> "DeviceArray":
+        writeable, owner = self._writeable, self._owner if self._owner is not None else self
+        return DeviceArray(self.device, address, shape, dtype, strides, writeable=writeable, owner=owner)
+
+    def read_only(self) -> "DeviceArray":
+        """The same memory, not to be written."""
+        view = self._over(self.address, self.shape, self.dtype, self.strides)
+        view._writeable = False
+        return view
+
+    def view(self, dtype: Any) -> "DeviceArray":
+        """The same memory as elements of another dtype of the same size."""
+        assert np.dtype(dtype).itemsize == self.itemsize
+        return self._over(self.address, self.shape, dtype, self.strides)
+
+    def reshape(self, *shape: Any) -> "DeviceArray":
+        """A view of a C-contiguous array, or of one that keeps its shape but for axes of length 1."""
+        new = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        if -1 in new:
+            known = math.prod(n for n in new if n != -1)
+            new = tuple(self.size // known if n == -1 else n for n in new)
+        if math.prod(new) != self.size:
+            raise ValueError(f"cannot reshape an array of shape {self.shape} into {new}")
+        if new == self.shape:
+            return self
+        if not self.flags.c_contiguous:
+            raise ValueError("cannot reshape an array that is not C-contiguous without a copy")
+        return self._over(self.address, new, self.dtype)
+
+    def __getitem__(self, key: Any) -> "DeviceArray":
+        """A view, by numbers, slices with a step of 1, and an ellipsis alone."""
+        if key is Ellipsis:
+            return self
+        keys = key if isinstance(key, tuple) else (key,)
+        address, shape, strides = self.address, [], []
+        for axis, (length, stride) in enumerate(zip(self.shape, self.strides, strict=True)):
+            own = keys[axis] if axis < len(keys) else slice(None)
+            if isinstance(own, slice):
+                first, last, step = own.indices(length)
+                assert step == 1
+                address += first * stride
+                shape.append(max(last - first, 0))
+                strides.append(stride)
+            else:
+                address += range(length)[own] * stride
+        return self._over(address, tuple(shape), self.dtype, tuple(strides))
+
+    # Contents
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Set the elements of a view to a number, or to an array of its shape: of the device, or of the host
+        with the same dtype."""
+        target = self[key]
+        if isinstance(value, np.ndarray) and value.ndim:
+            value = upload(self.device, value)
+        if isinstance(value, DeviceArray):
+            if value.shape != target.shape:
+                raise ValueError(f"an array of shape {target.shape} can't be set to one of {value.shape}")
+            copy_all(target, value)
+        else:
+            set_all(target, value, upload)
+
+    def fill(self, value: float) -> None:
+        """Set each element to a number."""
+        set_all(self, value, upload)
+
+    def copy_to_host(self) -> np.ndarray:
+        """A NumPy array of its own memory; waits for what is being done to this one."""
+        source = self if self.flags.c_contiguous else self.copy()
+        out = np.empty(self.shape, self.dtype)
+        if out.nbytes:
+            driver().download(self.device, out, source.address)
+        return out
+
+    def copy(self) -> "DeviceArray":
+        """A C-contiguous copy."""
+        out = empty(self.device, self.shape, self.dtype)
+        out[...] = self
+        return out
+
+    # Protocols
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        # The interface's own word for bfloat16 is that of two bytes.
+        typestr = "<V2" if self.dtype == BFLOAT16 else self.dtype.str
+        strides = None if self.flags.c_contiguous else self.strides
+        return {
+            "shape": self.shape,
+            "typestr": typestr,
+            "data": (self.address if self.size else 0, not self._writeable),
+            "strides": strides,
+            "stream": None,  # work was put on the producer's own stream
+            "version": 3,
+        }
+
+
+def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Those of a C-contiguous array."""
+    strides: list[int] = []
+    for extent in reversed(shape):
+        strides.insert(0, itemsize)
+        itemsize *= extent
+    return tuple(strides)
+
+
+def empty(device: int, shape: int | tuple[int, ...], dtype: Any) -> DeviceArray:
+    """A new array of any content."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    memory = Memory(device, math.prod(shape) * np.dtype(dtype).itemsize)
+    return DeviceArray(device, memory.address, shape, dtype, owner=memory)
+
+
+def zeros(device: int, shape: int | tuple[int, ...], dtype: Any) -> DeviceArray:
+    """A new array of zeros."""
+    array = empty(device, shape, dtype)
+    if array.nbytes:
+        driver().zero(device, array.address, array.nbytes)
+    return array
+
+
+def upload(device: int, array: np.ndarray) -> DeviceArray:
+    """A copy of an array of the host."""
+    source = np.ascontiguousarray(array).reshape(array.shape)
+    out = empty(device, source.shape, source.dtype)
+    if source.nbytes:
+        driver().upload(device, out.address, source)
+    return out

@@ -1,0 +1,7 @@
+"""CUDA devices behind the seam for devices (see ``fastopt._core.backend``, which says what each name is to do)."""
+
+from fastopt.kernels.cuda.backend.basics import Basics
+
+
+class Cuda(Basics):
+    """The backend of one device."""

@@ -1,0 +1,61 @@
+"""Kernels: made for a rule, formats and a device when they are first needed, and launched."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastopt.kernels.cuda.compile import ptx
+from fastopt.kernels.cuda.driver import driver
+
+
+class Kernel:
+    """A kernel whose arguments are numbers: int64 (addresses, sizes) and float64.
+
+    Args:
+        function: its source, a function without default arguments.
+        kinds: int or float, of each argument.
+        threads: of a block.
+        most_registers: of a thread, None for no limit.
+    """
+
+    def __init__(
+        self, function: Callable, kinds: Sequence[type], threads: int, most_registers: int | None = None
+    ) -> None:
+        self.function = function
+        self.kinds = tuple(kinds)
+        self.threads = threads
+        self.most_registers = most_registers
+        self._loaded: dict[int, Any] = {}  # by device
+
+    def ready(self, device: int, grid: int, *arguments: int | float) -> Callable[[], object]:
+        """The call that launches ``grid`` blocks of it, its machine code ready."""
+        kernel = self._loaded.get(device)
+        if kernel is None:
+            kernel = self._loaded[device] = self._load(device)
+        return driver().launcher(device, kernel, grid, self.threads, arguments)
+
+    def code(self, cc: tuple[int, int]) -> tuple[str, str]:
+        """Its PTX, and its name there."""
+        return ptx(self.function, self.kinds, cc)
+
+    def _load(self, device: int) -> Any:
+        cc = driver().compute_capability(device)
+        text, name = self.code(cc)
+        return driver().load(device, driver().translate(text, cc, self.most_registers), name)
+
+
+def kernel(kinds: str, threads: int, most_registers: int | None = None) -> Callable[[Callable], Any]:
+    """Decorate a function that makes the source of a kernel, for what its machine code depends on: it then
+    makes the :class:`Kernel`, once for the same arguments. ``kinds``: a letter for each argument of the
+    kernel, ``i`` for an int64 and ``f`` for a float64."""
+    types = tuple({"i": int, "f": float}[letter] for letter in kinds)
+
+    def decorate(make: Callable[..., Callable]) -> Callable[..., Kernel]:
+        @functools.cache
+        @functools.wraps(make)
+        def made(*what: Any) -> Kernel:
+            return Kernel(make(*what), types, threads, most_registers)
+
+        return made
+
+    return decorate
