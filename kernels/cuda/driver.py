@@ -9,11 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-EXTRA = 'pip install "fastopt[cuda13]" (or "fastopt[cuda12]" for a driver of CUDA 12)'
-
-
-class NoDriverError(RuntimeError):
-    """There is no CUDA driver, or not what it takes to use it."""
+from fastopt.kernels.cuda.errors import EXTRA, NoDriverError
 
 
 class Driver(Protocol):

@@ -1,7 +1,7 @@
 """What is done to the elements of one array: set, copied, converted, scaled and clipped.
 
-An array is seen as rows of ``width`` elements next to each other, ``stride`` bytes apart; a C-contiguous one is a
-single row. So many blocks as ``per_row`` says share out a row.
+An array is seen as rows of ``width`` elements next to each other, ``stride`` bytes apart; a C-contiguous one
+is a single row. So many blocks as ``per_row`` says share out a row.
 """
 
 from typing import Any

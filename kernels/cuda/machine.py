@@ -9,8 +9,8 @@ from cuda.bindings import driver as cuda
 from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
 
 from fastopt.kernels.cuda import compile
-from fastopt.kernels.cuda.driver import EXTRA, NoDriverError
-from fastopt.kernels.cuda.producers import current_stream
+from fastopt.kernels.cuda.errors import EXTRA, NoDriverError
+from fastopt.kernels.cuda.streams import current_stream
 
 
 def _checked(result: tuple) -> Any:

@@ -1,5 +1,5 @@
-"""A CUDA device that this process plays: its memory is the host's, and its kernels, compiled to PTX for a real
-one, are interpreted, every access checked."""
+"""A CUDA device that this process plays: its memory is the host's, and its kernels, compiled to PTX for a
+real one, are interpreted, every access checked."""
 
 import ctypes
 import functools

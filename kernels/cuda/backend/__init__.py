@@ -1,4 +1,4 @@
-"""CUDA devices behind the seam for devices (see ``fastopt._core.backend``, which says what each name is to do)."""
+"""CUDA devices behind the seam (see ``fastopt._core.backend``, which says what each name is to do)."""
 
 from fastopt.kernels.cuda.backend.basics import Basics
 

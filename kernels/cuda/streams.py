@@ -1,13 +1,6 @@
-"""Arrays of other libraries as arrays of a device, and the streams that these work on."""
+"""The streams that other libraries work on now."""
 
 import sys
-from typing import Any
-
-import ml_dtypes
-import numpy as np
-
-from fastopt.kernels.cuda.array import DeviceArray
-from fastopt.kernels.cuda.driver import driver
 
 LEGACY, PER_THREAD = 1, 2  # handles of the default streams
 
