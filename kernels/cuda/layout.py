@@ -1,0 +1,27 @@
+"""What kernels for devices read of an array: a row of int64 numbers, its own columns and then those that the
+CPU's kernels read (see ``fastopt.kernels.layout``)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastopt.kernels.layout import ARRAY_PLACES
+
+(
+    ARRAY_SIZE,  # elements
+    ARRAY_ALIGNED,  # whether every one of its addresses allows loads and stores of whole vectors
+    ARRAY_SHARED,  # the first of the shared columns
+) = range(3)
+PLACES = ARRAY_SHARED + ARRAY_PLACES  # two addresses each of the parameter, the gradient and the slots
+
+
+def array_columns(members: int) -> int:
+    """How many columns an array has that has so many formats."""
+    return PLACES + 2 * members
+
+
+def with_own_columns(table: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The rows of arrays of these sizes, of what ``fastopt.kernels.layout.array_table`` made."""
+    own = np.zeros((len(sizes), ARRAY_SHARED), np.int64)
+    own[:, ARRAY_SIZE] = sizes
+    return np.concatenate([own, table], axis=1)
