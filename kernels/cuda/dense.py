@@ -1,10 +1,10 @@
 """Dense updates: every element of any number of arrays, in one pass and one launch.
 
-A block of threads takes chunks of arrays, found by a binary search in the numbers of the arrays' first chunks.
-A lane of a warp works on as many elements next to each other as are 16 bytes of the widest of the arrays, its
-neighbours on those beside them. Where arrays have codes, a warp takes a block of codes at a time, whose largest
-it finds together. Where an address is not aligned, and at the end of an array, the same lanes read and write the
-same elements one by one.
+A block of threads takes chunks of arrays, found by a binary search in the numbers of the arrays' first
+chunks. A lane of a warp works on as many elements next to each other as are 16 bytes of the widest of the
+arrays, its neighbours on those beside them. Where arrays have codes, a warp takes a block of codes at a
+time, whose largest it finds together. Where an address is not aligned, and at the end of an array, the same
+lanes read and write the same elements one by one.
 
 Bytes moved: each of the parameter and the state read and written, the gradient read; for float32 Adam 28 an
 element.
@@ -60,6 +60,19 @@ def vectors_of_run(members: Formats, like: np.dtype) -> int:
     return BLOCK // (WARP * vector_length(members, like))
 
 
+def vector_bytes(members: Formats, like: np.dtype) -> dict[int, int]:
+    """By column of layout.py, to how many bytes an address has to be aligned for loads and stores of whole
+    vectors."""
+    elements, vector = elements_of(members, like), vector_length(members, like)
+    places = [place for place in (*elements.inputs, *elements.outputs) if place is not None]
+    return {column_of(place): vector * place.itemsize for place in places}
+
+
+def column_of(place: Place) -> int:
+    """Where the address is of an array, or of its master."""
+    return PLACES + 2 * place.array + place.second
+
+
 @register_jitable
 def array_of(bases, arrays, number):
     """The last array whose first number, in the int64 ``bases``, is ``number`` or less."""
@@ -77,9 +90,9 @@ def array_of(bases, arrays, number):
 def update_arrays(code: Code) -> Any:
     """``(table, bases, arrays, keys, numbers, chunk, zero_grads)``: update arrays and their state.
 
-    table: rows of layout.py. bases: int64, the number of each array's first chunk, and that of all. keys: int64
-    of the random bits, for each row of hyperparameters. numbers: rows of hyperparameters, as many as an array
-    names or, by a rule with a trust ratio, one for each array, of the type that is computed with. chunk:
+    table: rows of layout.py. bases: int64, the number of each array's first chunk, and that of all. keys:
+    int64, of the random bits, for each row of hyperparameters. numbers: rows of hyperparameters, which arrays
+    name or, by a rule with a trust ratio, one for each array, of the type that is computed with. chunk:
     elements, a multiple of SMALLEST_CHUNK. zero_grads: whether gradients become 0.
     """
     h, c, like = prototypes(code)
@@ -164,7 +177,7 @@ def _opening(elements: Elements, names: dict[str, Any]) -> list[str]:
         if place is not None:
             name = _name(place)
             names[f"zero_{name}"] = place.zero
-            lines[name] = f"{name} = integer(row, {PLACES + 2 * place.array + place.second})"
+            lines[name] = f"{name} = integer(row, {column_of(place)})"
     found = list(lines.values())
     for k, factor, inverse in zip(elements.coded, elements.factors, elements.inverses, strict=True):
         names |= {f"factor{k}": factor, f"inverse{k}": inverse}

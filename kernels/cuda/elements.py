@@ -1,6 +1,7 @@
-"""One element of arrays that are stored in their formats (see formats.py): read, updated, and made into what is
-written. The source is generated, so that any rule works on any formats, and calls what the CPU calls: it
-gives the same bits."""
+"""One element of arrays that are stored in their formats (see formats.py): read, updated, and made into what
+is written. The source is generated, so that any rule works on any formats, and calls what the CPU calls: it
+gives the same bits.
+"""
 
 import functools
 from collections.abc import Callable
@@ -39,8 +40,8 @@ def code_of(spec: Spec) -> Code:
 
 
 def prototypes(code: Code) -> tuple[Any, Any, Any]:
-    """``h``, ``c`` and a number, of the types that kernels compute with: constants of a kernel's source, whose
-    types select what it calls."""
+    """``h``, ``c`` and a number, of the types that kernels compute with: constants of a kernel's source, the
+    types of which select what it calls."""
     like = code.compute.type(0)
     h = code.h(*(False if flag else like for flag in code.flags))
     return h, code.c(*(like for _ in code.c._fields)), like  # type: ignore[attr-defined]
