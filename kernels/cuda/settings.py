@@ -18,8 +18,8 @@ THREADS = 64
 
 @kernel("iiii", THREADS)
 def scale_gradients(code: Code) -> Any:
-    """``(exact, numbers, classes, factor)``: set the gradient's scale in rows of numbers to that of the float64
-    ones times the float64 at the address ``factor``."""
+    """``(exact, numbers, classes, factor)``: set the gradient's scale in rows of numbers to that of the
+    float64 ones times the float64 at the address ``factor``."""
     h, c, like = prototypes(code)
     width, at, size, cast = len(h) + len(c), len(h), like.itemsize, type(like)
     double = np.float64(0)

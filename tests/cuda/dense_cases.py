@@ -1,15 +1,11 @@
 """Dense updates on two backends, of the same numbers: the CPU's and a device's."""
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.cpu import backend as cpu
-from fastopt.kernels.formats import BLOCK, PLAIN, Format
-from fastopt.kernels.rule import L2, RULES, Decoupled, Rule, Scaled
-from fastopt.kernels.work import ArrayWork, Spec
+from fastopt.kernels.formats import BLOCK, Format
+from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 
 OPTIONS = {
     "lr": 0.03,

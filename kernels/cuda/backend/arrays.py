@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from fastopt.kernels.cuda.array import upload
-from fastopt.kernels.cuda.dense import SMALLEST_CHUNK, update_arrays, vector_bytes
+from fastopt.kernels.cuda.dense import SMALLEST_CHUNK, update_arrays
 from fastopt.kernels.cuda.driver import driver
 from fastopt.kernels.cuda.elements import code_of
 from fastopt.kernels.cuda.layout import ARRAY_ALIGNED, ARRAY_SHARED, with_own_columns
 from fastopt.kernels.cuda.settings import Settings
+from fastopt.kernels.cuda.vectors import Vectors
 from fastopt.kernels.layout import ARRAY_GRADIENT, ARRAY_PARAMETER, array_table
 from fastopt.kernels.work import ArrayWork, Spec
 
@@ -66,7 +67,7 @@ class ArraysLaunch:
         if np.array_equal(places, given):
             return
         places[...] = given
-        widths = vector_bytes(self._code.members, self._code.compute)
+        widths = Vectors(self._code.members, self._code.compute).aligned()
         aligned = self._table[:, [*widths]] % [*widths.values()] == 0
         self._table[:, ARRAY_ALIGNED] = aligned.all(axis=1)
         self._moved = True
@@ -94,8 +95,8 @@ class ArraysLaunch:
             return (*self.refresh(), *launches)
         if self._moved:
             raise ValueError(
-                "a step that is captured in a CUDA graph has other parameters or gradients than the step before "
-                "it: make a step with these, in the same memory, before the capture"
+                "a step that is captured in a CUDA graph has other parameters or gradients than the step "
+                "before it: make a step with these, in the same memory, before the capture"
             )
         return launches
 

@@ -1,0 +1,154 @@
+"""Source of how a lane reads and writes elements of arrays that lie next to each other: by one instruction
+where addresses allow it and the arrays go so far, else one by one.
+
+Elements of 8 and 16 bits are kept in words, as they come: a register for each would be two or four times as
+many.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastopt.kernels.cuda.elements import Formats, Place, elements_of
+from fastopt.kernels.cuda.layout import PLACES
+from fastopt.kernels.cuda.memory import WARP, integer, load, load_vector, store, store_vector
+from fastopt.kernels.formats import BLOCK
+
+WORD = 4  # bytes
+VECTOR_BYTES = 16
+MOST_OF_A_VECTOR = 8  # elements: more of them would not fit into the registers of a thread
+
+
+def column_of(place: Place) -> int:
+    """Where a row of layout.py has the address of an array, or that of its master."""
+    return PLACES + 2 * place.array + place.second
+
+
+def is_packed(place: Place, length: int) -> bool:
+    """Whether vectors of so many elements are kept in words."""
+    return isinstance(place.zero, np.uint8 | np.uint16) and length * place.itemsize % WORD == 0
+
+
+def packed(place: Place, values: Sequence[str]) -> str:
+    """The expression of a vector of these values."""
+    if not is_packed(place, len(values)):
+        return f"({', '.join(values)},)"
+    per_word, words = WORD // place.itemsize, []
+    for first in range(0, len(values), per_word):
+        parts = (
+            f"np.uint32(np.uint32({value}) << np.uint32({8 * place.itemsize * k}))"
+            for k, value in enumerate(values[first : first + per_word])
+        )
+        words.append(f"np.uint32({' | '.join(parts)})")
+    return f"({', '.join(words)},)"
+
+
+class Vectors:
+    """The vectors that a lane works on at a time, of arrays in these formats, ``like`` being computed with.
+
+    In the source, vector ``j`` begins with element ``i{j}`` and may be read and written as a whole if
+    ``whole{j}``; ``row`` is that of the array (see layout.py), ``at`` the warp's first element, and ``last``
+    where the array ends.
+
+    Attributes:
+        elements: what is done to elements. length: elements of a vector, of which the widest are 16 bytes.
+        count: vectors of a lane; where arrays have codes, as many as make a warp work on a block of them.
+        run: elements that a warp works on. names: what the source sees.
+    """
+
+    def __init__(self, members: Formats, like: np.dtype) -> None:
+        self.elements = elements_of(members, like)
+        self._places = [
+            place for place in (*self.elements.inputs, *self.elements.outputs) if place is not None
+        ]
+        widest = max(place.itemsize for place in self._places)
+        self.length = min(VECTOR_BYTES // widest, MOST_OF_A_VECTOR)
+        self.count = BLOCK // (WARP * self.length) if self.elements.coded else 1
+        self.run = WARP * self.length * self.count
+        self.names: dict[str, Any] = {"np": np, "integer": integer, "load": load, "store": store}
+        self.names |= {"load_vector": load_vector, "store_vector": store_vector}
+        self.names |= {f"zero_{_name(place)}": place.zero for place in self._places}
+        coded = zip(self.elements.coded, self.elements.factors, self.elements.inverses, strict=True)
+        for k, factor, inverse in coded:
+            self.names |= {f"factor{k}": factor, f"inverse{k}": inverse}
+
+    def aligned(self) -> dict[int, int]:
+        """By column of layout.py, to how many bytes addresses have to be aligned for whole vectors."""
+        return {column_of(place): self.length * place.itemsize for place in self._places}
+
+    def opening(self) -> list[str]:
+        """Lines that find addresses, the factors of codes, and where vectors are."""
+        places = {_name(place): column_of(place) for place in self._places}
+        lines = [f"{name} = integer(row, {column})" for name, column in places.items()]
+        for k in self.elements.coded:
+            lines.append(f"s{k} = integer(row, {PLACES + 2 * k + 1}) + (at >> {BLOCK.bit_length() - 1}) * 4")
+            lines.append(f"f{k} = factor{k}(load(s{k}, np.float32(0)))")
+        for j in range(self.count):
+            lines.append(f"i{j} = at + lane * {self.length} + {j * self.length * WARP}")
+            lines.append(f"whole{j} = aligned and i{j} + {self.length} <= last")
+        return lines
+
+    def reads(self, j: int) -> list[str]:
+        """Lines that read vector ``j`` of each array; elements beyond the last are 0."""
+        whole, part = [], []
+        for place in self.elements.inputs:
+            target, zero = f"    v{j}_{place.array} = ", f"zero_{_name(place)}"
+            each = [
+                f"(load({_address(place, j, e)}, {zero}) if i{j} + {e} < last else {zero})"
+                for e in range(self.length)
+            ]
+            part.append(target + packed(place, each))
+            kind, count = zero, self.length
+            if is_packed(place, self.length):
+                kind, count = "np.uint32(0)", self.length * place.itemsize // WORD
+            whole.append(f"{target}load_vector({_address(place, j)}, {kind}, {count})")
+        return [f"if whole{j}:", *whole, "else:", *part]
+
+    def given(self, j: int, e: int) -> str:
+        """The last of what functions in elements.py are given for element ``e`` of vector ``j``."""
+        inputs = (self._element(place, f"v{j}_{place.array}", e) for place in self.elements.inputs)
+        return ", ".join([*inputs, *(f"f{k}" for k in self.elements.coded)])
+
+    def stores(self, places: Sequence[tuple[int, Place]], values: str, j: int) -> list[str]:
+        """Lines that store vector ``j``: to each place the number that it is given with, of the tuple
+        ``{values}{j}_{e}`` that each element has."""
+        lines, whole, part = [], [], []
+        for m, place in places:
+            vector = f"{values}{j}of{m}"
+            each = [f"{values}{j}_{e}[{m}]" for e in range(self.length)]
+            lines.append(f"{vector} = {packed(place, each)}")
+            whole.append(f"    store_vector({_address(place, j)}, {vector})")
+        for e in range(self.length):
+            part.append(f"    if i{j} + {e} < last:")
+            for m, place in places:
+                number = self._element(place, f"{values}{j}of{m}", e)
+                part.append(f"        store({_address(place, j, e)}, {number})")
+        return [*lines, f"if whole{j}:", *whole, "else:", *part]
+
+    def clearing(self, j: int) -> list[str]:
+        """Lines that set vector ``j`` of the gradient to 0."""
+        place = self.elements.inputs[1]
+        zero = f"zero_{_name(place)}"
+        part = (
+            f"    if i{j} + {e} < last: store({_address(place, j, e)}, {zero})" for e in range(self.length)
+        )
+        whole = f"    store_vector({_address(place, j)}, {packed(place, [zero] * self.length)})"
+        return [f"if whole{j}:", whole, "else:", *part]
+
+    def _element(self, place: Place, vector: str, e: int) -> str:
+        """The expression of an element of a vector."""
+        if not is_packed(place, self.length):
+            return f"{vector}[{e}]"
+        word, byte = divmod(e * place.itemsize, WORD)
+        return f"np.{type(place.zero).__name__}(np.uint32({vector}[{word}] >> np.uint32({8 * byte})))"
+
+
+def _name(place: Place) -> str:
+    """That of the address of an array, or of its master."""
+    return f"m{place.array}" if place.second else f"a{place.array}"
+
+
+def _address(place: Place, j: int, e: int = 0) -> str:
+    """The expression of the address of element ``e`` of vector ``j``."""
+    return f"{_name(place)} + i{j} * {place.itemsize} + {e * place.itemsize}"
