@@ -32,6 +32,11 @@ class Code(NamedTuple):
     compute: np.dtype
     members: Formats
 
+    @property
+    def width(self) -> int:
+        """How many hyperparameters there are."""
+        return len(self.h._fields) + len(self.c._fields)  # type: ignore[attr-defined]
+
 
 def code_of(spec: Spec) -> Code:
     """That of a launch."""
@@ -73,6 +78,8 @@ class Elements(NamedTuple):
     element: ``(h, c, key, position, k, *inputs, *factors of coded, *row_values) -> outputs``; random bits are
         those of the position ``position + k``.
     encode: ``(key, position, k, *numbers of coded, *inverses of coded) -> their codes``.
+    read: ``(*inputs, *factors of coded) -> numbers``.
+    write: ``(p) -> outputs of the parameter``, rounded to the nearest.
     direction: ``(h, c, *inputs, *factors of coded, *row_values) -> (p, direction)``, by a rule with a trust
         ratio.
     factors, inverses: functions of a scale, for each of ``coded``.
@@ -83,6 +90,8 @@ class Elements(NamedTuple):
     coded: tuple[int, ...]
     element: Callable
     encode: Callable
+    read: Callable
+    write: Callable
     direction: Callable
     factors: tuple[Callable, ...]
     inverses: tuple[Callable, ...]
@@ -127,7 +136,11 @@ def elements_of(members: Formats, like: np.dtype) -> Elements:
         f"return p, direction(h, c, p, {', '.join(loads[1:])}, *more)",
         **names,
     )
-    made = [register_jitable(function) for function in (element, encode, find_direction)]
+    decoded = ", ".join([*(f"q{k}" for k in range(len(members))), *(f"f{k}" for k in coded)])
+    read = define("read", decoded, f"return ({', '.join(loads)},)", **names)
+    first = ", ".join(value.replace("new[0]", "p") for value in _outputs(members[:1], like)[1])
+    write = define("write", "p", f"return ({first},)", **names)
+    made = [register_jitable(function) for function in (element, encode, read, write, find_direction)]
     factors = tuple(members[k].factor for k in coded)
     return Elements(inputs, outputs, coded, *made, factors, tuple(members[k].inverse for k in coded))
 

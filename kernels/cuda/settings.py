@@ -43,11 +43,10 @@ class Settings:
     """
 
     def __init__(self, device: int, code: Code, classes: int) -> None:
-        h, c, like = prototypes(code)
         self._device, self._code = device, code
-        self.host = np.zeros((classes, len(h) + len(c)))
+        self.host = np.zeros((classes, code.width))
         self._own_keys = np.zeros(classes, np.int64)
-        self._memory = empty(device, classes * 8 + self.host.size * (8 + like.itemsize), np.uint8)
+        self._memory = empty(device, classes * 8 + self.host.size * (8 + code.compute.itemsize), np.uint8)
         self.keys = self._memory.address
         self.exact = self.keys + classes * 8
         self.numbers = self.exact + self.host.nbytes

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastopt.kernels.cuda.array import upload
+from fastopt.kernels.cuda.backend.trust import TrustRatios
 from fastopt.kernels.cuda.dense import SMALLEST_CHUNK, update_arrays
 from fastopt.kernels.cuda.driver import driver
 from fastopt.kernels.cuda.elements import code_of
@@ -46,6 +47,7 @@ class ArraysLaunch:
         self._code = code_of(spec)
         self._settings = Settings(device, self._code, classes)
         self.numbers = self._settings.host
+        rated = spec.rule.trust_ratio is not None
         sizes = [math.prod(work.shape) for work in works]
         state = [[_place(array) for pair in work.state for array in pair] for work in works]
         uses = [(work.numbers, work.position) for work in works]
@@ -58,6 +60,7 @@ class ArraysLaunch:
         bases = np.cumsum([0, *(-(-size // self._chunk) for size in sizes)])
         self._chunks = int(bases[-1])
         self._bases = upload(device, bases)
+        self._ratios = TrustRatios(self._code, self._own_table, sizes, self._settings) if rated else None
         self._alive = works
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
@@ -102,10 +105,12 @@ class ArraysLaunch:
 
     def _launches(self, zero_grads: bool) -> Calls:
         table, bases, arrays = self._own_table.address, self._bases.address, len(self._table)
-        settings = self._settings.keys, self._settings.numbers
-        given = table, bases, arrays, *settings, self._chunk, int(zero_grads)
-        grid = min(self._chunks, MOST_BLOCKS)
-        return [update_arrays(self._code).ready(self._device, grid, *given)]
+        calls, numbers = [], self._settings.numbers
+        if self._ratios is not None:
+            calls, numbers = self._ratios.calls(), self._ratios.numbers
+        given = table, bases, arrays, self._settings.keys, numbers, self._chunk, int(zero_grads)
+        update = update_arrays(self._code).ready(self._device, min(self._chunks, MOST_BLOCKS), *given)
+        return [*calls, update]
 
     def _upload(self) -> None:
         if self._moved:
