@@ -79,7 +79,7 @@ class Elements(NamedTuple):
         those of the position ``position + k``.
     encode: ``(key, position, k, *numbers of coded, *inverses of coded) -> their codes``.
     read: ``(*inputs, *factors of coded) -> numbers``.
-    write: ``(p) -> outputs of the parameter``, rounded to the nearest.
+    write: ``(p) -> outputs of the parameter``, which has no codes and is not rounded at random.
     direction: ``(h, c, *inputs, *factors of coded, *row_values) -> (p, direction)``, by a rule with a trust
         ratio.
     factors, inverses: functions of a scale, for each of ``coded``.
@@ -138,8 +138,8 @@ def elements_of(members: Formats, like: np.dtype) -> Elements:
     )
     decoded = ", ".join([*(f"q{k}" for k in range(len(members))), *(f"f{k}" for k in coded)])
     read = define("read", decoded, f"return ({', '.join(loads)},)", **names)
-    first = ", ".join(value.replace("new[0]", "p") for value in _outputs(members[:1], like)[1])
-    write = define("write", "p", f"return ({first},)", **names)
+    stored = ", ".join(_outputs(members[:1], like)[1])
+    write = define("write", "p", "new = (p,)", f"return ({stored},)", **names)
     made = [register_jitable(function) for function in (element, encode, read, write, find_direction)]
     factors = tuple(members[k].factor for k in coded)
     return Elements(inputs, outputs, coded, *made, factors, tuple(members[k].inverse for k in coded))

@@ -87,7 +87,7 @@ def sum_directions(code: Code) -> Any:
 
 
 def _sum_of_run(vectors: Vectors) -> Callable:
-    """The function that sums up the squares of a lane's elements and of their directions, divided by units."""
+    """The function that sums up the squares of a lane's elements and of their directions, over units."""
     lines = [*vectors.opening(), "p_sq = u_sq = 0.0"]
     for j in range(vectors.count):
         lines += vectors.reads(j)

@@ -53,19 +53,20 @@ class Vectors:
 
     Attributes:
         elements: what is done to elements. length: elements of a vector, of which the widest are 16 bytes.
-        count: vectors of a lane; where arrays have codes, as many as make a warp work on a block of them.
-        run: elements that a warp works on. names: what the source sees.
+        run: elements that a warp works on: as many as are asked for, else a vector for each lane or, where
+            arrays have codes, a block of them. count: vectors of a lane. names: what the source sees.
     """
 
-    def __init__(self, members: Formats, like: np.dtype) -> None:
+    def __init__(self, members: Formats, like: np.dtype, run: int | None = None) -> None:
         self.elements = elements_of(members, like)
         self._places = [
             place for place in (*self.elements.inputs, *self.elements.outputs) if place is not None
         ]
         widest = max(place.itemsize for place in self._places)
         self.length = min(VECTOR_BYTES // widest, MOST_OF_A_VECTOR)
-        self.count = BLOCK // (WARP * self.length) if self.elements.coded else 1
-        self.run = WARP * self.length * self.count
+        of_warp = WARP * self.length
+        self.run = run or (BLOCK if self.elements.coded else of_warp)
+        self.count = self.run // of_warp
         self.names: dict[str, Any] = {"np": np, "integer": integer, "load": load, "store": store}
         self.names |= {"load_vector": load_vector, "store_vector": store_vector}
         self.names |= {f"zero_{_name(place)}": place.zero for place in self._places}
@@ -89,10 +90,12 @@ class Vectors:
             lines.append(f"whole{j} = aligned and i{j} + {self.length} <= last")
         return lines
 
-    def reads(self, j: int) -> list[str]:
-        """Lines that read vector ``j`` of each array; elements beyond the last are 0."""
+    def reads(self, j: int, arrays: Sequence[int] | None = None) -> list[str]:
+        """Lines that read vector ``j`` of these arrays, else of all; elements beyond the last are 0."""
         whole, part = [], []
         for place in self.elements.inputs:
+            if arrays is not None and place.array not in arrays:
+                continue
             target, zero = f"    v{j}_{place.array} = ", f"zero_{_name(place)}"
             each = [
                 f"(load({_address(place, j, e)}, {zero}) if i{j} + {e} < last else {zero})"
