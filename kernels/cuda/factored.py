@@ -18,6 +18,7 @@ from numba import cuda
 from numba.extending import register_jitable
 
 from fastopt.kernels.cuda.elements import Code, prototypes
+from fastopt.kernels.cuda.integers import divided
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.layout import ARRAY_ALIGNED
 from fastopt.kernels.cuda.memory import (
@@ -39,13 +40,7 @@ from fastopt.kernels.rules.lerp import lerp
 from fastopt.kernels.source import define
 
 STRIPE = 512  # columns of a tile
-
-
-@register_jitable
-def divided(x, y):
-    """Quotient and remainder of numbers below 2**32: a division of 64 bits takes a hundred instructions."""
-    quotient = np.uint32(np.uint32(x) // np.uint32(y))
-    return np.int64(quotient), np.int64(np.uint32(np.uint32(x) - np.uint32(quotient * np.uint32(y))))
+LANE_BITS = WARP.bit_length() - 1
 
 
 @register_jitable
@@ -60,9 +55,8 @@ def tile_at(tile, rows, columns, height, bands, stripes):
 
 
 @register_jitable
-def share_of(h, cast, moment, mean):
+def share_of(h, moment, mean):
     """A row's share of its matrix's moments."""
-    mean = cast(mean)
     return moment / (h.smallest_mean if mean < h.smallest_mean else mean)
 
 
@@ -71,8 +65,8 @@ def share_of(h, cast, moment, mean):
 
 @kernel("iiiiiiiiiii", THREADS)
 def add_tiles(code: Code) -> Any:
-    """``(table, numbers, tiles, rows, columns, height, bands, stripes, row_sums, col_sums, sums)``: the squares
-    of the gradient by row and by column of each tile, and those of the parameter.
+    """``(table, numbers, tiles, rows, columns, height, bands, stripes, row_sums, col_sums, sums)``: the
+    squares of the gradient by row and by column of each tile, and those of the parameter.
 
     table: the array's row of layout.py. numbers: hyperparameters in the type that is computed with. tiles:
     how many there are, of ``height`` rows; bands, stripes: those of a matrix. row_sums: float64 [matrix and
@@ -173,10 +167,11 @@ def total_of_parts(sums, parts, moments, bits, matrix, moment, lane):
     part of theirs."""
     total = 0.0
     if moment < moments:
-        part = lane >> bits
-        while part < parts:
-            total += load(sums + ((matrix * parts + part) * moments + moment) * 8, np.float64(0))
-            part += WARP >> bits
+        first, shared = lane >> bits, LANE_BITS - bits
+        # counted by ones, since the compiler divides by any other step
+        for k in range((parts - first + (1 << shared) - 1) >> shared):
+            part = matrix * parts + first + (k << shared)
+            total += load(sums + (part * moments + moment) * 8, np.float64(0))
     distance = np.int32(1 << bits)
     while distance < WARP:
         total += cuda.shfl_xor_sync(ALL_LANES, total, distance)
@@ -190,7 +185,8 @@ def average_moments(code: Code) -> Any:
     col_bits, groups, row_totals)``: average the moments of rows and of columns with the means of squares.
 
     row_var, col_var: [matrix, row] and [matrix, column], of the type that is computed with. row_bits,
-    col_bits: 2 to them moments share out a warp. groups: how many warps the rows of a matrix take. row_totals: float64 [matrix, group], become the sums of the new moments of rows.
+    col_bits: 2 to them moments share out a warp. groups: how many warps the rows of a matrix take.
+    row_totals: float64 [matrix, group], become the sums of the new moments of rows.
     """
     h, _, like = prototypes(code)
     size, cast = like.itemsize, type(like)
@@ -234,8 +230,9 @@ def average_moments(code: Code) -> Any:
 
 @kernel("iiiii", THREADS)
 def find_means(code: Code) -> Any:
-    """``(matrices, rows, groups, row_totals, means)``: the mean of each matrix's moments of rows."""
-    double = np.float64(0)
+    """``(matrices, rows, groups, row_totals, means)``: the mean of each matrix's moments of rows, of the type
+    that is computed with."""
+    cast, size, double = code.compute.type, code.compute.itemsize, np.float64(0)
 
     def find_means(matrices, rows, groups, row_totals, means):
         lane, warp = lane_and_warp()
@@ -247,7 +244,7 @@ def find_means(code: Code) -> Any:
                 group += WARP
             total = warp_sum(total)
             if lane == 0:
-                store(means + matrix * 8, total / np.float64(rows))
+                store(means + matrix * size, cast(total / np.float64(rows)))
             matrix += np.int64(cuda.gridDim.x) * WARPS
 
     return find_means
@@ -258,14 +255,14 @@ def find_means(code: Code) -> Any:
 
 @kernel("iiiiiiiiiiiiiii", THREADS)
 def add_updates(code: Code, again: bool) -> Any:
-    """``(table, numbers, tiles, rows, columns, height, bands, stripes, row_var, col_var, means, units, groups,
-    p_sums, u_sums)``: the squares of the update, for each WARPS tiles.
+    """``(table, numbers, tiles, rows, columns, height, bands, stripes, row_var, col_var, means, units,
+    groups, p_sums, u_sums)``: the squares of the update, for each WARPS tiles.
 
     again: whether those of the parameter are added up too, and both are divided by ``units`` before, float64
     [2], unless these are 1.
     """
     h, c, like = prototypes(code)
-    of_c, size, cast = len(h) * like.itemsize, like.itemsize, type(like)
+    of_c, size = len(h) * like.itemsize, like.itemsize
     vectors = Vectors(code.members, code.compute, STRIPE)
     add_row = register_jitable(_add_row_of_updates(vectors, again))
     load_columns = register_jitable(_load_columns(vectors, code.compute))
@@ -288,11 +285,11 @@ def add_updates(code: Code, again: bool) -> Any:
             p_sq = u_sq = 0.0
             if tile < tiles:
                 matrix, _, _, top, bottom, left, right = tile_at(tile, rows, columns, height, bands, stripes)
-                mean = load(means + matrix * 8, one)
+                mean = load(means + matrix * size, like)
                 of_columns = load_columns(col_var + matrix * columns * size, left, right, lane)
                 for row in range(top, bottom):
                     own_row = matrix * rows + row
-                    share = share_of(own_h, cast, load(row_var + own_row * size, like), mean)
+                    share = share_of(own_h, load(row_var + own_row * size, like), mean)
                     first, last = own_row * columns + left, own_row * columns + right
                     p_own, u_own = add_row(
                         own_h, own_c, table, aligned, first, last, lane, share, of_columns, over_p, over_u
@@ -344,7 +341,7 @@ def find_factor(code: Code) -> Any:
     units: float64 [2], what both kinds of numbers were divided by if ``again``; else become those that the
     sums ask for, and were 1.
     """
-    h, c, like = prototypes(code)
+    h, _, like = prototypes(code)
     double, one, cast = np.float64(0), np.float64(1), type(like)
 
     def find_factor(exact, groups, p_sums, u_sums, size, units, again, rate):
@@ -374,14 +371,14 @@ def take_step(code: Code) -> Any:
     """``(table, numbers, tiles, rows, columns, height, bands, stripes, row_var, col_var, means, rate,
     zero_grads)``: update the parameter."""
     h, c, like = prototypes(code)
-    of_c, size, cast = len(h) * like.itemsize, like.itemsize, type(like)
+    of_c, size = len(h) * like.itemsize, like.itemsize
     vectors = Vectors(code.members, code.compute, STRIPE)
     update_row = register_jitable(_update_row(vectors))
     load_columns = register_jitable(_load_columns(vectors, code.compute))
-    double = np.float64(0)
 
     def take_step(
-        table, numbers, tiles, rows, columns, height, bands, stripes, row_var, col_var, means, rate, zero_grads
+        table, numbers, tiles, rows, columns, height, bands, stripes, row_var, col_var, means, rate,
+        zero_grads,
     ):  # fmt: skip
         lane, warp = lane_and_warp()
         own_h = unpack(h, numbers_at(h, numbers, like), like)
@@ -390,11 +387,11 @@ def take_step(code: Code) -> Any:
         tile = np.int64(cuda.blockIdx.x) * WARPS + warp
         while tile < tiles:
             matrix, _, _, top, bottom, left, right = tile_at(tile, rows, columns, height, bands, stripes)
-            mean = load(means + matrix * 8, double)
+            mean = load(means + matrix * size, like)
             of_columns = load_columns(col_var + matrix * columns * size, left, right, lane)
             for row in range(top, bottom):
                 own_row = matrix * rows + row
-                share = share_of(own_h, cast, load(row_var + own_row * size, like), mean)
+                share = share_of(own_h, load(row_var + own_row * size, like), mean)
                 first, last = own_row * columns + left, own_row * columns + right
                 update_row(
                     own_h, own_c, table, aligned, first, last, lane, share, of_columns, own_rate, zero_grads

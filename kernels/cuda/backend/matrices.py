@@ -46,7 +46,7 @@ class MatrixLaunch(PlacedLaunch):
         sizes = matrices * self._stripes * rows, matrices * self._bands * columns
         self._row_sums, self._col_sums = (empty(device, n, np.float64) for n in sizes)
         self._row_totals = empty(device, matrices * self._groups, np.float64)
-        self._means = empty(device, matrices, np.float64)
+        self._means = empty(device, matrices, spec.compute)
         self._sums = empty(device, (2, groups), np.float64)
         self._units = empty(device, 2, np.float64)
         self._rate = empty(device, 1, spec.compute)

@@ -82,8 +82,8 @@ class PlacedLaunch:
     def prepare(self, zero_grads: bool, factor: Any = None) -> Calls:
         """The calls that update the arrays, their machine code ready.
 
-        zero_grads: whether they set gradients to zero. factor: an array of the device, by whose float64 number
-        the scale of gradients is multiplied.
+        zero_grads: whether they set gradients to zero. factor: an array of the device, by whose float64
+        number the scale of gradients is multiplied.
         """
         refresh = self.refresh()
         if not refresh:
