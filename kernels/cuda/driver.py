@@ -63,6 +63,9 @@ class Driver(Protocol):
     def capturing(self, device: int) -> bool:
         """Whether work is being put into a graph in place of being done."""
 
+    def wait_for(self, device: int, stream: int) -> None:
+        """Have later work of a device wait for what was put on another stream, given by its handle."""
+
     def synchronize(self, device: int) -> None:
         """Wait for all work that was asked for."""
 

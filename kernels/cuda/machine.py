@@ -45,10 +45,12 @@ class Machine:
 
     def stream(self, device: int) -> Stream:
         """The stream that work on a device goes to now."""
-        handle = current_stream(device)
+        self._on(device)
+        return self._stream(current_stream(device))
+
+    def _stream(self, handle: int) -> Stream:
         found = self._streams.get(handle)
         if found is None:
-            self._on(device)
             found = self._streams[handle] = Stream.from_handle(handle)
         return found
 
@@ -124,6 +126,10 @@ class Machine:
         self._on(device)
         status = _checked(cuda.cuStreamIsCapturing(self._handle(device)))
         return status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+
+    def wait_for(self, device: int, stream: int) -> None:
+        self._on(device)
+        self.stream(device).wait(self._stream(stream).record())
 
     def synchronize(self, device: int) -> None:
         self._on(device)

@@ -18,12 +18,14 @@ class Interpreted:
 
     Attributes:
         launches: how many there were. waits: how often the host waited for a device.
+        waited_for: the streams that a device was made to wait for.
     """
 
     def __init__(self, cc: tuple[int, int] = (9, 0), devices: int = 1) -> None:
         self.cc = cc
         self.memory = Memory()
         self.launches = self.waits = 0
+        self.waited_for: list[int] = []
         self._devices = devices
         self._owned: dict[int, tuple[int, np.ndarray]] = {}
         self._lent: dict[int, tuple[int, int]] = {}  # address: nbytes, device
@@ -106,6 +108,9 @@ class Interpreted:
 
     def capturing(self, device: int) -> bool:
         return False
+
+    def wait_for(self, device: int, stream: int) -> None:
+        self.waited_for.append(stream)
 
     def synchronize(self, device: int) -> None:
         self.waits += 1
