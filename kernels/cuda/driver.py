@@ -14,7 +14,12 @@ from fastopt.kernels.cuda.errors import EXTRA, NoDriverError
 
 class Driver(Protocol):
     """Devices are numbered from 0, addresses are int. Work goes to the device's current stream (see
-    producers.py), looked up for each piece of work; nothing waits but what says so."""
+    streams.py), looked up for each piece of work; nothing waits but what says so.
+
+    code: what kind of code :meth:`translate` makes.
+    """
+
+    code: str
 
     def count(self) -> int:
         """How many devices there are."""

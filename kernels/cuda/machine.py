@@ -24,6 +24,8 @@ def _checked(result: tuple) -> Any:
 class Machine:
     """The driver of this machine (see :class:`fastopt.kernels.cuda.driver.Driver`)."""
 
+    code = "cubin"
+
     def __init__(self) -> None:
         try:
             self._devices = Device.get_all_devices()

@@ -21,6 +21,8 @@ class Interpreted:
         waited_for: the streams that a device was made to wait for.
     """
 
+    code = "ptx"
+
     def __init__(self, cc: tuple[int, int] = (9, 0), devices: int = 1) -> None:
         self.cc = cc
         self.memory = Memory()
