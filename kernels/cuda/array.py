@@ -17,12 +17,13 @@ class Memory:
 
     def __init__(self, device: int, nbytes: int) -> None:
         self.device = device
-        self.address = driver().allocate(device, max(nbytes, 1))
+        self._driver = driver()
+        self.address = self._driver.allocate(device, max(nbytes, 1))
 
     def __del__(self) -> None:
         address = getattr(self, "address", 0)
         if address:
-            driver().free(self.device, address)
+            self._driver.free(self.device, address)
 
 
 class Flags:

@@ -21,6 +21,9 @@ class Driver(Protocol):
 
     code: str
 
+    def version(self) -> str:
+        """That of CUDA which the driver is for."""
+
     def count(self) -> int:
         """How many devices there are."""
 

@@ -56,6 +56,10 @@ class Machine:
             found = self._streams[handle] = Stream.from_handle(handle)
         return found
 
+    def version(self) -> str:
+        number = _checked(cuda.cuDriverGetVersion())
+        return f"{number // 1000}.{number % 1000 // 10}"
+
     def count(self) -> int:
         return len(self._devices)
 

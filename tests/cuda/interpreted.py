@@ -45,6 +45,9 @@ class Interpreted:
         if self._lent.pop(address, None):
             self.memory.remove(address)
 
+    def version(self) -> str:
+        return "interpreted"
+
     def count(self) -> int:
         return self._devices
 
