@@ -1,6 +1,7 @@
 """Arrays in the memory of a device, with what the package uses of NumPy's."""
 
 import math
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -22,7 +23,7 @@ class Memory:
 
     def __del__(self) -> None:
         address = getattr(self, "address", 0)
-        if address:
+        if address and not sys.is_finalizing():  # then all memory goes with the process
             self._driver.free(self.device, address)
 
 
