@@ -11,7 +11,6 @@ from numba import types
 
 from fastopt.kernels.forks import hold, hold_private
 
-
 ROW_STACK = "row_stack"  # a name of vstack that NumPy 2.5 has no more
 
 
