@@ -20,7 +20,6 @@ if not config.ENABLE_CUDASIM:
 pytest.importorskip("numba_cuda")
 
 from numba import cuda
-
 from simulator import flat as gpu
 
 BLOCKS, THREADS = 2, 4
