@@ -30,10 +30,11 @@ def _rounded(nbytes: int) -> int:
 
 
 class _Pool:
-    """Buffers of a device that wait for their next use: getting one from the driver takes as long as a launch.
+    """Buffers of a device that wait for their next use: getting one from the driver takes as long as a
+    launch.
 
-    What was put on a stream is done in order, so that a buffer can be used again at once by work on the stream
-    that it was used on.
+    What was put on a stream is done in order, so that a buffer can be used again at once by work on the
+    stream that it was used on.
     """
 
     def __init__(self) -> None:
