@@ -1,17 +1,18 @@
-"""The command ``fastopt``, whose only subcommand is ``train``."""
+"""The command ``fastopt``, with its subcommands."""
 
 import signal
 import sys
 
 import typer
 
-from fastopt.cli import train
+from fastopt.cli import info, train
 
 # What typer raises for a wrong command line is click's class, or a copy of it within typer.
 USAGE_ERROR: type[Exception] = typer.BadParameter.mro()[1]
 
 app = typer.Typer(add_completion=False)
 app.command("train")(train.command)
+app.command("info")(info.command)
 
 
 @app.callback()
@@ -29,7 +30,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = 128 + signal.SIGINT
     except USAGE_ERROR as error:
-        code = _complain(f"{error.format_message()} (see fastopt train --help)")  # type: ignore[attr-defined]
+        code = _complain(f"{error.format_message()} (see fastopt --help)")  # type: ignore[attr-defined]
     except OSError as error:
         code = _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except MemoryError as error:

@@ -1,6 +1,7 @@
 """Arrays in the memory of a device, with what the package uses of NumPy's."""
 
 import math
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -17,12 +18,13 @@ class Memory:
 
     def __init__(self, device: int, nbytes: int) -> None:
         self.device = device
-        self.address = driver().allocate(device, max(nbytes, 1))
+        self._driver = driver()
+        self.address = self._driver.allocate(device, max(nbytes, 1))
 
     def __del__(self) -> None:
         address = getattr(self, "address", 0)
-        if address:
-            driver().free(self.device, address)
+        if address and not sys.is_finalizing():  # then all memory goes with the process
+            self._driver.free(self.device, address)
 
 
 class Flags:

@@ -11,19 +11,20 @@ from numba import types
 
 from fastopt.kernels.forks import hold, hold_private
 
+ROW_STACK = "row_stack"  # a name of vstack that NumPy 2.5 has no more
+
 
 @contextmanager
 def _with_row_stack() -> Iterator[None]:
-    """numba-cuda 0.30 looks up ``np.row_stack`` when it is loaded and when it first compiles; NumPy 2.5 has
-    none."""
-    if hasattr(np, "row_stack"):
+    """numba-cuda 0.30 looks up ``numpy.row_stack`` when it is loaded and when it first compiles."""
+    if hasattr(np, ROW_STACK):
         yield
         return
-    np.vstack = np.vstack  # type: ignore[attr-defined]
+    setattr(np, ROW_STACK, np.vstack)
     try:
         yield
     finally:
-        del np.vstack  # type: ignore[attr-defined]
+        delattr(np, ROW_STACK)
 
 
 with _with_row_stack():

@@ -14,7 +14,15 @@ from fastopt.kernels.cuda.errors import EXTRA, NoDriverError
 
 class Driver(Protocol):
     """Devices are numbered from 0, addresses are int. Work goes to the device's current stream (see
-    producers.py), looked up for each piece of work; nothing waits but what says so."""
+    streams.py), looked up for each piece of work; nothing waits but what says so.
+
+    code: what kind of code :meth:`translate` makes.
+    """
+
+    code: str
+
+    def version(self) -> str:
+        """That of CUDA which the driver is for."""
 
     def count(self) -> int:
         """How many devices there are."""
@@ -62,6 +70,9 @@ class Driver(Protocol):
 
     def capturing(self, device: int) -> bool:
         """Whether work is being put into a graph in place of being done."""
+
+    def wait_for(self, device: int, stream: int) -> None:
+        """Have later work of a device wait for what was put on another stream, given by its handle."""
 
     def synchronize(self, device: int) -> None:
         """Wait for all work that was asked for."""

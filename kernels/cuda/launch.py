@@ -4,27 +4,35 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastopt.kernels.cuda.cache import KernelFiles
 from fastopt.kernels.cuda.compile import ptx
 from fastopt.kernels.cuda.driver import driver
+from fastopt.kernels.signals import deferred
 
 
 class Kernel:
     """A kernel whose arguments are numbers: int64 (addresses, sizes) and float64.
 
     Args:
-        function: its source, a function without default arguments.
+        make: makes its source, a function without default arguments, from the arguments ``what``.
         kinds: int or float, of each argument.
         threads: of a block.
         most_registers: of a thread, None for no limit.
     """
 
     def __init__(
-        self, function: Callable, kinds: Sequence[type], threads: int, most_registers: int | None = None
+        self,
+        make: Callable[..., Callable],
+        what: tuple,
+        kinds: Sequence[type],
+        threads: int,
+        most_registers: int | None = None,
     ) -> None:
-        self.function = function
         self.kinds = tuple(kinds)
         self.threads = threads
         self.most_registers = most_registers
+        self._make = make
+        self._what = what
         self._loaded: dict[int, Any] = {}  # by device
 
     def ready(self, device: int, grid: int, *arguments: int | float) -> Callable[[], object]:
@@ -35,13 +43,24 @@ class Kernel:
         return driver().launcher(device, kernel, grid, self.threads, arguments)
 
     def code(self, cc: tuple[int, int]) -> tuple[str, str]:
-        """Its PTX, and its name there."""
-        return ptx(self.function, self.kinds, cc)
+        """Its PTX for a compute capability, and its name there."""
+        return ptx(self._make(*self._what), self.kinds, cc)
 
+    @deferred()
     def _load(self, device: int) -> Any:
-        cc = driver().compute_capability(device)
-        text, name = self.code(cc)
-        return driver().load(device, driver().translate(text, cc, self.most_registers), name)
+        own = driver()
+        cc = own.compute_capability(device)
+        files = _files(self._make)
+        key = files.key(self._what, cc, self.kinds, self.most_registers, own.code)
+        found = files.load(key)
+        if found is None:
+            text, name = self.code(cc)
+            found = own.translate(text, cc, self.most_registers), name
+            files.save(key, found)
+        return own.load(device, *found)
+
+
+_files = functools.cache(KernelFiles)
 
 
 def kernel(kinds: str, threads: int, most_registers: int | None = None) -> Callable[[Callable], Any]:
@@ -54,7 +73,7 @@ def kernel(kinds: str, threads: int, most_registers: int | None = None) -> Calla
         @functools.cache
         @functools.wraps(make)
         def made(*what: Any) -> Kernel:
-            return Kernel(make(*what), types, threads, most_registers)
+            return Kernel(make, what, types, threads, most_registers)
 
         return made
 

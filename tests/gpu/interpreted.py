@@ -18,12 +18,16 @@ class Interpreted:
 
     Attributes:
         launches: how many there were. waits: how often the host waited for a device.
+        waited_for: the streams that a device was made to wait for.
     """
+
+    code = "ptx"
 
     def __init__(self, cc: tuple[int, int] = (9, 0), devices: int = 1) -> None:
         self.cc = cc
         self.memory = Memory()
         self.launches = self.waits = 0
+        self.waited_for: list[int] = []
         self._devices = devices
         self._owned: dict[int, tuple[int, np.ndarray]] = {}
         self._lent: dict[int, tuple[int, int]] = {}  # address: nbytes, device
@@ -40,6 +44,9 @@ class Interpreted:
         """End a loan."""
         if self._lent.pop(address, None):
             self.memory.remove(address)
+
+    def version(self) -> str:
+        return "interpreted"
 
     def count(self) -> int:
         return self._devices
@@ -106,6 +113,9 @@ class Interpreted:
 
     def capturing(self, device: int) -> bool:
         return False
+
+    def wait_for(self, device: int, stream: int) -> None:
+        self.waited_for.append(stream)
 
     def synchronize(self, device: int) -> None:
         self.waits += 1

@@ -1,5 +1,5 @@
-"""The CUDA kernels in numba-cuda's simulator, which needs a process of its own:
-``NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda``."""
+"""Every rule in numba-cuda's simulator, a second opinion on what its Python source means. The simulator needs
+a process of its own: ``NUMBA_ENABLE_CUDASIM=1 pytest tests/simulator``."""
 
 import inspect
 
@@ -20,8 +20,7 @@ if not config.ENABLE_CUDASIM:
 pytest.importorskip("numba_cuda")
 
 from numba import cuda
-
-from fastopt.kernels.cuda import flat as gpu
+from simulator import flat as gpu
 
 BLOCKS, THREADS = 2, 4
 SHAPES = [(0, 3), (1, 1), (1, 7), (BLOCKS * THREADS, 1), (2 * BLOCKS * THREADS + 1, 3)]

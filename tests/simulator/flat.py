@@ -1,4 +1,4 @@
-"""Dense updates on the GPU, as in ``fastopt.kernels.cpu.dense``."""
+"""Loops over elements and rows that the simulator can run: it knows neither intrinsics nor shuffles."""
 
 import numpy as np
 from numba import cuda

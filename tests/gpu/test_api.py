@@ -1,0 +1,136 @@
+"""Optimizers over arrays of a CUDA device, through the public API, against the same over NumPy arrays: every
+rule, kind of gradient and format."""
+
+import itertools
+import os
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+from devices import CUDA
+from golden_runs import DTYPES, OPTIMIZERS
+
+import fastopt
+
+GRADIENTS = "dense", "slices", "bags_sum", "bags_mean", "bags_max", "dense_rows", "step_per_row"
+FORMATS = [
+    ("float32", None, False),
+    ("float32", "bfloat16", False),
+    ("float32", "8bit", False),
+    ("float64", None, False),
+    ("float64", "8bit", False),
+    ("float16", None, False),
+    ("float16", "bfloat16", True),
+    ("bfloat16", "8bit", True),
+    ("bfloat16", "bfloat16", False),
+]
+# Sums over a row, or over all of an array, are added in another order than the CPU's.
+SUMS = {"rowwise_adagrad", "rowwise_adam", "lamb", "adafactor"}
+STEPS = 3
+
+
+class Run(NamedTuple):
+    optimizer: str
+    gradient: str
+    dtype: str
+    state: str | None
+    master: bool
+
+    def __str__(self) -> str:
+        master = "-master" if self.master else ""
+        return f"{self.optimizer}-{self.gradient}-{self.dtype}-{self.state or 'default'}{master}"
+
+
+def runs() -> list[Run]:
+    """Every pair of a rule, a kind of gradient and a format, in few runs; with HYPOTHESIS_PROFILE=thorough
+    every combination."""
+    if os.environ.get("HYPOTHESIS_PROFILE") == "thorough":
+        every = itertools.product(OPTIMIZERS, GRADIENTS, FORMATS)
+        return [Run(optimizer, gradient, *own) for optimizer, gradient, own in every]
+    found = {}
+    for i, optimizer in enumerate(OPTIMIZERS):
+        for k, gradient in enumerate(GRADIENTS):
+            found[Run(optimizer, gradient, *FORMATS[(i + k) % len(FORMATS)])] = None
+        found |= {Run(optimizer, GRADIENTS[(i + n) % 7], *own): None for n, own in enumerate(FORMATS)}
+    return list(found)
+
+
+def gradient(run: Run, rng: np.random.Generator, rows: int, dim: int, put: Any) -> Any:
+    """Of a table whose first rows are named more often than the others."""
+    dtype = DTYPES[run.dtype]
+    count = 30
+    indices = (rng.random(count) ** 3 * rows).astype(np.int64)
+    if not run.gradient.startswith("bags"):
+        values = (rng.standard_normal((count, dim)) * 0.1).astype(dtype)
+        return fastopt.IndexedSlices(put(indices), put(values))
+    offsets = np.unique(np.append(0, rng.integers(0, count, count // 4)))
+    output = (rng.standard_normal((offsets.size, dim)) * 0.1).astype(dtype)
+    mode = run.gradient.removeprefix("bags_")
+    weights = put(rng.standard_normal(count).astype(dtype)) if mode == "sum" else None
+    return fastopt.BagGradient(put(indices), put(offsets), put(output), mode, weights, padding_idx=1)
+
+
+def trained(run: Run, put: Any) -> tuple[list[Any], dict]:
+    """The parameters, and the state, after some steps; ``put`` makes what the optimizer gets."""
+    rng = np.random.default_rng(len(run.gradient))
+    dtype = DTYPES[run.dtype]
+    name, options = OPTIMIZERS[run.optimizer]
+    options = {**options, "state_dtype": run.state, "master_weights": run.master, "seed": 3}
+    if run.gradient == "dense_rows":
+        options["rows"] = "dense"
+    if run.gradient == "step_per_row":
+        options["step_per_row"] = True
+    shapes = [(300,), (5, 7), (), (2, 3, 40)] if run.gradient == "dense" else [(12, 36)]
+    params = [put(np.asarray(rng.standard_normal(shape), dtype)) for shape in shapes]
+    opt = getattr(fastopt, name)(params, **options)
+    for step in range(STEPS):
+        if run.gradient == "dense":
+            grads = [put(np.asarray(rng.standard_normal(shape) * 0.1, dtype)) for shape in shapes]
+        else:
+            grads = [gradient(run, rng, *shapes[0], put)]
+        opt.step(grads, **({"clip_value": 0.05, "grad_scale": 0.5} if step == 1 else {}))
+        opt.param_groups[0]["lr"] *= 0.75
+    opt.flush()
+    return params, opt.state_dict()
+
+
+def assert_like(got: np.ndarray, want: np.ndarray, exact: bool) -> None:
+    """The same bits, or, of sums in another order, numbers nearby; of few bits, one may be rounded the other
+    way."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    if exact or got.dtype == np.int64:
+        np.testing.assert_array_equal(
+            got.view(np.uint8) if got.ndim else got, want.view(np.uint8) if got.ndim else want
+        )
+        return
+    if got.dtype == np.uint8:
+        assert np.abs(got.astype(int) - want.astype(int)).max(initial=0) <= 1
+        return
+    spacing = float(ml_dtypes.finfo(got.dtype).eps)
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    np.testing.assert_allclose(got, want, rtol=16 * spacing, atol=8 * spacing * np.abs(want).max(initial=0))
+
+
+@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("run", runs(), ids=str)
+def test_training_on_a_device_is_that_on_the_cpu(device, run):
+    on = device()
+    try:
+        want, want_state = trained(run, np.array)
+    except (TypeError, ValueError) as error:
+        with pytest.raises(type(error)):
+            trained(run, on.put)
+        return
+    got, got_state = trained(run, on.put)
+    exact = run.optimizer not in SUMS
+    for one, other in zip(got, want, strict=True):
+        assert_like(on.get(one), other, exact)
+    assert got_state["param_groups"] == want_state["param_groups"]
+    for key, own in want_state["state"].items():
+        assert got_state["state"][key].keys() == own.keys()
+        for slot, value in own.items():
+            if slot == "step":
+                assert got_state["state"][key][slot] == value
+            else:
+                assert_like(got_state["state"][key][slot], value, exact)
