@@ -58,10 +58,10 @@ def update_arrays(code: Code) -> Kernel:
 
 def _update_source(code: Code) -> Callable:
     h, c, like = prototypes(code)
-    columns, width, size = array_columns(len(code.members)), len(h) + len(c), like.itemsize
+    columns, width, size = array_columns(len(code.formats)), len(h) + len(c), like.itemsize
     of_c = len(h) * size
     rated = RULES[code.h].trust_ratio is not None
-    vectors = Vectors(code.members, code.compute)
+    vectors = Vectors(code.formats, code.compute)
     update_run, run = register_jitable(_update_of_run(vectors)), vectors.run
 
     def update_arrays(table, bases, arrays, keys, numbers, chunk, zero_grads):

@@ -23,14 +23,14 @@ class Code(NamedTuple):
     """What selects the machine code of an update.
 
     h, c: types of the hyperparameters. flags: which fields of ``h`` are flags. compute: the dtype that is
-    computed with. members: formats of the parameter, the gradient and the slots.
+    computed with. formats: of the parameter, the gradient and the slots.
     """
 
     h: type
     flags: tuple[bool, ...]
     c: type
     compute: np.dtype
-    members: Formats
+    formats: Formats
 
     @property
     def width(self) -> int:

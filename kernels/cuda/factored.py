@@ -74,7 +74,7 @@ def add_tiles(code: Code) -> Any:
     """
     h, c, like = prototypes(code)
     of_c = len(h) * like.itemsize
-    vectors = Vectors(code.members, code.compute, STRIPE)
+    vectors = Vectors(code.formats, code.compute, STRIPE)
     add_row, store_columns = (register_jitable(made) for made in (_add_row(vectors), _store_columns(vectors)))
     nothing = (np.float64(0),) * (vectors.count * vectors.length)
 
@@ -263,7 +263,7 @@ def add_updates(code: Code, again: bool) -> Any:
     """
     h, c, like = prototypes(code)
     of_c, size = len(h) * like.itemsize, like.itemsize
-    vectors = Vectors(code.members, code.compute, STRIPE)
+    vectors = Vectors(code.formats, code.compute, STRIPE)
     add_row = register_jitable(_add_row_of_updates(vectors, again))
     load_columns = register_jitable(_load_columns(vectors, code.compute))
     one = np.float64(1)
@@ -372,7 +372,7 @@ def take_step(code: Code) -> Any:
     zero_grads)``: update the parameter."""
     h, c, like = prototypes(code)
     of_c, size = len(h) * like.itemsize, like.itemsize
-    vectors = Vectors(code.members, code.compute, STRIPE)
+    vectors = Vectors(code.formats, code.compute, STRIPE)
     update_row = register_jitable(_update_row(vectors))
     load_columns = register_jitable(_load_columns(vectors, code.compute))
 

@@ -46,9 +46,9 @@ def sum_directions(code: Code) -> Any:
     [block, 2].
     """
     h, c, like = prototypes(code)
-    columns, width, size = array_columns(len(code.members)), len(h) + len(c), like.itemsize
+    columns, width, size = array_columns(len(code.formats)), len(h) + len(c), like.itemsize
     of_c = len(h) * size
-    vectors = Vectors(code.members, code.compute)
+    vectors = Vectors(code.formats, code.compute)
     sum_run, run = register_jitable(_sum_of_run(vectors)), vectors.run
     one = np.float64(1)
 
@@ -114,7 +114,7 @@ def find_trust_ratios(code: Code) -> Any:
     hyperparameters. units: become those that the sums ask for, unless ``again``.
     """
     h, c, like = prototypes(code)
-    columns, width, size, cast = array_columns(len(code.members)), len(h) + len(c), like.itemsize, type(like)
+    columns, width, size, cast = array_columns(len(code.formats)), len(h) + len(c), like.itemsize, type(like)
     double, one = np.float64(0), np.float64(1)
 
     def find_trust_ratios(table, bases, arrays, exact, numbers, sums, units, again, own):

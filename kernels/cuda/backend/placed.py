@@ -54,7 +54,7 @@ class PlacedLaunch:
         table = array_table(uses, [place(work.master) for work in works], state)
         self._table = with_own_columns(table, sizes)
         self.table = upload(device, self._table)
-        self._vectors, self._row = Vectors(self.code.members, self.code.compute), row
+        self._vectors, self._row = Vectors(self.code.formats, self.code.compute), row
         self._moved = False  # whether the device's table is to be written again
         self._alive = works
 
