@@ -80,7 +80,7 @@ class OnCpu:
 
     @staticmethod
     def get(array: np.ndarray) -> np.ndarray:
-        return array
+        return array.copy()
 
 
 class OnDevice:
