@@ -113,7 +113,7 @@ def _add_row(vectors: Vectors) -> Callable:
     lines = [*vectors.opening(), "p_sq = g_sq = 0.0"]
     for j in range(vectors.count):
         lines += vectors.reads(j)
-    columns = []
+    columns: list[str] = []
     for j in range(vectors.count):
         for e in range(vectors.length):
             lines += [

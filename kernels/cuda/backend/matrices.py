@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fastopt.kernels.cuda.array import empty
-from fastopt.kernels.cuda.backend.placed import PlacedLaunch
+from fastopt.kernels.cuda.backend.placed import PlacedLaunch, place
 from fastopt.kernels.cuda.factored import (
     STRIPE,
     add_tiles,
@@ -28,15 +28,18 @@ MANY_PARTS = 64  # of which several lanes add up a moment's, each some of them
 
 
 class MatrixLaunch(PlacedLaunch):
-    """The update of an array, a stack of matrices, by factored second moments. How sums are cut depends on
-    the array's shape alone."""
+    """The update of an array, a stack of matrices, by factored second moments.
+
+    How sums are cut depends on the array's shape alone. Tiles and groups of moments are fewer than 2**32: so
+    many take more memory than a device has.
+    """
 
     def __init__(self, device: int, spec: Spec, work: ArrayWork) -> None:
         matrices, rows, columns = math.prod(work.shape[:-2]), work.shape[-2], work.shape[-1]
         size = matrices * rows * columns
         super().__init__(device, spec, [work], [size], [[]], 1, row=columns)
         self._shape, self._size = (matrices, rows, columns), size
-        self._var = [array.address for array, _ in work.state]
+        self._var = [place(array) for array, _ in work.state]
         self._height = min(max(-(-size // (STRIPE * TILES)), LOWEST), HIGHEST)
         self._bands, self._stripes = -(-rows // self._height), -(-columns // STRIPE)
         self._tiles = matrices * self._bands * self._stripes

@@ -56,6 +56,7 @@ class PlacedLaunch:
         self.table = upload(device, self._table)
         self._vectors, self._row = Vectors(self.code.formats, self.code.compute), row
         self._moved = False  # whether the device's table is to be written again
+        self._launches: dict[bool, list[Callable[[], object]]] = {}  # by whether they set gradients to zero
         self._alive = works
 
     def place(self, parameters: np.ndarray, gradients: np.ndarray) -> None:
@@ -88,8 +89,10 @@ class PlacedLaunch:
         refresh = self.refresh()
         if not refresh:
             return ()
-        launches = [] if factor is None else [self.settings.scaled(factor)]
-        launches += self.launches(zero_grads)
+        if zero_grads not in self._launches:
+            self._launches[zero_grads] = self.launches(zero_grads)
+        scaled = () if factor is None else (self.settings.scaled(factor),)
+        launches = *scaled, *self._launches[zero_grads]
         if not driver().capturing(self.device):
             return (*refresh, *launches)
         if self._moved:

@@ -43,8 +43,9 @@ class TrustRatios:
         blocks, own = min(self._blocks, MOST_BLOCKS), min(arrays, MOST_BLOCKS)
         calls = []
         for again in (0, 1) if self._code.compute == np.float64 else (0,):  # squares of float32 are in range
-            given = settings.numbers, units, again, sums
-            calls.append(adding.ready(self._device, blocks, table, bases, arrays, *given))
-            given = settings.exact, settings.numbers, sums, units, again, self.numbers
-            calls.append(finding.ready(self._device, own, table, bases, arrays, *given))
+            of_blocks = table, bases, arrays, settings.numbers, units, again, sums
+            calls.append(adding.ready(self._device, blocks, *of_blocks))
+            exact = settings.exact, settings.numbers
+            of_arrays = table, bases, arrays, *exact, sums, units, again, self.numbers
+            calls.append(finding.ready(self._device, own, *of_arrays))
         return calls
