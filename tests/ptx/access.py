@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from . import memory as m
+from . import checked as m
 from .arithmetic import Run, not_understood
 from .columns import Columns
 from .kinds import KINDS, bits_of
 from .parse import Instruction
-from .races import ATOMIC, READ, WRITE
 
 SPACES = {"global": m.GLOBAL, "shared": m.SHARED, "local": m.LOCAL, "const": m.GLOBAL, "param": m.LOCAL}
 ORDERED = {"relaxed", "acquire", "release", "acq_rel", "volatile", "mmio"}
@@ -103,7 +102,7 @@ def ld(i: Instruction, columns: Columns) -> tuple[Run, bool]:
     if access.named == "param" and access.base in columns.params:
         return _load_param(access, columns, outs), False
     where_from, dtype, text = addresses(access, columns), KINDS[access.kind], i.text
-    how = ATOMIC if access.atomic else READ
+    how = m.ATOMIC if access.atomic else m.READ
     move, size, count, space = np.uint64(access.move % (1 << 64)), access.size, access.count, access.space
 
     def run(c: list, active: np.ndarray) -> None:
@@ -135,7 +134,7 @@ def st(i: Instruction, columns: Columns) -> tuple[Run, bool]:
     if len(sources) != access.count:
         raise not_understood(i)
     where_to, text = addresses(access, columns), i.text
-    how = ATOMIC if access.atomic else WRITE
+    how = m.ATOMIC if access.atomic else m.WRITE
     move, size, count, space = np.uint64(access.move % (1 << 64)), access.size, access.count, access.space
 
     def run(c: list, active: np.ndarray) -> None:

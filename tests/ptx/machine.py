@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import memory as m
+from . import checked as m
 from .fault import Fault
 from .memory import Memory
 from .program import Control, Program
-from .races import WIDTH
 from .warps import DIFFERENT, LEFT, STRANGER, meet
 
 __all__ = ["Fault", "Module", "Statistics", "launch"]
@@ -108,7 +107,7 @@ class Machine:
         self._shared_size = (
             program.shared_size if program.dynamic is None else program.dynamic + dynamic_shared
         )
-        self._keys, self._records = np.zeros(2048, np.uint64), np.zeros((2048, WIDTH), np.int32)
+        self._keys, self._records = np.zeros(2048, np.uint64), np.zeros((2048, m.WIDTH), np.int32)
         self._layout = np.zeros(m.LAYOUT, np.int64)
 
     # -- what instructions use
@@ -129,7 +128,7 @@ class Machine:
         return self._low[key]
 
     def who(self, i: int) -> str:
-        thread = int(self._of_threads[1, i])
+        thread = int(self._of_threads[m.NUMBER, i])
         return f"thread {thread % self._block} of block {thread // self._block}"
 
     def fault(self, fault: tuple, text: str, size: int) -> Fault:
@@ -141,7 +140,9 @@ class Machine:
         elif code == m.OUTSIDE and detail == m.GLOBAL:
             more = f"; {self._allocations.nearest(address)}"
         elif code == m.OUTSIDE:
-            held, name = (self._shared_size, "shared") if detail == m.SHARED else (self._local_size, "local")
+            held, name = (
+                (self._shared_size, "shared") if detail == m.SHARED else (self._program.local_size, "local")
+            )
             more = f"; there are {held} bytes of {name} memory"
         elif code == m.READ_ONLY:
             more = f"; {self._allocations.nearest(address)}"
@@ -187,20 +188,19 @@ class Machine:
         tid, block = np.tile(np.arange(per_block), count), np.repeat(np.arange(count), per_block)
         zeros = np.zeros(n, np.int64)
         self._of_threads = np.stack([block, tid + (block + first) * per_block, zeros + 1, zeros + 1])
-        self.warp_epochs = self._of_threads[3]
+        self.warp_epochs = self._of_threads[m.WARP_EPOCH]
         self.lanes, self._blocks = tid % 32, block
-        self._known = np.zeros(-(-self._shared_size // 8) * 8 * count + 8, np.uint8)
         stride = -(-self._shared_size // 16) * 16
         self._shared = np.zeros(stride * count + 16, np.uint8)
-        self._shadow = np.zeros((stride * count // program.shared_unit + 1, WIDTH), np.int32)
+        self._shadow = np.zeros((stride * count // program.shared_unit + 1, m.WIDTH), np.int32)
         self._known = np.zeros(len(self._shadow), np.uint8)
-        self._local_size = -(-program.local_size // 16) * 16
-        self._local = np.zeros(self._local_size * n + 16, np.uint8)
+        local_stride = -(-program.local_size // 16) * 16
+        self._local = np.zeros(local_stride * n + 16, np.uint8)
         layout = self._layout
         layout[m.SHARED_BASE] = self._shared.ctypes.data
         layout[m.SHARED_SIZE], layout[m.SHARED_STRIDE] = self._shared_size, stride
         layout[m.LOCAL_BASE], layout[m.LOCAL_SIZE] = self._local.ctypes.data, program.local_size
-        layout[m.LOCAL_STRIDE], layout[m.PER_BLOCK] = self._local_size, per_block
+        layout[m.LOCAL_STRIDE], layout[m.PER_BLOCK] = local_stride, per_block
         layout[m.SHARED_UNIT], layout[m.GLOBAL_UNIT] = program.shared_unit, program.global_unit
         self._gather()
         self.words = np.zeros((8, n), np.uint64)
@@ -333,8 +333,8 @@ class Machine:
             raise Fault(f"synccheck: threads of a block wait at different barriers\n  in {texts}")
         free = whole[self._blocks] & np.logical_or.reduce(masks)
         everyone = whole[self._blocks] & bool(not place)
-        self._of_threads[2] += everyone
-        self._of_threads[3] += everyone
+        self._of_threads[m.EPOCH] += everyone
+        self._of_threads[m.WARP_EPOCH] += everyone
         return free
 
     def _stuck(self) -> Fault:
