@@ -22,15 +22,18 @@ GLOBAL, SHARED, LOCAL, GENERIC = 0, 1, 2, 3
 FINE, OUTSIDE, MISALIGNED, READ_ONLY, RACE, UNINITIALISED = range(6)
 # what ``layout`` holds
 (SHARED_BASE, SHARED_SIZE, SHARED_STRIDE, LOCAL_BASE, LOCAL_SIZE, LOCAL_STRIDE, PER_BLOCK, SHARED_UNIT, GLOBAL_UNIT,
- USED) = range(10)  # fmt: skip
-LAYOUT = 10
+ USED, GLOBAL_GENERATION, SHARED_GENERATION) = range(12)  # fmt: skip
+LAYOUT = 12
 # what ``threads`` holds: of each its block, counted from the first that runs, its number in the grid, and how
 # many barriers its block and its warp have passed
 BLOCK, NUMBER, EPOCH, WARP_EPOCH = range(4)
-READ, WRITE, ATOMIC = 0, 1, 2
+READ, WRITE, ATOMIC = range(3)
 LAST, SAME_WARP, SAME_BLOCK, OTHER = 0, 3, 6, 9  # thread + 1 and its two epochs, for each
 RECORD = 12
-WIDTH = 3 * RECORD
+GENERATION = 3 * RECORD  # where a record holds the launch that it is of
+WIDTH = GENERATION + 4
+KEY_BITS = 48  # of an address
+WRITTEN, CHANGED = WRITE * RECORD, ATOMIC * RECORD  # who, if anybody, last wrote, and last was atomic there
 
 
 @intrinsic
@@ -54,35 +57,25 @@ def poke(context, address, value):
     return types.void(types.uint64, value), generate
 
 
-@njit(cache=True, inline="always")
-def _unordered(record, at, thread, warp, block, epoch, warp_epoch, per_block):
-    """Whether the access that is kept at ``at`` and this one are not ordered."""
+@njit(cache=True)
+def _unordered(record, at, thread, epoch, warp_epoch, per_block):
+    """Whether the access that is kept at ``at``, another thread's, and this one are not ordered."""
     other = record[at] - 1
-    if other < 0 or other == thread:
-        return False
-    if other // per_block != block:
+    if other // per_block != thread // per_block:
         return True
     if record[at + 1] != epoch:
         return False
-    return (other % per_block) // 32 != warp or record[at + 2] == warp_epoch
+    return other % per_block // 32 != thread % per_block // 32 or record[at + 2] == warp_epoch
 
 
 @njit(cache=True)
-def _against(record, first, thread, warp, block, epoch, warp_epoch, per_block):
-    """The thread, plus one, that races with this one among those of a class; 0 if none does."""
-    for at in range(first, first + RECORD, 3):
-        if _unordered(record, at, thread, warp, block, epoch, warp_epoch, per_block):
-            return record[at]
-    return 0
-
-
-@njit(cache=True)
-def _keep(record, first, thread, warp, block, epoch, warp_epoch, per_block):
+def _keep(record, first, thread, epoch, warp_epoch, per_block):
+    """Write an access into a class of a record; who was the last moves to where it still says something."""
     last = record[first] - 1
     if last >= 0 and last != thread:
-        if last // per_block != block:
+        if last // per_block != thread // per_block:
             to = OTHER
-        elif (last % per_block) // 32 != warp:
+        elif last % per_block // 32 != thread % per_block // 32:
             to = SAME_BLOCK
         else:
             to = SAME_WARP
@@ -94,43 +87,51 @@ def _keep(record, first, thread, warp, block, epoch, warp_epoch, per_block):
 
 
 @njit(cache=True)
-def touch(record, how, thread, epoch, warp_epoch, per_block):
+def touch(record, generation, how, thread, epoch, warp_epoch, per_block):
     """Note an access; the thread, plus one, that it races with, or 0."""
-    block, warp = thread // per_block, (thread % per_block) // 32
+    if record[GENERATION] != generation:  # left by another launch
+        record[GENERATION] = generation
+        for at in range(0, GENERATION, 3):
+            record[at] = 0
     for other in range(3):
         if (how == READ and other == READ) or (how == ATOMIC and other == ATOMIC):
             continue
-        found = _against(record, other * RECORD, thread, warp, block, epoch, warp_epoch, per_block)
-        if found:
-            return found
-    _keep(record, how * RECORD, thread, warp, block, epoch, warp_epoch, per_block)
+        for at in range(other * RECORD, (other + 1) * RECORD, 3):
+            if record[at] == 0 or record[at] == thread + 1:
+                continue
+            if _unordered(record, at, thread, epoch, warp_epoch, per_block):
+                return record[at]
+    _keep(record, how * RECORD, thread, epoch, warp_epoch, per_block)
     return 0
 
 
 @njit(cache=True)
-def _slot(keys, key, layout):
-    """The place of a key in the table of global units, which is made if need be."""
-    mask = keys.size - 1
-    at = np.int64((key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)) & mask
+def _slot(keys, unit, layout):
+    """The place in the table of a unit of global memory, which gets one if it has none.
+
+    Neighbours are beside each other. A key holds the launch, so that what others have left counts as empty.
+    """
+    mask, generation = np.uint64(keys.size - 1), np.uint64(layout[GLOBAL_GENERATION])
+    key = (generation << np.uint64(KEY_BITS)) | unit
+    group = (unit >> np.uint64(6)) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(20)
+    at = ((group << np.uint64(6)) | (unit & np.uint64(63))) & mask
     while keys[at] != key:
-        if keys[at] == 0:
+        if keys[at] >> np.uint64(KEY_BITS) != generation:
             keys[at] = key
             layout[USED] += 1
             break
-        at = (at + 1) & mask
+        at = (at + np.uint64(64)) & mask
     return at
 
 
 @njit(cache=True)
-def grown(keys, records):
-    """The table twice as large."""
-    more = np.zeros(2 * keys.size, keys.dtype)
-    rows = np.zeros((2 * keys.size, records.shape[1]), records.dtype)
-    used = np.zeros(LAYOUT, np.int64)
+def move_records(keys, records, more, rows, layout):
+    """Take what is known into an empty table that is larger."""
+    layout[USED] = 0
     for i in range(keys.size):
-        if keys[i]:
-            rows[_slot(more, keys[i], used)] = records[i]
-    return more, rows
+        if keys[i] >> np.uint64(KEY_BITS) == np.uint64(layout[GLOBAL_GENERATION]):
+            unit = keys[i] & np.uint64((1 << KEY_BITS) - 1)
+            rows[_slot(more, unit, layout)] = records[i]
 
 
 @njit(cache=True)
@@ -152,7 +153,7 @@ def _find(table, address, size, last):
 
 @njit(cache=True)
 def _check(
-    i, address, size, space, how, reads, writes, table, last, layout, threads, keys, records, shared, known
+    i, address, size, space, how, reads, writes, table, last, layout, threads, keys, records, shared
 ):
     """(fault, where it is in this process, detail, allocation) of one access."""
     block, thread = threads[BLOCK, i], threads[NUMBER, i]
@@ -178,11 +179,10 @@ def _check(
         at = block * layout[SHARED_STRIDE] + np.int64(address)
         unit = layout[SHARED_UNIT]
         for first in range(at // unit, (at + size) // unit):
-            if reads and not known[first]:
+            record, generation = shared[first], layout[SHARED_GENERATION]
+            if reads and (record[GENERATION] != generation or not (record[WRITTEN] or record[CHANGED])):
                 return UNINITIALISED, address, 0, last
-            if writes:
-                known[first] = 1
-            found = touch(shared[first], how, thread, epoch, warp_epoch, layout[PER_BLOCK])
+            found = touch(record, generation, how, thread, epoch, warp_epoch, layout[PER_BLOCK])
             if found:
                 return RACE, address, found - 1, last
         return FINE, np.uint64(layout[SHARED_BASE] + at), 0, last
@@ -196,7 +196,7 @@ def _check(
     unit = layout[GLOBAL_UNIT]
     for step in range(0, size, unit):
         record = records[_slot(keys, (address + np.uint64(step)) // np.uint64(unit), layout)]
-        found = touch(record, how, thread, epoch, warp_epoch, layout[PER_BLOCK])
+        found = touch(record, layout[GLOBAL_GENERATION], how, thread, epoch, warp_epoch, layout[PER_BLOCK])
         if found:
             return RACE, address, found - 1, last
     return FINE, address, 0, last
@@ -218,7 +218,6 @@ def load(
     keys,
     records,
     shared,
-    known,
 ):
     """``count`` numbers of ``size`` bytes each for the active threads, into rows of ``out``; what went wrong."""
     last = 0
@@ -227,7 +226,7 @@ def load(
             continue
         fault, at, detail, last = _check(
             i, addresses[i] + move, size * count, space, how, True, False, table, last, layout, threads, keys, records,
-            shared, known,
+            shared,
         )  # fmt: skip
         if fault:
             return fault, i, at, detail
@@ -260,7 +259,6 @@ def store(
     keys,
     records,
     shared,
-    known,
 ):
     last = 0
     for i in range(active.size):
@@ -268,7 +266,7 @@ def store(
             continue
         fault, at, detail, last = _check(
             i, addresses[i] + move, size * count, space, how, False, True, table, last, layout, threads, keys, records,
-            shared, known,
+            shared,
         )  # fmt: skip
         if fault:
             return fault, i, at, detail
@@ -349,7 +347,6 @@ def atomic(
     keys,
     records,
     shared,
-    known,
 ):
     """One after the other in the order of the threads; ``out`` gets what was there before."""
     last = 0
@@ -358,7 +355,7 @@ def atomic(
             continue
         fault, at, detail, last = _check(
             i, addresses[i] + move, size, space, ATOMIC, True, True, table, last, layout, threads, keys, records,
-            shared, known,
+            shared,
         )  # fmt: skip
         if fault:
             return fault, i, at, detail

@@ -14,6 +14,7 @@ from . import checked as m
 from .fault import Fault
 from .memory import Memory
 from .program import Control, Program
+from .records import Records, give_back, take
 from .warps import DIFFERENT, LEFT, STRANGER, meet
 
 __all__ = ["Fault", "Module", "Statistics", "launch"]
@@ -56,11 +57,15 @@ def launch(
         raise Fault(f"a launch of {grid} blocks of {block} threads")
     params = _pack(module, arguments)
     runs: Counter[int] = Counter()
-    machine = Machine(module, memory, grid, block, params, dynamic_shared, runs)
-    with np.errstate(all="ignore"):
-        at_once = max(1, MOST_THREADS // block)
-        for first in range(0, grid, at_once):
-            machine.run(first, min(at_once, grid - first))
+    records = take()
+    try:
+        machine = Machine(module, memory, grid, block, params, dynamic_shared, runs, records)
+        with np.errstate(all="ignore"):
+            at_once = max(1, MOST_THREADS // block)
+            for first in range(0, grid, at_once):
+                machine.run(first, min(at_once, grid - first))
+    finally:
+        give_back(records)
     out = Statistics()
     for pc, count in runs.items():
         stretch = module.stretches[pc]
@@ -100,6 +105,7 @@ class Machine:
         params: np.ndarray,
         dynamic_shared: int,
         runs: Counter[int],
+        records: Records,
     ):
         self._program, self._allocations, self._grid, self._block = program, memory, grid, block
         self._params, self._runs = params, runs
@@ -107,17 +113,16 @@ class Machine:
         self._shared_size = (
             program.shared_size if program.dynamic is None else program.dynamic + dynamic_shared
         )
-        self._keys, self._records = np.zeros(2048, np.uint64), np.zeros((2048, m.WIDTH), np.int32)
-        self._layout = np.zeros(m.LAYOUT, np.int64)
+        self._layout, self._records = np.zeros(m.LAYOUT, np.int64), records
+        records.start(self._layout)
 
     # -- what instructions use
 
     def reserve(self, space: int, size: int) -> None:
         """Room in the table of global units for an access of every thread."""
         if space in (m.GLOBAL, m.GENERIC):
-            most = self._layout[m.USED] + self.threads * max(1, size // self._program.global_unit)
-            while 2 * most > self._keys.size:
-                self._keys, self._records = m.grown(self._keys, self._records)
+            units = self.threads * max(1, size // self._program.global_unit)
+            if self._records.reserve(self._layout, units):
                 self._gather()
 
     def low(self, row: int, dtype: np.dtype) -> np.ndarray:
@@ -151,15 +156,8 @@ class Machine:
     # -- running
 
     def _gather(self) -> None:
-        self.memory = (
-            self._table,
-            self._layout,
-            self._of_threads,
-            self._keys,
-            self._records,
-            self._shadow,
-            self._known,
-        )
+        records = self._records
+        self.memory = (self._table, self._layout, self._of_threads, records.keys, records.records, records.shared)
 
     def run(self, first: int, count: int) -> None:
         """Run ``count`` blocks from ``first``."""
@@ -192,8 +190,7 @@ class Machine:
         self.lanes, self._blocks = tid % 32, block
         stride = -(-self._shared_size // 16) * 16
         self._shared = np.zeros(stride * count + 16, np.uint8)
-        self._shadow = np.zeros((stride * count // program.shared_unit + 1, m.WIDTH), np.int32)
-        self._known = np.zeros(len(self._shadow), np.uint8)
+        self._records.start_blocks(self._layout, stride * count // program.shared_unit)
         local_stride = -(-program.local_size // 16) * 16
         self._local = np.zeros(local_stride * n + 16, np.uint8)
         layout = self._layout
