@@ -31,6 +31,7 @@ READ, WRITE, ATOMIC = range(3)
 LAST, SAME_WARP, SAME_BLOCK, OTHER = 0, 3, 6, 9  # thread + 1 and its two epochs, for each
 RECORD = 12
 GENERATION = 3 * RECORD  # where a record holds the launch that it is of
+OWNER = GENERATION + 1  # and the thread, plus one, if it alone has touched the unit
 WIDTH = GENERATION + 4
 KEY_BITS = 48  # of an address
 WRITTEN, CHANGED = WRITE * RECORD, ATOMIC * RECORD  # who, if anybody, last wrote, and last was atomic there
@@ -57,55 +58,58 @@ def poke(context, address, value):
     return types.void(types.uint64, value), generate
 
 
-@njit(cache=True)
-def _unordered(record, at, thread, epoch, warp_epoch, per_block):
+@njit(cache=True, error_model="numpy")
+def _unordered(records, row, at, thread, epoch, warp_epoch, per_block):
     """Whether the access that is kept at ``at``, another thread's, and this one are not ordered."""
-    other = record[at] - 1
+    other = records[row, at] - 1
     if other // per_block != thread // per_block:
         return True
-    if record[at + 1] != epoch:
+    if records[row, at + 1] != epoch:
         return False
-    return other % per_block // 32 != thread % per_block // 32 or record[at + 2] == warp_epoch
+    return other % per_block // 32 != thread % per_block // 32 or records[row, at + 2] == warp_epoch
 
 
-@njit(cache=True)
-def _keep(record, first, thread, epoch, warp_epoch, per_block):
-    """Write an access into a class of a record; who was the last moves to where it still says something."""
-    last = record[first] - 1
-    if last >= 0 and last != thread:
-        if last // per_block != thread // per_block:
-            to = OTHER
-        elif last % per_block // 32 != thread % per_block // 32:
-            to = SAME_BLOCK
-        else:
-            to = SAME_WARP
-        for k in range(3):
-            record[first + to + k] = record[first + k]
-        for level in range(SAME_WARP, to, 3):
-            record[first + level] = 0
-    record[first], record[first + 1], record[first + 2] = thread + 1, epoch, warp_epoch
+@njit(cache=True, error_model="numpy")
+def _make_room(records, row, first, thread, per_block):
+    """Who touched a unit last moves to where it still says something beside this thread."""
+    last = records[row, first] - 1
+    if last // per_block != thread // per_block:
+        to = OTHER
+    elif last % per_block // 32 != thread % per_block // 32:
+        to = SAME_BLOCK
+    else:
+        to = SAME_WARP
+    for k in range(3):
+        records[row, first + to + k] = records[row, first + k]
+    for level in range(SAME_WARP, to, 3):
+        records[row, first + level] = 0
 
 
-@njit(cache=True)
-def touch(record, generation, how, thread, epoch, warp_epoch, per_block):
-    """Note an access; the thread, plus one, that it races with, or 0."""
-    if record[GENERATION] != generation:  # left by another launch
-        record[GENERATION] = generation
+@njit(cache=True, error_model="numpy")
+def touch(records, row, generation, how, thread, epoch, warp_epoch, per_block):
+    """Note an access to a unit; the thread, plus one, that it races with, or 0."""
+    first = how * RECORD
+    if records[row, GENERATION] != generation:  # left by another launch
+        records[row, GENERATION], records[row, OWNER] = generation, thread + 1
         for at in range(0, GENERATION, 3):
-            record[at] = 0
-    for other in range(3):
-        if (how == READ and other == READ) or (how == ATOMIC and other == ATOMIC):
-            continue
-        for at in range(other * RECORD, (other + 1) * RECORD, 3):
-            if record[at] == 0 or record[at] == thread + 1:
+            records[row, at] = 0
+    elif records[row, OWNER] != thread + 1:
+        records[row, OWNER] = 0
+        for other in range(3):
+            if (how == READ and other == READ) or (how == ATOMIC and other == ATOMIC):
                 continue
-            if _unordered(record, at, thread, epoch, warp_epoch, per_block):
-                return record[at]
-    _keep(record, how * RECORD, thread, epoch, warp_epoch, per_block)
+            for at in range(other * RECORD, (other + 1) * RECORD, 3):
+                if records[row, at] == 0 or records[row, at] == thread + 1:
+                    continue
+                if _unordered(records, row, at, thread, epoch, warp_epoch, per_block):
+                    return records[row, at]
+        if records[row, first] != 0 and records[row, first] != thread + 1:
+            _make_room(records, row, first, thread, per_block)
+    records[row, first], records[row, first + 1], records[row, first + 2] = thread + 1, epoch, warp_epoch
     return 0
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _slot(keys, unit, layout):
     """The place in the table of a unit of global memory, which gets one if it has none.
 
@@ -124,7 +128,7 @@ def _slot(keys, unit, layout):
     return at
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def move_records(keys, records, more, rows, layout):
     """Take what is known into an empty table that is larger."""
     layout[USED] = 0
@@ -134,7 +138,7 @@ def move_records(keys, records, more, rows, layout):
             rows[_slot(more, unit, layout)] = records[i]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _find(table, address, size, last):
     """The allocation that holds an access, or -1; ``last`` is tried first."""
     if table[0, last] <= address and address + np.uint64(size) <= table[1, last]:
@@ -151,7 +155,7 @@ def _find(table, address, size, last):
     return low - 1
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _check(
     i, address, size, space, how, reads, writes, table, last, layout, threads, keys, records, shared
 ):
@@ -179,10 +183,12 @@ def _check(
         at = block * layout[SHARED_STRIDE] + np.int64(address)
         unit = layout[SHARED_UNIT]
         for first in range(at // unit, (at + size) // unit):
-            record, generation = shared[first], layout[SHARED_GENERATION]
-            if reads and (record[GENERATION] != generation or not (record[WRITTEN] or record[CHANGED])):
+            generation = layout[SHARED_GENERATION]
+            if reads and (
+                shared[first, GENERATION] != generation or not (shared[first, WRITTEN] or shared[first, CHANGED])
+            ):
                 return UNINITIALISED, address, 0, last
-            found = touch(record, generation, how, thread, epoch, warp_epoch, layout[PER_BLOCK])
+            found = touch(shared, first, generation, how, thread, epoch, warp_epoch, layout[PER_BLOCK])
             if found:
                 return RACE, address, found - 1, last
         return FINE, np.uint64(layout[SHARED_BASE] + at), 0, last
@@ -195,14 +201,15 @@ def _check(
         return FINE, address, 0, last
     unit = layout[GLOBAL_UNIT]
     for step in range(0, size, unit):
-        record = records[_slot(keys, (address + np.uint64(step)) // np.uint64(unit), layout)]
-        found = touch(record, layout[GLOBAL_GENERATION], how, thread, epoch, warp_epoch, layout[PER_BLOCK])
+        row = _slot(keys, (address + np.uint64(step)) // np.uint64(unit), layout)
+        generation = layout[GLOBAL_GENERATION]
+        found = touch(records, row, generation, how, thread, epoch, warp_epoch, layout[PER_BLOCK])
         if found:
             return RACE, address, found - 1, last
     return FINE, address, 0, last
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def load(
     active,
     addresses,
@@ -243,7 +250,7 @@ def load(
     return FINE, 0, np.uint64(0), 0
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def store(
     active,
     addresses,
@@ -275,7 +282,7 @@ def store(
     return FINE, 0, np.uint64(0), 0
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _put(at, size, value):
     if size == 4:
         poke(at, np.uint32(value))
@@ -291,12 +298,12 @@ ADD, MIN, MAX, EXCH, CAS, AND, OR, XOR, INC, DEC = range(10)
 UNSIGNED, SIGNED, FLOAT = range(3)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _signed(x, size):
     return np.int64(np.int32(np.uint32(x))) if size == 4 else np.int64(x)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _combined(what, sort, size, old, x, y):
     """What an atomic leaves behind, all of it as bits."""
     if what == ADD:
@@ -329,7 +336,7 @@ def _combined(what, sort, size, old, x, y):
     return x
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def atomic(
     active,
     addresses,
