@@ -73,7 +73,7 @@ def addresses(access: Access, columns: Columns) -> Callable[[list], np.ndarray]:
         place = columns.read(access.base, "u64")
         return lambda c: c[place]
     place = columns.read(access.base, "u32" if width else "u64")
-    return lambda c: np.array(np.broadcast_to(c[place], c[0].threads), np.uint64)
+    return lambda c: np.array(np.broadcast_to(c[place], c[0].frame.threads), np.uint64)
 
 
 def _elements(operand: str) -> list[str]:
@@ -108,11 +108,13 @@ def ld(i: Instruction, columns: Columns) -> tuple[Run, bool]:
     def run(c: list, active: np.ndarray) -> None:
         launch = c[0]
         launch.reserve(space, size * count)
-        fault = m.load(active, where_from(c), move, size, count, launch.words, space, how, *launch.memory)
+        fault = m.load(
+            active, where_from(c), move, size, count, launch.frame.words, space, how, *launch.memory
+        )
         if fault[0]:
             raise launch.fault(fault, text, size * count)
         for k, out in enumerate(outs):
-            np.copyto(c[out], launch.low(k, dtype), where=active)
+            np.copyto(c[out], launch.frame.low(k, dtype), where=active)
 
     return run, True
 
@@ -140,7 +142,7 @@ def st(i: Instruction, columns: Columns) -> tuple[Run, bool]:
     def run(c: list, active: np.ndarray) -> None:
         launch = c[0]
         launch.reserve(space, size * count)
-        words = launch.words
+        words = launch.frame.words
         for k, source in enumerate(sources):
             words[k] = c[source]
         fault = m.store(active, where_to(c), move, size, count, words, space, how, *launch.memory)
@@ -176,7 +178,7 @@ def atom(i: Instruction, columns: Columns) -> tuple[Run, bool]:
     def run(c: list, active: np.ndarray) -> None:
         launch = c[0]
         launch.reserve(space, size)
-        words = launch.words
+        words = launch.frame.words
         for k, source in enumerate(sources):
             words[1 + k] = c[source]
         fault = m.atomic(
@@ -185,6 +187,6 @@ def atom(i: Instruction, columns: Columns) -> tuple[Run, bool]:
         if fault[0]:
             raise launch.fault(fault, text, size)
         if out is not None:
-            np.copyto(c[out], launch.low(0, dtype), where=active)
+            np.copyto(c[out], launch.frame.low(0, dtype), where=active)
 
     return run, True

@@ -156,9 +156,7 @@ def _find(table, address, size, last):
 
 
 @njit(cache=True, error_model="numpy")
-def _check(
-    i, address, size, space, how, reads, writes, table, last, layout, threads, keys, records, shared
-):
+def _check(i, address, size, space, how, reads, writes, table, last, layout, threads, keys, records, shared):
     """(fault, where it is in this process, detail, allocation) of one access."""
     block, thread = threads[BLOCK, i], threads[NUMBER, i]
     epoch, warp_epoch = threads[EPOCH, i], threads[WARP_EPOCH, i]
@@ -185,7 +183,8 @@ def _check(
         for first in range(at // unit, (at + size) // unit):
             generation = layout[SHARED_GENERATION]
             if reads and (
-                shared[first, GENERATION] != generation or not (shared[first, WRITTEN] or shared[first, CHANGED])
+                shared[first, GENERATION] != generation
+                or not (shared[first, WRITTEN] or shared[first, CHANGED])
             ):
                 return UNINITIALISED, address, 0, last
             found = touch(shared, first, generation, how, thread, epoch, warp_epoch, layout[PER_BLOCK])

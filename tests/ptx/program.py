@@ -73,6 +73,7 @@ class Program:
         self.shared_unit = smallest(function.code, (m.SHARED,))
         self.global_unit = smallest(function.code, (m.GLOBAL,))
         self.stretches: dict[int, Stretch] = {}
+        self.frames: dict[tuple[int, int], list[Any]] = {}  # of frames.py, that no launch uses
         self._decode(function)
 
     def _variables(self, variables: dict[str, Variable], words: set[str]) -> dict[str, int]:
