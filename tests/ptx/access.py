@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from . import memory as m
+from . import checked as m
 from .arithmetic import Run, not_understood
 from .columns import Columns
 from .kinds import KINDS, bits_of
 from .parse import Instruction
-from .races import ATOMIC, READ, WRITE
 
 SPACES = {"global": m.GLOBAL, "shared": m.SHARED, "local": m.LOCAL, "const": m.GLOBAL, "param": m.LOCAL}
 ORDERED = {"relaxed", "acquire", "release", "acq_rel", "volatile", "mmio"}
@@ -74,7 +73,7 @@ def addresses(access: Access, columns: Columns) -> Callable[[list], np.ndarray]:
         place = columns.read(access.base, "u64")
         return lambda c: c[place]
     place = columns.read(access.base, "u32" if width else "u64")
-    return lambda c: np.array(np.broadcast_to(c[place], c[0].threads), np.uint64)
+    return lambda c: np.array(np.broadcast_to(c[place], c[0].frame.threads), np.uint64)
 
 
 def _elements(operand: str) -> list[str]:
@@ -103,17 +102,19 @@ def ld(i: Instruction, columns: Columns) -> tuple[Run, bool]:
     if access.named == "param" and access.base in columns.params:
         return _load_param(access, columns, outs), False
     where_from, dtype, text = addresses(access, columns), KINDS[access.kind], i.text
-    how = ATOMIC if access.atomic else READ
+    how = m.ATOMIC if access.atomic else m.READ
     move, size, count, space = np.uint64(access.move % (1 << 64)), access.size, access.count, access.space
 
     def run(c: list, active: np.ndarray) -> None:
         launch = c[0]
         launch.reserve(space, size * count)
-        fault = m.load(active, where_from(c), move, size, count, launch.words, space, how, *launch.memory)
+        fault = m.load(
+            active, where_from(c), move, size, count, launch.frame.words, space, how, *launch.memory
+        )
         if fault[0]:
             raise launch.fault(fault, text, size * count)
         for k, out in enumerate(outs):
-            np.copyto(c[out], launch.low(k, dtype), where=active)
+            np.copyto(c[out], launch.frame.low(k, dtype), where=active)
 
     return run, True
 
@@ -135,13 +136,13 @@ def st(i: Instruction, columns: Columns) -> tuple[Run, bool]:
     if len(sources) != access.count:
         raise not_understood(i)
     where_to, text = addresses(access, columns), i.text
-    how = ATOMIC if access.atomic else WRITE
+    how = m.ATOMIC if access.atomic else m.WRITE
     move, size, count, space = np.uint64(access.move % (1 << 64)), access.size, access.count, access.space
 
     def run(c: list, active: np.ndarray) -> None:
         launch = c[0]
         launch.reserve(space, size * count)
-        words = launch.words
+        words = launch.frame.words
         for k, source in enumerate(sources):
             words[k] = c[source]
         fault = m.store(active, where_to(c), move, size, count, words, space, how, *launch.memory)
@@ -177,7 +178,7 @@ def atom(i: Instruction, columns: Columns) -> tuple[Run, bool]:
     def run(c: list, active: np.ndarray) -> None:
         launch = c[0]
         launch.reserve(space, size)
-        words = launch.words
+        words = launch.frame.words
         for k, source in enumerate(sources):
             words[1 + k] = c[source]
         fault = m.atomic(
@@ -186,6 +187,6 @@ def atom(i: Instruction, columns: Columns) -> tuple[Run, bool]:
         if fault[0]:
             raise launch.fault(fault, text, size)
         if out is not None:
-            np.copyto(c[out], launch.low(0, dtype), where=active)
+            np.copyto(c[out], launch.frame.low(0, dtype), where=active)
 
     return run, True

@@ -55,7 +55,7 @@ def apply(columns: Columns, i: Instruction, function: np.ufunc, kind: str, count
     """A ufunc of ``count`` operands of a type, written in place."""
     places = [columns.read(text, kind) for text in i.operands[1 : count + 1]]
     out = columns.write(i.operands[0], kind)
-    if KINDS[kind].itemsize != columns.width(i.operands[0]) and i.operands[0] != "_":
+    if not isinstance(function, np.ufunc):  # a compiled function, which knows no ``where``
         return assign(columns, i.operands[0], kind, lambda c: function(*(c[p] for p in places)))
     if "ftz" in i.mods and kind == "f32":
         return _flushed(function, places, out)
@@ -63,19 +63,19 @@ def apply(columns: Columns, i: Instruction, function: np.ufunc, kind: str, count
         (x,) = places
 
         def run(c: list, where: object) -> None:
-            function(c[x], c[out], where=where)
+            function(c[x], out=c[out], where=where)
 
     elif count == 2:
         x, y = places
 
         def run(c: list, where: object) -> None:
-            function(c[x], c[y], c[out], where=where)
+            function(c[x], c[y], out=c[out], where=where)
 
     else:
         x, y, z = places
 
         def run(c: list, where: object) -> None:
-            function(c[x], c[y], c[z], c[out], where=where)
+            function(c[x], c[y], c[z], out=c[out], where=where)
 
     return run
 

@@ -22,20 +22,25 @@ Fill = Callable[["RegisterFile"], np.ndarray | np.generic]
 
 
 class RegisterFile:
-    """The registers of ``threads`` threads: a matrix for each width."""
+    """The registers of ``threads`` threads, a matrix for each width, and what a launch gives to them."""
 
-    def __init__(
-        self, counts: dict[int, int], threads: int, special: dict[str, np.ndarray], params: np.ndarray
-    ):
-        self.threads, self.special, self.params = threads, special, params
-        self.matrices = {
+    special: Callable[[str], np.ndarray]
+    params: np.ndarray
+
+    def __init__(self, counts: dict[int, int], threads: int):
+        self.threads = threads
+        self._matrices = {
             width: np.zeros((count, threads), f"u{width}" if width else np.bool_)
             for width, count in counts.items()
         }
 
     def view(self, width: int, row: int, dtype: np.dtype) -> np.ndarray:
-        column = self.matrices[width][row]
+        column = self._matrices[width][row]
         return column if not width else column.view(dtype)[:: width // dtype.itemsize]
+
+    def clear(self) -> None:
+        for matrix in self._matrices.values():
+            matrix.fill(0)
 
 
 class Columns:
@@ -54,10 +59,18 @@ class Columns:
             self._counts[width] = row + 1
         self._fills: list[Fill] = [lambda file: np.bool_(False)]  # place 0 is the launch's own
         self._places: dict[object, int] = {}
+        self._varying: list[int] = []  # from launch to launch
 
-    def fill(self, threads: int, special: dict[str, np.ndarray], params: np.ndarray) -> list:
-        file = RegisterFile(self._counts, threads, special, params)
+    def file(self, threads: int) -> RegisterFile:
+        return RegisterFile(self._counts, threads)
+
+    def fill(self, file: RegisterFile) -> list:
         return [fill(file) for fill in self._fills]
+
+    def refill(self, file: RegisterFile, columns: list) -> None:
+        """Columns of another launch, whose registers stay where they are."""
+        for place in self._varying:
+            columns[place] = self._fills[place](file)
 
     def read(self, text: str, kind: str) -> int:
         """The place of an operand that is read as a type."""
@@ -69,7 +82,7 @@ class Columns:
             return self._place((width, row, dtype), lambda file: file.view(width, row, dtype))
         if _SPECIAL.fullmatch(text):
             return self._place(
-                (text, dtype), lambda file: file.special[text].astype(f"u{dtype.itemsize}").view(dtype)
+                (text, dtype), lambda file: file.special(text).astype(f"u{dtype.itemsize}").view(dtype), True
             )
         number = self.constant(text, kind)
         return self._place((number.tobytes(), dtype), lambda file: number)
@@ -119,10 +132,12 @@ class Columns:
         def fill(file: RegisterFile) -> np.generic:
             return file.params[first : first + dtype.itemsize].view(dtype)[0]
 
-        return self._place(("param", first, dtype), fill)
+        return self._place(("param", first, dtype), fill, True)
 
-    def _place(self, key: object, fill: Fill) -> int:
+    def _place(self, key: object, fill: Fill, varies: bool = False) -> int:
         if key not in self._places:
             self._places[key] = len(self._fills)
             self._fills.append(fill)
+            if varies:
+                self._varying.append(self._places[key])
         return self._places[key]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from . import checked as m
 from . import warps
 from .arithmetic import not_understood
 from .columns import Columns
@@ -21,7 +22,7 @@ REDUCTIONS = {"add": warps.R_ADD, "min": warps.R_MIN, "max": warps.R_MAX, "and":
 def full(c: list, place: int) -> np.ndarray:
     """A column as an array even if all threads share it."""
     column = c[place]
-    return column if column.ndim else np.full(c[0].threads, column)
+    return column if column.ndim else np.full(c[0].frame.threads, column)
 
 
 def is_exchange(i: Instruction) -> bool:
@@ -44,7 +45,7 @@ def exchange(i: Instruction, columns: Columns) -> Meet:
 def _bar(i: Instruction, columns: Columns) -> Meet:
     def run(c: list, go: np.ndarray, masks: np.ndarray) -> None:
         launch = c[0]
-        warps.pass_barrier(go, launch.lanes, launch.warp_epochs)
+        warps.pass_barrier(go, launch.frame.lanes, launch.frame.of_threads[m.WARP_EPOCH])
 
     return run
 
@@ -60,9 +61,9 @@ def _shfl(i: Instruction, columns: Columns) -> Meet:
 
     def run(c: list, go: np.ndarray, masks: np.ndarray) -> None:
         launch = c[0]
-        got, inside = np.empty(launch.threads, np.uint32), np.empty(launch.threads, np.bool_)
+        got, inside = np.empty(launch.frame.threads, np.uint32), np.empty(launch.frame.threads, np.bool_)
         wrong = warps.shuffle(
-            go, full(c, value), full(c, by), full(c, clamp), masks, launch.lanes, mode, got, inside
+            go, full(c, value), full(c, by), full(c, clamp), masks, launch.frame.lanes, mode, got, inside
         )
         if wrong >= 0:
             raise Fault(f"synccheck: {launch.who(wrong)} reads a lane that does not take part\n  in {text}")
@@ -83,8 +84,8 @@ def _vote(i: Instruction, columns: Columns) -> Meet:
 
     def run(c: list, go: np.ndarray, masks: np.ndarray) -> None:
         launch = c[0]
-        got = np.empty(launch.threads, np.uint32)
-        warps.vote(go, full(c, p) != opposite, masks, launch.lanes, mode, got)
+        got = np.empty(launch.frame.threads, np.uint32)
+        warps.vote(go, full(c, p) != opposite, masks, launch.frame.lanes, mode, got)
         np.copyto(c[out], got.astype(dtype), where=go)
 
     return run
@@ -100,8 +101,8 @@ def _match(i: Instruction, columns: Columns) -> Meet:
 
     def run(c: list, go: np.ndarray, masks: np.ndarray) -> None:
         launch = c[0]
-        got, same = np.empty(launch.threads, np.uint32), np.empty(launch.threads, np.bool_)
-        warps.match(go, full(c, value).astype(np.uint64), masks, launch.lanes, everybody, got, same)
+        got, same = np.empty(launch.frame.threads, np.uint32), np.empty(launch.frame.threads, np.bool_)
+        warps.match(go, full(c, value).astype(np.uint64), masks, launch.frame.lanes, everybody, got, same)
         np.copyto(c[out], got, where=go)
         if flag is not None:
             np.copyto(c[flag], same, where=go)
@@ -121,8 +122,8 @@ def _redux(i: Instruction, columns: Columns) -> Meet:
 
     def run(c: list, go: np.ndarray, masks: np.ndarray) -> None:
         launch = c[0]
-        got = np.empty(launch.threads, KINDS[kind])
-        warps.redux(go, full(c, value), masks, launch.lanes, what, got)
+        got = np.empty(launch.frame.threads, KINDS[kind])
+        warps.redux(go, full(c, value), masks, launch.frame.lanes, what, got)
         np.copyto(c[out], got, where=go)
 
     return run
@@ -133,8 +134,8 @@ def activemask(i: Instruction, columns: Columns) -> Callable[[list, np.ndarray],
 
     def run(c: list, active: np.ndarray) -> None:
         launch = c[0]
-        got = np.empty(launch.threads, np.uint32)
-        warps.active_lanes(active, launch.lanes, got)
+        got = np.empty(launch.frame.threads, np.uint32)
+        warps.active_lanes(active, launch.frame.lanes, got)
         np.copyto(c[out], got, where=active)
 
     return run

@@ -4,17 +4,20 @@ Threads advance together. Where they part, those with the lowest place in the co
 again where the code does.
 """
 
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import memory as m
+from . import checked as m
+from . import frames, records
 from .fault import Fault
 from .memory import Memory
 from .program import Control, Program
-from .races import WIDTH
+from .frames import Frame
+from .records import Records
 from .warps import DIFFERENT, LEFT, STRANGER, meet
 
 __all__ = ["Fault", "Module", "Statistics", "launch"]
@@ -57,11 +60,19 @@ def launch(
         raise Fault(f"a launch of {grid} blocks of {block} threads")
     params = _pack(module, arguments)
     runs: Counter[int] = Counter()
-    machine = Machine(module, memory, grid, block, params, dynamic_shared, runs)
-    with np.errstate(all="ignore"):
-        at_once = max(1, MOST_THREADS // block)
-        for first in range(0, grid, at_once):
-            machine.run(first, min(at_once, grid - first))
+    kept, at_once = records.take(), max(1, MOST_THREADS // block)
+    try:
+        machine = Machine(module, memory, grid, block, params, dynamic_shared, runs, kept)
+        with np.errstate(all="ignore"):
+            for first in range(0, grid, at_once):
+                count = min(at_once, grid - first)
+                frame = frames.take(module, block, count)
+                try:
+                    machine.run(frame, first, count)
+                finally:
+                    frames.give_back(module, block, count, frame)
+    finally:
+        records.give_back(kept)
     out = Statistics()
     for pc, count in runs.items():
         stretch = module.stretches[pc]
@@ -75,18 +86,19 @@ def _pack(module: Program, arguments: Sequence[int | float]) -> np.ndarray:
     """The bytes of the parameters."""
     if len(arguments) != len(module.params):
         raise Fault(f"{len(arguments)} arguments for {len(module.params)} parameters of {module.name}")
-    out = np.zeros(module.param_bytes, np.uint8)
+    out = bytearray(module.param_bytes)
     for (name, (first, variable)), value in zip(module.params.items(), arguments, strict=True):
-        if isinstance(value, bytes | np.generic | np.ndarray):
-            data = bytes(value) if isinstance(value, bytes) else value.tobytes()
+        size = variable.size
+        if isinstance(value, bytes | np.ndarray):  # a parameter of several numbers
+            data = bytes(value)
         elif variable.floating:
-            data = np.array(value, f"f{variable.size}").tobytes()
+            data = struct.pack("f" if size == 4 else "d", value)
         else:
-            data = (int(value) & (1 << 8 * variable.size) - 1).to_bytes(variable.size, "little")
-        if len(data) != variable.size:
-            raise Fault(f"{name} has {variable.size} bytes; {len(data)} were given")
-        out[first : first + variable.size] = np.frombuffer(data, np.uint8)
-    return out
+            data = (int(value) & (1 << 8 * size) - 1).to_bytes(size, "little")
+        if len(data) != size:
+            raise Fault(f"{name} has {size} bytes; {len(data)} were given")
+        out[first : first + size] = data
+    return np.frombuffer(out, np.uint8)
 
 
 class Machine:
@@ -101,6 +113,7 @@ class Machine:
         params: np.ndarray,
         dynamic_shared: int,
         runs: Counter[int],
+        records: Records,
     ):
         self._program, self._allocations, self._grid, self._block = program, memory, grid, block
         self._params, self._runs = params, runs
@@ -108,28 +121,20 @@ class Machine:
         self._shared_size = (
             program.shared_size if program.dynamic is None else program.dynamic + dynamic_shared
         )
-        self._keys, self._records = np.zeros(2048, np.uint64), np.zeros((2048, WIDTH), np.int32)
-        self._layout = np.zeros(m.LAYOUT, np.int64)
+        self._layout, self._records = np.zeros(m.LAYOUT, np.int64), records
+        records.start(self._layout)
 
     # -- what instructions use
 
     def reserve(self, space: int, size: int) -> None:
         """Room in the table of global units for an access of every thread."""
         if space in (m.GLOBAL, m.GENERIC):
-            most = self._layout[m.USED] + self.threads * max(1, size // self._program.global_unit)
-            while 2 * most > self._keys.size:
-                self._keys, self._records = m.grown(self._keys, self._records)
+            units = self.frame.threads * max(1, size // self._program.global_unit)
+            if self._records.reserve(self._layout, units):
                 self._gather()
 
-    def low(self, row: int, dtype: np.dtype) -> np.ndarray:
-        """A row of ``words`` as numbers of a type, their low parts."""
-        key = row, dtype
-        if key not in self._low:
-            self._low[key] = self.words[row].view(dtype)[:: 8 // dtype.itemsize]
-        return self._low[key]
-
     def who(self, i: int) -> str:
-        thread = int(self._of_threads[1, i])
+        thread = int(self.frame.of_threads[m.NUMBER, i])
         return f"thread {thread % self._block} of block {thread // self._block}"
 
     def fault(self, fault: tuple, text: str, size: int) -> Fault:
@@ -141,7 +146,9 @@ class Machine:
         elif code == m.OUTSIDE and detail == m.GLOBAL:
             more = f"; {self._allocations.nearest(address)}"
         elif code == m.OUTSIDE:
-            held, name = (self._shared_size, "shared") if detail == m.SHARED else (self._local_size, "local")
+            held, name = (
+                (self._shared_size, "shared") if detail == m.SHARED else (self._program.local_size, "local")
+            )
             more = f"; there are {held} bytes of {name} memory"
         elif code == m.READ_ONLY:
             more = f"; {self._allocations.nearest(address)}"
@@ -150,19 +157,12 @@ class Machine:
     # -- running
 
     def _gather(self) -> None:
-        self.memory = (
-            self._table,
-            self._layout,
-            self._of_threads,
-            self._keys,
-            self._records,
-            self._shadow,
-            self._known,
-        )
+        known, of_threads = self._records, self.frame.of_threads
+        self.memory = (self._table, self._layout, of_threads, known.keys, known.records, known.shared)
 
-    def run(self, first: int, count: int) -> None:
+    def run(self, frame: Frame, first: int, count: int) -> None:
         """Run ``count`` blocks from ``first``."""
-        self._set_up(first, count)
+        self._set_up(frame, first, count)
         stretches, c, pending, runs = self._program.stretches, self._c, self._pending, self._runs
         turn = 0
         while True:
@@ -181,49 +181,28 @@ class Machine:
                 step(c, active if exact else where)
             self._go_on(stretch.control, pc, active)
 
-    def _set_up(self, first: int, count: int) -> None:
-        program, per_block = self._program, self._block
-        self.threads = n = count * per_block
-        tid, block = np.tile(np.arange(per_block), count), np.repeat(np.arange(count), per_block)
-        zeros = np.zeros(n, np.int64)
-        self._of_threads = np.stack([block, tid + (block + first) * per_block, zeros + 1, zeros + 1])
-        self.warp_epochs = self._of_threads[3]
-        self.lanes, self._blocks = tid % 32, block
-        self._known = np.zeros(-(-self._shared_size // 8) * 8 * count + 8, np.uint8)
+    def _set_up(self, frame: Frame, first: int, count: int) -> None:
+        program, layout, threads = self._program, self._layout, frame.threads
+        frame.start(first, self._grid, self._params)
+        self.frame = frame
+        self._threads, self._blocks = threads, frame.blocks
         stride = -(-self._shared_size // 16) * 16
+        local_stride = -(-program.local_size // 16) * 16
         self._shared = np.zeros(stride * count + 16, np.uint8)
-        self._shadow = np.zeros((stride * count // program.shared_unit + 1, WIDTH), np.int32)
-        self._known = np.zeros(len(self._shadow), np.uint8)
-        self._local_size = -(-program.local_size // 16) * 16
-        self._local = np.zeros(self._local_size * n + 16, np.uint8)
-        layout = self._layout
+        self._local = np.zeros(local_stride * threads + 16, np.uint8)
+        self._records.start_blocks(layout, stride * count // program.shared_unit)
         layout[m.SHARED_BASE] = self._shared.ctypes.data
         layout[m.SHARED_SIZE], layout[m.SHARED_STRIDE] = self._shared_size, stride
         layout[m.LOCAL_BASE], layout[m.LOCAL_SIZE] = self._local.ctypes.data, program.local_size
-        layout[m.LOCAL_STRIDE], layout[m.PER_BLOCK] = self._local_size, per_block
+        layout[m.LOCAL_STRIDE], layout[m.PER_BLOCK] = local_stride, self._block
         layout[m.SHARED_UNIT], layout[m.GLOBAL_UNIT] = program.shared_unit, program.global_unit
         self._gather()
-        self.words = np.zeros((8, n), np.uint64)
-        self._low: dict = {}
-        self._c = program.columns.fill(n, self._special(tid, block + first), self._params)
+        self._c = frame.columns
         self._c[0] = self
-        self._pending = {0: np.ones(n, np.bool_)}
+        self._pending = {0: np.ones(threads, np.bool_)}
         self._parked: dict[int, np.ndarray] = {}  # at exchanges
         self._at_barrier: dict[int, tuple[Control, np.ndarray]] = {}
-        self._gone, self._alive, self._waits = np.zeros(n, np.bool_), n, False
-
-    def _special(self, tid: np.ndarray, block: np.ndarray) -> dict[str, np.ndarray]:
-        n, lane = len(tid), tid % 32
-        one = np.uint64(1) << lane.astype(np.uint64)
-        below = one - np.uint64(1)
-        every = np.uint64(0xFFFFFFFF)
-        return {
-            "%tid.x": tid, "%ctaid.x": block, "%ntid.x": np.full(n, self._block), "%nctaid.x": np.full(n, self._grid),
-            **{f"%{a}.{b}": np.full(n, int(a[0] == "n")) for a in ("tid", "ctaid", "ntid", "nctaid") for b in "yz"},
-            "%laneid": lane, "%warpid": tid // 32, "%nwarpid": np.full(n, -(-self._block // 32)),
-            "%lanemask_eq": one, "%lanemask_lt": below, "%lanemask_le": below | one,
-            "%lanemask_ge": every ^ below, "%lanemask_gt": every ^ below ^ one,
-        }  # fmt: skip
+        self._gone, self._alive, self._waits = np.zeros(threads, np.bool_), threads, False
 
     def _add(self, pc: int, mask: np.ndarray) -> None:
         known = self._pending.get(pc)
@@ -256,14 +235,14 @@ class Machine:
             self._waits = True
         elif what == "exit":
             self._gone = self._gone | chosen
-            self._alive = self.threads - np.count_nonzero(self._gone)
+            self._alive = self._threads - np.count_nonzero(self._gone)
         elif what == "brx":
             self._table_branch(control, chosen)
         else:
             raise Fault(f"{what}: {self.who(np.flatnonzero(chosen)[0])}\n  in {control.text}")
 
     def _table_branch(self, control: Control, chosen: np.ndarray) -> None:
-        index = np.broadcast_to(self._c[control.place], self.threads)
+        index = np.broadcast_to(self._c[control.place], self._threads)
         for k in np.unique(index[chosen]):
             if k >= len(control.targets):
                 raise Fault(f"a branch to place {k} of {len(control.targets)}\n  in {control.text}")
@@ -276,9 +255,9 @@ class Machine:
             arrived = arrived | waiting
         masks = self._c[control.place]
         if not masks.ndim:
-            masks = np.full(self.threads, masks)
-        go = np.empty(self.threads, np.bool_)
-        count, i = meet(arrived, self._gone, masks, self.lanes, go)
+            masks = np.full(self._threads, masks)
+        go = np.empty(self._threads, np.bool_)
+        count, i = meet(arrived, self._gone, masks, self.frame.lanes, go)
         if count < 0:
             raise Fault(f"synccheck: {self.who(i)} {MET[count]}: {int(masks[i]):#x}\n  in {control.text}")
         if count:
@@ -297,7 +276,7 @@ class Machine:
         by_number: dict[int, list[int]] = {}
         for pc, (control, _) in self._at_barrier.items():
             by_number.setdefault(control.barrier, []).append(pc)
-        free = np.zeros(self.threads, np.bool_)
+        free = np.zeros(self._threads, np.bool_)
         for pcs in by_number.values():
             free |= self._whole(pcs, alive)
         if not free.any():
@@ -321,7 +300,7 @@ class Machine:
         place = control.place
         wanted = np.full(len(alive), self._block)
         if place:
-            wanted[self._blocks] = np.broadcast_to(self._c[place], self.threads)
+            wanted[self._blocks] = np.broadcast_to(self._c[place], self._threads)
         whole = (waiting == wanted) & (waiting > 0)
         left = (waiting == alive) & (waiting > 0) & ~whole
         if left.any():
@@ -333,8 +312,8 @@ class Machine:
             raise Fault(f"synccheck: threads of a block wait at different barriers\n  in {texts}")
         free = whole[self._blocks] & np.logical_or.reduce(masks)
         everyone = whole[self._blocks] & bool(not place)
-        self._of_threads[2] += everyone
-        self._of_threads[3] += everyone
+        self.frame.of_threads[m.EPOCH] += everyone
+        self.frame.of_threads[m.WARP_EPOCH] += everyone
         return free
 
     def _stuck(self) -> Fault:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from . import checked as m
 from . import convert  # noqa: F401  what makes cvt
-from . import memory as m
 from .access import atom, ld, smallest, st
 from .arithmetic import MAKE, not_understood
 from .columns import Columns
@@ -73,6 +73,7 @@ class Program:
         self.shared_unit = smallest(function.code, (m.SHARED,))
         self.global_unit = smallest(function.code, (m.GLOBAL,))
         self.stretches: dict[int, Stretch] = {}
+        self.frames: dict[tuple[int, int], list[Any]] = {}  # of frames.py, that no launch uses
         self._decode(function)
 
     def _variables(self, variables: dict[str, Variable], words: set[str]) -> dict[str, int]:

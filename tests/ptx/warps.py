@@ -6,25 +6,49 @@ from numba import njit
 LEFT, STRANGER, DIFFERENT = -1, -2, -3
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def meet(arrived, gone, members, lanes, go):
     """Which of those who have arrived may go on: warps whose named lanes are all here. The number of them.
 
     Less than 0 if a lane is not in its own mask, if lanes are named that have left, or if masks differ.
     """
-    n, count = arrived.size, 0
-    for i in range(n):
-        go[i] = False
+    n, count, i = arrived.size, 0, 0
+    while i < n:  # a warp
+        end, here, alike, mask = i, np.uint32(0), True, np.uint32(0)
+        while end < n and (end == i or lanes[end] != 0):
+            go[end] = False
+            if arrived[end]:
+                alike &= here == 0 or members[end] == mask
+                mask = members[end]
+                here |= np.uint32(1) << np.uint32(lanes[end])
+            end += 1
+        if here and alike and mask == here:
+            for k in range(i, end):
+                go[k] = arrived[k]
+                count += arrived[k]
+        elif here:
+            fault, more = _meet_in_part(arrived, gone, members, lanes, go, i, end)
+            if fault:
+                return fault, more
+            count += more
+        i = end
+    return count, 0
+
+
+@njit(cache=True, error_model="numpy")
+def _meet_in_part(arrived, gone, members, lanes, go, first, end):
+    """The same, of a warp not all of which is here or of which parts meet: (fault or 0, who or how many)."""
+    count = 0
+    for i in range(first, end):
         if not arrived[i]:
             continue
-        first, mask = i - lanes[i], members[i]
+        mask, whole = members[i], True
         if not (mask >> np.uint32(lanes[i])) & np.uint32(1):
             return STRANGER, i
-        whole = True
         for lane in range(32):
             if (mask >> np.uint32(lane)) & np.uint32(1):
                 other = first + lane
-                if other >= n or lanes[other] != lane or gone[other]:
+                if other >= end or gone[other]:
                     return LEFT, i
                 if not arrived[other]:
                     whole = False
@@ -33,10 +57,10 @@ def meet(arrived, gone, members, lanes, go):
         if whole:
             go[i] = True
             count += 1
-    return count, 0
+    return 0, count
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def pass_barrier(go, lanes, epochs):
     """Warps of which some lanes have met at bar.warp.sync: what they do next is ordered after that."""
     n = go.size
@@ -56,7 +80,7 @@ def pass_barrier(go, lanes, epochs):
 UP, DOWN, BFLY, IDX = range(4)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def shuffle(go, values, b, c, members, lanes, mode, out, inside):
     """The first thread that reads a lane that does not take part, or -1."""
     for i in range(go.size):
@@ -90,15 +114,17 @@ def shuffle(go, values, b, c, members, lanes, mode, out, inside):
 ALL, ANY, UNI, BALLOT = range(4)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def vote(go, chosen, members, lanes, mode, out):
+    first, mask, ballot = -1, np.uint32(0), np.uint32(0)
     for i in range(go.size):
         if not go[i]:
             continue
-        ballot, first = np.uint32(0), i - lanes[i]
-        for lane in range(32):
-            if (members[i] >> np.uint32(lane)) & np.uint32(1) and chosen[first + lane]:
-                ballot |= np.uint32(1) << np.uint32(lane)
+        if i - lanes[i] != first or members[i] != mask:
+            ballot, first, mask = np.uint32(0), i - lanes[i], members[i]
+            for lane in range(32):
+                if (mask >> np.uint32(lane)) & np.uint32(1) and chosen[first + lane]:
+                    ballot |= np.uint32(1) << np.uint32(lane)
         if mode == ALL:
             out[i] = ballot == members[i]
         elif mode == ANY:
@@ -109,7 +135,7 @@ def vote(go, chosen, members, lanes, mode, out):
             out[i] = ballot
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def match(go, values, members, lanes, everybody, out, same):
     """The lanes that hold the same value; with ``everybody`` the mask, or 0 unless all do."""
     for i in range(go.size):
@@ -126,7 +152,7 @@ def match(go, values, members, lanes, everybody, out, same):
 R_ADD, R_MIN, R_MAX, R_AND, R_OR, R_XOR = range(6)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def redux(go, values, members, lanes, what, out):
     for i in range(go.size):
         if not go[i]:
@@ -153,7 +179,7 @@ def redux(go, values, members, lanes, what, out):
         out[i] = total
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def active_lanes(active, lanes, out):
     for i in range(active.size):
         mask, first = np.uint32(0), i - lanes[i]
