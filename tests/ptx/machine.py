@@ -14,9 +14,9 @@ import numpy as np
 from . import checked as m
 from . import frames, records
 from .fault import Fault
+from .frames import Frame
 from .memory import Memory
 from .program import Control, Program
-from .frames import Frame
 from .records import Records
 from .warps import DIFFERENT, LEFT, STRANGER, meet
 
@@ -268,7 +268,7 @@ class Machine:
         self._waits = bool(self._parked) or bool(self._at_barrier)
 
     def _release(self) -> bool:
-        """All wait or have left: let those blocks go on that are whole at a barrier. Whether there is more to do."""
+        """All wait or have left: let blocks go on that are whole at a barrier. Whether more is to be done."""
         if not self._at_barrier and not self._parked:
             return False
         count = int(self._blocks[-1]) + 1

@@ -26,7 +26,7 @@ def nearest(exact, dtype):
 
 
 def rounded(function, kind, columns):
-    """What a function of fractions gives; for numbers that are no fractions what NumPy says, which is exact."""
+    """What a function of fractions gives; for numbers that are none what NumPy says, which is exact."""
     dtype = KINDS[kind].type
     out = []
     for row in zip(*(column for _, column in columns), strict=True):
@@ -195,8 +195,8 @@ def test_subnormals_are_flushed_where_that_is_written():
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("rcp", lambda x: 1 / x), ("rsqrt", lambda x: x**-0.5), ("ex2", np.exp2), ("lg2", np.log2), ("sin", np.sin),
-     ("cos", np.cos), ("sqrt", np.sqrt)],
+    [("rcp", lambda x: 1 / x), ("rsqrt", lambda x: x**-0.5), ("ex2", np.exp2), ("lg2", np.log2),
+     ("sin", np.sin),     ("cos", np.cos), ("sqrt", np.sqrt)],
     ids=["rcp", "rsqrt", "ex2", "lg2", "sin", "cos", "sqrt"],
 )  # fmt: skip
 def test_approximations_are_close(name, function):
