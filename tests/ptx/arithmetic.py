@@ -54,10 +54,10 @@ def apply(columns: Columns, i: Instruction, function: np.ufunc, kind: str, count
     """A ufunc of ``count`` operands of a type, written in place."""
     places = [columns.read(text, kind) for text in i.operands[1 : count + 1]]
     out = columns.write(i.operands[0], kind)
-    if not isinstance(function, np.ufunc):  # a compiled function, which knows no ``where``
-        return assign(columns, i.operands[0], kind, lambda c: function(*(c[p] for p in places)))
     if "ftz" in i.mods and kind == "f32":
         return _flushed(function, places, out)
+    if not isinstance(function, np.ufunc):  # a compiled function, which knows no ``where``
+        return assign(columns, i.operands[0], kind, lambda c: function(*(c[p] for p in places)))
     if count == 1:
         (x,) = places
 

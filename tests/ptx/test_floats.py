@@ -186,6 +186,9 @@ def test_subnormals_are_flushed_where_that_is_written():
     values = [("f32", np.array([tiny, -tiny, 1.0], np.float32)), ("f32", np.full(3, np.float32(2)))]
     same(compute("mul.ftz.f32 %y, %x0, %x1;", "f32", *values), np.array([0.0, -0.0, 2.0], np.float32))
     same(compute("mul.f32 %y, %x0, %x1;", "f32", *values), np.array([2 * tiny, -2 * tiny, 2.0], np.float32))
+    body = "fma.rn{}.f32 %y, %x0, %x1, %x0;"
+    same(compute(body.format(".ftz"), "f32", *values), np.array([0.0, -0.0, 3.0], np.float32))
+    same(compute(body.format(""), "f32", *values), np.float32(3) * values[0][1])
     small = [("f32", np.full(1, np.float32(2e-38))), ("f32", np.full(1, np.float32(0.25)))]
     same(compute("mul.ftz.f32 %y, %x0, %x1;", "f32", *small), np.zeros(1, np.float32))
     body = "setp.eq{}.f32 %p0, %x0, 0f00000000; selp.u32 %y, 1, 0, %p0;"

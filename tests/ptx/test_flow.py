@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ptx import machine
 from ptx.fault import Fault
 from ptx.machine import Module, launch
 from ptx.memory import Memory
@@ -37,6 +38,12 @@ TWO:
 OUT:
 """
     same(compute(body, "u32", x), np.array([10, 11, 12, 11], np.uint32)[x[1]])
+
+
+def test_what_does_not_end(monkeypatch):
+    monkeypatch.setattr(machine, "MOST_STRETCHES", 10_000)
+    with pytest.raises(Fault, match=r"the launch does not end\n  thread 0 of block 0 in bra AGAIN"):
+        run(kernel("\nAGAIN:\n add.u32 %r0, %r0, 1; bra AGAIN;"), np.zeros(1))
 
 
 def test_a_trap():

@@ -1,4 +1,4 @@
-"""Kernels that numba-cuda compiles, interpreted: right as they are, and found wrong when something is gone."""
+"""Kernels that numba-cuda compiles, interpreted: right as they are, found wrong when something is gone."""
 
 import re
 
@@ -11,6 +11,7 @@ if config.ENABLE_CUDASIM:
 pytest.importorskip("numba_cuda")
 
 from numba import cuda, float32, float64, int32, int64
+
 from ptx.fault import Fault
 from ptx.machine import Module, launch
 from ptx.programs import memory_of
@@ -122,7 +123,7 @@ def test_a_histogram_without_one_of_its_barriers(which):
     text = compiled(histogram, int64, int32)
     first, end = [match.span() for match in re.finditer(r"bar\.sync\s+0;", text)][which]
     x, counts = np.random.default_rng(0).integers(0, 1 << 40, 3000), np.zeros(256, np.int32)
-    with pytest.raises(Fault, match="racecheck|initcheck"):
+    with pytest.raises(Fault, match=r"racecheck|initcheck"):
         run(text[:first] + text[end:], x, counts, grid=4)
 
 
