@@ -1,1 +1,1 @@
-"""An interpreter of PTX: runs the code that a GPU would run on the CPU, and checks what compute-sanitizer would."""
+"""An interpreter of PTX: the code of a GPU on the CPU, checked as compute-sanitizer would."""

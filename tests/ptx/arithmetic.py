@@ -1,7 +1,7 @@
-"""Instructions that work on registers alone, each made into one function of columns and of where they count.
+"""Instructions that work on registers alone, each made into one function of columns; first, arithmetic.
 
-``make(instruction, columns)`` gives ``run(c, where)``: ``c`` is the list of columns, ``where`` is True or says
-for each thread whether its registers change.
+``make(instruction, columns)`` gives ``run(c, where)``: ``c`` is the list of columns, ``where`` is True or
+says for each thread whether its registers change.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from . import ufuncs
-from .columns import LOCAL, SHARED, Columns
+from .columns import Columns
 from .fault import Fault
 from .kinds import KINDS, bits_of, is_float
 from .parse import Instruction
@@ -17,7 +17,6 @@ from .ufuncs import ufunc
 
 Run = Callable[[list, object], None]
 MAKE: dict[str, Callable[[Instruction, Columns], Run]] = {}
-IGNORED_MODS = {"lo", "uni", "sync"}
 
 
 def makes(*names: str) -> Callable:
@@ -55,10 +54,10 @@ def apply(columns: Columns, i: Instruction, function: np.ufunc, kind: str, count
     """A ufunc of ``count`` operands of a type, written in place."""
     places = [columns.read(text, kind) for text in i.operands[1 : count + 1]]
     out = columns.write(i.operands[0], kind)
-    if not isinstance(function, np.ufunc):  # a compiled function, which knows no ``where``
-        return assign(columns, i.operands[0], kind, lambda c: function(*(c[p] for p in places)))
     if "ftz" in i.mods and kind == "f32":
         return _flushed(function, places, out)
+    if not isinstance(function, np.ufunc):  # a compiled function, which knows no ``where``
+        return assign(columns, i.operands[0], kind, lambda c: function(*(c[p] for p in places)))
     if count == 1:
         (x,) = places
 
@@ -93,8 +92,6 @@ def _flushed(function: Callable, places: list[int], out: int) -> Run:
 
 
 # -- sums, products, quotients
-
-ROUNDING = ("rn", "ftz", "sat")
 
 
 @makes("add", "sub")
@@ -306,279 +303,3 @@ def testp(i: Instruction, columns: Columns) -> Run:
         "subnormal": lambda x: (np.abs(x) < tiny) & (x != 0),
     }[how]  # fmt: skip
     return assign(columns, i.operands[0], "pred", lambda c: test(c[x]))
-
-
-# -- bits
-
-
-@makes("and", "or", "xor")
-def logic(i: Instruction, columns: Columns) -> Run:
-    function = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[i.base]
-    return apply(columns, i, function, kind_of(i), 2)
-
-
-@makes("shl", "shr")
-def shift(i: Instruction, columns: Columns) -> Run:
-    """A shift by the width or beyond leaves zeros, or the sign."""
-    kind = kind_of(i)
-    if i.base == "shl" or kind[0] == "b":
-        kind = f"u{bits_of(kind)}"
-    dtype, width = KINDS[kind], bits_of(kind)
-    function = np.left_shift if i.base == "shl" else np.right_shift
-    if not i.operands[2].startswith("%"):
-        by = int(columns.constant(i.operands[2], "u32"))
-        x, out = columns.read(i.operands[1], kind), columns.write(i.operands[0], kind)
-        if by >= width and kind[0] == "u":
-            return assign(columns, i.operands[0], kind, lambda c: dtype.type(0))
-        by = dtype.type(min(by, width - 1))
-
-        def run(c: list, where: object) -> None:
-            function(c[x], by, c[out], where=where)
-
-        return run
-    x, n = columns.read(i.operands[1], kind), columns.read(i.operands[2], "u32")
-    # NumPy itself shifts out all bits where a shift is by the width or more
-    most = np.uint32(width)
-    return assign(
-        columns, i.operands[0], kind, lambda c: function(c[x], np.minimum(c[n], most).astype(dtype))
-    )
-
-
-@makes("shf")
-def shf(i: Instruction, columns: Columns) -> Run:
-    left, wrap = "l" in i.mods, "wrap" in i.mods
-    low, top, by = (columns.read(text, "u32") for text in i.operands[1:4])
-    function = ufunc(ufuncs.funnel)
-    return assign(columns, i.operands[0], "u32", lambda c: function(c[low], c[top], c[by], left, wrap))
-
-
-@makes("bfe", "bfi")
-def bit_field(i: Instruction, columns: Columns) -> Run:
-    kind = kind_of(i)
-    width, unsigned = bits_of(kind), f"u{bits_of(kind)}"
-    dtype = KINDS[unsigned]
-    count = 1 if i.base == "bfe" else 2
-    words = [columns.read(text, unsigned) for text in i.operands[1 : count + 1]]
-    first, size = (columns.read(text, "u32") for text in i.operands[count + 1 : count + 3])
-    function = ufunc(ufuncs.bfe if i.base == "bfe" else ufuncs.bfi)
-    last = (width, kind[0] == "s") if i.base == "bfe" else (width,)
-
-    def compute(c: list) -> np.ndarray:
-        wide = [np.asarray(c[p], np.uint64) for p in words]
-        return function(*wide, c[first], c[size], *last).astype(dtype)
-
-    return assign(columns, i.operands[0], unsigned, compute)
-
-
-@makes("bfind")
-def bfind(i: Instruction, columns: Columns) -> Run:
-    kind = kind_of(i, "shiftamt")
-    x, width = columns.read(i.operands[1], f"u{bits_of(kind)}"), bits_of(kind)
-    function, signed, amount = ufunc(ufuncs.bfind), kind[0] == "s", "shiftamt" in i.mods
-    return assign(
-        columns, i.operands[0], "u32", lambda c: function(np.asarray(c[x], np.uint64), width, signed, amount)
-    )
-
-
-@makes("popc")
-def popc(i: Instruction, columns: Columns) -> Run:
-    x = columns.read(i.operands[1], kind_of(i))
-    return assign(columns, i.operands[0], "u32", lambda c: np.bitwise_count(c[x]))
-
-
-@makes("clz")
-def clz(i: Instruction, columns: Columns) -> Run:
-    kind = kind_of(i)
-    x, spare = columns.read(i.operands[1], kind), np.uint32(64 - bits_of(kind))
-    return assign(
-        columns, i.operands[0], "u32", lambda c: ufunc(ufuncs.clz)(np.asarray(c[x], np.uint64)) - spare
-    )
-
-
-@makes("brev")
-def brev(i: Instruction, columns: Columns) -> Run:
-    kind = kind_of(i)
-    x, spare = columns.read(i.operands[1], kind), np.uint64(64 - bits_of(kind))
-    dtype = KINDS[kind]
-
-    def compute(c: list) -> np.ndarray:
-        return (ufunc(ufuncs.brev)(np.asarray(c[x], np.uint64)) >> spare).astype(dtype)
-
-    return assign(columns, i.operands[0], kind, compute)
-
-
-@makes("prmt")
-def prmt(i: Instruction, columns: Columns) -> Run:
-    if i.mods != ("b32",):
-        raise not_understood(i)
-    return apply(columns, i, ufunc(ufuncs.prmt), "b32", 3)
-
-
-@makes("lop3")
-def lop3(i: Instruction, columns: Columns) -> Run:
-    if i.mods != ("b32",):
-        raise not_understood(i)
-    a, b, c_ = (columns.read(text, "b32") for text in i.operands[1:4])
-    table = int(i.operands[4], 0)
-
-    def compute(c: list) -> np.ndarray:
-        x, y, z = c[a], c[b], c[c_]
-        out = np.uint32(0)
-        for k in range(8):
-            if table >> k & 1:
-                out = out | ((x if k & 4 else ~x) & (y if k & 2 else ~y) & (z if k & 1 else ~z))
-        return out
-
-    return assign(columns, i.operands[0], "b32", compute)
-
-
-# -- choices and comparisons
-
-
-@makes("selp")
-def selp(i: Instruction, columns: Columns) -> Run:
-    kind = kind_of(i)
-    x, y = (columns.read(text, kind) for text in i.operands[1:3])
-    p, opposite = columns.predicate(i.operands[3])
-    if opposite:
-        x, y = y, x
-    return assign(columns, i.operands[0], kind, lambda c: np.where(c[p], c[x], c[y]))
-
-
-@makes("slct")
-def slct(i: Instruction, columns: Columns) -> Run:
-    kind, by = (mod for mod in i.mods if mod != "ftz")
-    x, y = (columns.read(text, kind) for text in i.operands[1:3])
-    sign = columns.read(i.operands[3], by)
-    return assign(columns, i.operands[0], kind, lambda c: np.where(c[sign] >= 0, c[x], c[y]))
-
-
-COMPARE = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
-
-
-def _comparison(i: Instruction, columns: Columns, how: str, kind: str) -> Callable[[list], np.ndarray]:
-    x, y = (columns.read(text, kind) for text in i.operands[1:3])
-    flushes = "ftz" in i.mods and kind == "f32"
-    if flushes:
-        values = lambda c: (flush(c[x]), flush(c[y]))  # noqa: E731
-    else:
-        values = lambda c: (c[x], c[y])  # noqa: E731
-    if how in ("nan", "num"):
-        return lambda c: (np.isnan(c[x]) | np.isnan(c[y])) == (how == "nan")
-    if is_float(kind) and how == "ne":  # of NumPy's comparisons this alone holds of a NaN
-        return lambda c: np.less(*values(c)) | np.greater(*values(c))
-    if is_float(kind) and how.endswith("u") and len(how) == 3:
-        compare = COMPARE[how[:2]]
-        return lambda c: compare(*values(c)) | np.isnan(c[x]) | np.isnan(c[y])
-    compare = COMPARE[how]
-    return lambda c: compare(*values(c))
-
-
-@makes("setp", "set")
-def setp(i: Instruction, columns: Columns) -> Run:
-    mods = [mod for mod in i.mods if mod != "ftz"]
-    how = mods.pop(0)
-    boolean = mods.pop(0) if mods[0] in ("and", "or", "xor") else None
-    kind = mods[-1]
-    if kind in ("bf16", "f16x2", "bf16x2"):
-        raise not_understood(i)
-    target, _, second = i.operands[0].partition("|")
-    compute = _comparison(i, columns, how, kind)
-    if i.base == "set":
-        if boolean or len(mods) != 2:
-            raise not_understood(i)
-        dtype = KINDS[mods[0]]
-        truth = dtype.type(1) if dtype.kind == "f" else np.array(-1).astype(dtype)[()]
-        return assign(columns, target, mods[0], lambda c: np.where(compute(c), truth, dtype.type(0)))
-    if (
-        not boolean
-        and not second
-        and ((how not in ("ne", "nan", "num") and not is_float(kind)) or how in COMPARE)
-    ):
-        if not (is_float(kind) and (how == "ne" or "ftz" in i.mods)):
-            out, compare = columns.write(target, "pred"), COMPARE[how]
-            x, y = (columns.read(text, kind) for text in i.operands[1:3])
-
-            def run(c: list, where: object) -> None:
-                compare(c[x], c[y], c[out], where=where)
-
-            return run
-    if not boolean:
-        combine, p, opposite = None, 0, False
-    else:
-        combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[boolean]
-        p, opposite = columns.predicate(i.operands[3])
-    out = columns.write(target, "pred")
-    other = columns.write(second, "pred") if second else None
-
-    def run(c: list, where: object) -> None:
-        value = compute(c)
-        third = c[p] != opposite
-        np.copyto(c[out], combine(value, third) if combine else value, where=where)
-        if other is not None:
-            np.copyto(c[other], combine(~value, third) if combine else ~value, where=where)
-
-    return run
-
-
-# -- moves
-
-
-@makes("mov")
-def mov(i: Instruction, columns: Columns) -> Run:
-    kind = kind_of(i)
-    target, source = i.operands
-    if target.startswith("{") or source.startswith("{"):
-        return _pack(i, columns, kind)
-    x, out = columns.read(source, kind), columns.write(target, kind)
-
-    def run(c: list, where: object) -> None:
-        np.copyto(c[out], c[x], where=where)
-
-    return run
-
-
-def _pack(i: Instruction, columns: Columns, kind: str) -> Run:
-    """``mov.b64 {a, b}, c`` and the other way."""
-    target, source = i.operands
-    unpack = target.startswith("{")
-    parts = [part.strip() for part in (target if unpack else source).strip("{}").split(",")]
-    piece = bits_of(kind) // len(parts)
-    if kind == "b128" or piece < 8:
-        raise not_understood(i)
-    whole, part_dtype, dtype = f"u{bits_of(kind)}", KINDS[f"u{piece}"], KINDS[f"u{bits_of(kind)}"]
-    if unpack:
-        x = columns.read(source, whole)
-        outs = [columns.write(part, f"u{piece}") for part in parts]
-
-        def run(c: list, where: object) -> None:
-            value = np.atleast_1d(c[x]).copy().view(part_dtype)
-            for k, out in enumerate(outs):
-                np.copyto(c[out], value[k :: len(outs)], where=where)
-
-        return run
-    places = [columns.read(part, f"u{piece}") for part in parts]
-
-    def compute(c: list) -> np.ndarray:
-        value = c[places[0]].astype(dtype)
-        for k, place in enumerate(places[1:], 1):
-            value = value | (c[place].astype(dtype) << dtype.type(k * piece))
-        return value
-
-    return assign(columns, target, whole, compute)
-
-
-@makes("cvta")
-def cvta(i: Instruction, columns: Columns) -> Run:
-    mods = [mod for mod in i.mods if mod != "to"]
-    base = {"shared": SHARED, "local": LOCAL}.get(mods[0].split("::")[0], 0)
-    if mods[-1] != "u64" or mods[0].split("::")[0] not in ("global", "shared", "local", "const", "param"):
-        raise not_understood(i)
-    x, shift_ = (
-        columns.read(i.operands[1], "u64"),
-        np.uint64(base if "to" not in i.mods else (1 << 64) - base & (1 << 64) - 1),
-    )
-    return assign(columns, i.operands[0], "u64", lambda c: c[x] + shift_)

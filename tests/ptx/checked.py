@@ -6,9 +6,9 @@ nothing has written, and may not race with another.
 
 A race is looked for as follows. Each unit of memory has a record for plain reads, plain writes and atomic
 accesses. Two accesses race if at least one writes, they are not both atomic, and neither a barrier of their
-block nor, within a warp, a bar.warp.sync lies between. A record keeps, of those who touched the unit: the last;
-another of the same warp; one of another warp of the same block; and one of another block. Whoever would race
-with anybody who ever touched the unit races with one of these, or has made one of these race before.
+block nor, within a warp, a bar.warp.sync lies between. A record keeps, of those who touched the unit: the
+last; another of the same warp; one of another warp of the same block; and one of another block. Whoever would
+race with anybody who ever touched the unit races with one of these, or one of these has raced before.
 
 All compiled code that calls itself is in this one file: Numba's cache does not see changes of another.
 """
@@ -21,8 +21,8 @@ from numba.extending import intrinsic
 GLOBAL, SHARED, LOCAL, GENERIC = 0, 1, 2, 3
 FINE, OUTSIDE, MISALIGNED, READ_ONLY, RACE, UNINITIALISED = range(6)
 # what ``layout`` holds
-(SHARED_BASE, SHARED_SIZE, SHARED_STRIDE, LOCAL_BASE, LOCAL_SIZE, LOCAL_STRIDE, PER_BLOCK, SHARED_UNIT, GLOBAL_UNIT,
- USED, GLOBAL_GENERATION, SHARED_GENERATION) = range(12)  # fmt: skip
+(SHARED_BASE, SHARED_SIZE, SHARED_STRIDE, LOCAL_BASE, LOCAL_SIZE, LOCAL_STRIDE, PER_BLOCK, SHARED_UNIT,
+ GLOBAL_UNIT, USED, GLOBAL_GENERATION, SHARED_GENERATION) = range(12)  # fmt: skip
 LAYOUT = 12
 # what ``threads`` holds: of each its block, counted from the first that runs, its number in the grid, and how
 # many barriers its block and its warp have passed
@@ -225,14 +225,14 @@ def load(
     records,
     shared,
 ):
-    """``count`` numbers of ``size`` bytes each for the active threads, into rows of ``out``; what went wrong."""
+    """``count`` numbers of ``size`` bytes each, for active threads, into rows of ``out``; what went wrong."""
     last = 0
     for i in range(active.size):
         if not active[i]:
             continue
         fault, at, detail, last = _check(
-            i, addresses[i] + move, size * count, space, how, True, False, table, last, layout, threads, keys, records,
-            shared,
+            i, addresses[i] + move, size * count, space, how, True, False, table, last, layout, threads,
+            keys, records, shared,
         )  # fmt: skip
         if fault:
             return fault, i, at, detail
@@ -271,8 +271,8 @@ def store(
         if not active[i]:
             continue
         fault, at, detail, last = _check(
-            i, addresses[i] + move, size * count, space, how, False, True, table, last, layout, threads, keys, records,
-            shared,
+            i, addresses[i] + move, size * count, space, how, False, True, table, last, layout, threads,
+            keys, records, shared,
         )  # fmt: skip
         if fault:
             return fault, i, at, detail
@@ -314,7 +314,7 @@ def _combined(what, sort, size, old, x, y):
                 np.float64(np.uint64(old).view(np.float64) + np.uint64(x).view(np.float64)).view(np.uint64)
             )
         return old + x
-    if what == MIN or what == MAX:
+    if what in (MIN, MAX):
         if sort == SIGNED:
             less = _signed(x, size) < _signed(old, size)
         else:
@@ -360,8 +360,8 @@ def atomic(
         if not active[i]:
             continue
         fault, at, detail, last = _check(
-            i, addresses[i] + move, size, space, ATOMIC, True, True, table, last, layout, threads, keys, records,
-            shared,
+            i, addresses[i] + move, size, space, ATOMIC, True, True, table, last, layout, threads,
+            keys, records, shared,
         )  # fmt: skip
         if fault:
             return fault, i, at, detail

@@ -1,4 +1,4 @@
-"""Instructions that lanes of a warp execute together, made into functions of columns and of those who take part."""
+"""Instructions that lanes of a warp execute together, as functions of columns and of those who take part."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ from .parse import Instruction
 Meet = Callable[[list, np.ndarray, np.ndarray], None]  # columns, those who go on, the masks they name
 MODES = {"up": warps.UP, "down": warps.DOWN, "bfly": warps.BFLY, "idx": warps.IDX}
 VOTES = {"all": warps.ALL, "any": warps.ANY, "uni": warps.UNI, "ballot": warps.BALLOT}
-REDUCTIONS = {"add": warps.R_ADD, "min": warps.R_MIN, "max": warps.R_MAX, "and": warps.R_AND, "or": warps.R_OR,
-              "xor": warps.R_XOR}  # fmt: skip
+REDUCTIONS = {"add": warps.R_ADD, "min": warps.R_MIN, "max": warps.R_MAX, "and": warps.R_AND,
+              "or": warps.R_OR, "xor": warps.R_XOR}  # fmt: skip
 
 
 def full(c: list, place: int) -> np.ndarray:

@@ -14,9 +14,9 @@ import numpy as np
 from . import checked as m
 from . import frames, records
 from .fault import Fault
+from .frames import Frame
 from .memory import Memory
 from .program import Control, Program
-from .frames import Frame
 from .records import Records
 from .warps import DIFFERENT, LEFT, STRANGER, meet
 
@@ -24,6 +24,7 @@ __all__ = ["Fault", "Module", "Statistics", "launch"]
 
 Module = Program
 MOST_THREADS = 8192  # at once
+MOST_STRETCHES = 3_000_000  # of code, some twenty seconds: a launch that takes more is taken for endless
 PATIENCE = 1024  # so many stretches later, those who are furthest go on, for whom others may wait
 SAID = {
     m.OUTSIDE: "memcheck: out of bounds",
@@ -171,6 +172,8 @@ class Machine:
                     return
                 continue
             turn += 1
+            if turn > MOST_STRETCHES:
+                raise self._stuck("the launch does not end", pending)
             pc = min(pending) if turn % PATIENCE else max(pending)
             active = pending.pop(pc)
             stretch = stretches[pc]
@@ -268,7 +271,7 @@ class Machine:
         self._waits = bool(self._parked) or bool(self._at_barrier)
 
     def _release(self) -> bool:
-        """All wait or have left: let those blocks go on that are whole at a barrier. Whether there is more to do."""
+        """All wait or have left: let blocks go on that are whole at a barrier. Whether more is to be done."""
         if not self._at_barrier and not self._parked:
             return False
         count = int(self._blocks[-1]) + 1
@@ -280,7 +283,7 @@ class Machine:
         for pcs in by_number.values():
             free |= self._whole(pcs, alive)
         if not free.any():
-            raise self._stuck()
+            raise self._stuck("synccheck: threads wait for others that never come", {})
         for pc, (control, mask) in [*self._at_barrier.items()]:
             go, stay = mask & free, mask & ~free
             del self._at_barrier[pc]
@@ -316,10 +319,11 @@ class Machine:
         self.frame.of_threads[m.WARP_EPOCH] += everyone
         return free
 
-    def _stuck(self) -> Fault:
-        out = ["synccheck: threads wait for others that never come"]
-        for pc, mask in self._parked.items():
-            out.append(f"{self.who(np.flatnonzero(mask)[0])} in {self._program.stretches[pc].control.text}")
-        for control, mask in self._at_barrier.values():
-            out.append(f"{self.who(np.flatnonzero(mask)[0])} in {control.text}")
+    def _stuck(self, what: str, running: dict[int, np.ndarray]) -> Fault:
+        """What threads do that do not come to an end."""
+        out = [what]
+        at_barrier = {pc: mask for pc, (_, mask) in self._at_barrier.items()}
+        for pc, mask in (*running.items(), *self._parked.items(), *at_barrier.items()):
+            text = self._program.stretches[pc].control.text
+            out.append(f"{self.who(np.flatnonzero(mask)[0])} in {text}")
         return Fault("\n  ".join(out))

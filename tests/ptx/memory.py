@@ -22,7 +22,7 @@ class Memory:
             self._table = None
 
     def table(self, more: tuple[tuple[int, int, bool], ...] = ()) -> np.ndarray:
-        """Rows of the first byte, the end and whether one may write, of all allocations and ``more``, by address."""
+        """Rows of first bytes, ends and whether one may write, of allocations and ``more``, by address."""
         if self._table is None:
             self._table = _sorted(self._sizes)
         if not more:

@@ -1,4 +1,4 @@
-"""From the text of PTX to instructions in one list, functions that are called being put in place of their calls."""
+"""From the text of PTX to one list of instructions, functions being put in place of calls of them."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,10 +10,12 @@ from .kinds import KINDS
 
 _FUNCTION = re.compile(r"\.(entry|func)\s*(?:\(([^)]*)\))?\s*([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*?)([{;])")
 _VARIABLE = re.compile(
-    r"\.(shared|local|global|const)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?\s*(?:=\s*([^;]*))?;"
+    r"\.(shared|local|global|const)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?"
+    r"\s*(?:=\s*([^;]*))?;"
 )
 _PARAM = re.compile(
-    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr[^,\w]*(?:\.\w+\s*|\d+\s*)*\s)?([\w$]+)(?:\[(\d+)\])?"
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr[^,\w]*(?:\.\w+\s*|\d+\s*)*\s)?"
+    r"([\w$]+)(?:\[(\d+)\])?"
 )
 _INSTRUCTION = re.compile(r"(?:@(!?)(%[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([^;]*);")

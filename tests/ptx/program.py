@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from . import bits, choices, convert, moves  # noqa: F401  which put what they know into MAKE
 from . import checked as m
-from . import convert  # noqa: F401  what makes cvt
 from .access import atom, ld, smallest, st
 from .arithmetic import MAKE, not_understood
 from .columns import Columns

@@ -20,7 +20,7 @@ REGISTERS = """
 
 
 def kernel(body: str, params: int = 1, outside: str = "", variables: str = "") -> str:
-    """A kernel of ``params`` addresses or whole numbers, which are in %rd20, %rd21 and so on; %r20 is the thread."""
+    """A kernel of ``params`` addresses or numbers, which %rd20, %rd21 and so on hold; %r20 is the thread."""
     names = ", ".join(f".param .u64 param_{k}" for k in range(params))
     loads = "\n".join(f"    ld.param.u64 %rd{20 + k}, [param_{k}];" for k in range(params))
     return (
@@ -45,7 +45,7 @@ def run(
 
 
 def compute(body: str, out: str, *inputs: tuple[str, np.ndarray]) -> np.ndarray:
-    """What instructions make of %x0, %x1 and so on, which are of types and columns given: %y, of type ``out``."""
+    """%y, of type ``out``, as instructions make it of %x0, %x1 and so on: types and columns."""
     count = len(inputs[0][1])
     lines, registers = [], []
     for k, (kind, _) in enumerate(inputs):
@@ -61,7 +61,8 @@ def compute(body: str, out: str, *inputs: tuple[str, np.ndarray]) -> np.ndarray:
         "    mov.u32 %r0, %ctaid.x;\n    mov.u32 %r1, %ntid.x;\n    mad.lo.u32 %r2, %r0, %r1, %r20;\n"
         f"    setp.ge.u32 %p9, %r2, {count};\n    @%p9 bra DONE;\n"
         + "\n".join(lines)
-        + f"\n{body}\n    mad.wide.u32 %rd10, %r2, {size}, %rd20;\n    st.global.b{8 * size} [%rd10], %y;\nDONE:",
+        + f"\n{body}\n    mad.wide.u32 %rd10, %r2, {size}, %rd20;\n"
+        f"    st.global.b{8 * size} [%rd10], %y;\nDONE:",
         1 + len(inputs),
         variables="\n".join(registers),
     )
@@ -76,8 +77,9 @@ def extremes(kind: str) -> np.ndarray:
     dtype, rng = KINDS[kind], np.random.default_rng(bits_of(kind))
     if dtype.kind == "f":
         info = np.finfo(dtype)
-        special = [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, -2.5, np.inf, -np.inf, np.nan, info.max, info.min, info.eps,
-                   info.smallest_normal, info.smallest_subnormal, -info.smallest_subnormal, 3.14159]  # fmt: skip
+        special = [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, -2.5, np.inf, -np.inf, np.nan, info.max, info.min,
+                   info.eps, info.smallest_normal, info.smallest_subnormal,
+                   -info.smallest_subnormal, 3.14159]  # fmt: skip
         bits = rng.integers(0, (1 << bits_of(kind)) - 1, 20, np.uint64, endpoint=True)
         plain = rng.standard_normal(12)
         known = np.array([*special, *plain]).astype(dtype)

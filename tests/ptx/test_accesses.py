@@ -54,8 +54,9 @@ def test_addresses_are_moved():
 
 def test_parameters_of_all_types():
     text = (
-        f"{HEAD}.visible .entry kernel(.param .u64 out, .param .f32 x, .param .s32 n, .param .f64 y, .param .u8 small,"
-        " .param .align 8 .b8 pair[16])\n{ .reg .f32 %f<3>; .reg .f64 %fd<6>; .reg .b32 %r<3>; .reg .b64 %rd<3>;"
+        f"{HEAD}.visible .entry kernel(.param .u64 out, .param .f32 x, .param .s32 n, .param .f64 y,"
+        " .param .u8 small, .param .align 8 .b8 pair[16])\n{ .reg .f32 %f<3>;"
+        ".reg .f64 %fd<6>; .reg .b32 %r<3>; .reg .b64 %rd<3>;"
         ".reg .b16 %rs<3>; ld.param.u64 %rd0, [out]; ld.param.f32 %f0, [x]; ld.param.s32 %r0, [n];"
         "ld.param.f64 %fd0, [y]; ld.param.u8 %rs0, [small]; ld.param.v2.f64 {%fd4, %fd5}, [pair];"
         "ld.param.f64 %fd5, [pair+8];"
@@ -87,7 +88,8 @@ def test_local_memory_is_each_threads_own():
 
 def test_generic_addresses_of_all_spaces():
     body = (
-        "mov.u64 %rd1, buffer; cvta.shared.u64 %rd2, %rd1; mul.wide.u32 %rd3, %r20, 4; add.s64 %rd2, %rd2, %rd3;"
+        "mov.u64 %rd1, buffer; cvta.shared.u64 %rd2, %rd1; mul.wide.u32 %rd3, %r20, 4;"
+        "add.s64 %rd2, %rd2, %rd3;"
         "cvta.to.global.u64 %rd4, %rd20; cvta.global.u64 %rd4, %rd4; add.s64 %rd4, %rd4, %rd3;"
         "st.u32 [%rd2], %r20; ld.u32 %r0, [%rd2]; st.u32 [%rd4], %r0; cvta.to.shared.u64 %rd5, %rd2;"
         "ld.shared.u32 %r1, [%rd5]; setp.ne.s32 %p0, %r0, %r1; @%p0 trap;"
@@ -98,9 +100,11 @@ def test_generic_addresses_of_all_spaces():
 
 
 def test_tables_of_the_module():
-    outside = ".global .align 4 .b32 table[4] = {5, 0x10, -1, 7};\n.const .align 8 .f64 half = {0d3FE0000000000000};"
+    outside = ".global .align 4 .b32 table[4] = {5, 0x10, -1, 7};\n"
+    outside += ".const .align 8 .f64 half = {0d3FE0000000000000};"
     body = (
-        "mov.u64 %rd1, table; and.b32 %r0, %r20, 3; mad.wide.u32 %rd2, %r0, 4, %rd1; ld.global.u32 %r1, [%rd2];"
+        "mov.u64 %rd1, table; and.b32 %r0, %r20, 3; mad.wide.u32 %rd2, %r0, 4, %rd1;"
+        "ld.global.u32 %r1, [%rd2];"
         "ld.const.f64 %fd0, [half]; cvt.rn.f64.s32 %fd1, %r1; mul.f64 %fd1, %fd1, %fd0;"
         "mad.wide.u32 %rd0, %r20, 8, %rd20; st.global.f64 [%rd0], %fd1;"
     )
@@ -156,11 +160,14 @@ def test_atomics_have_an_order(name, kind, space):
     start, old = values[:1].copy(), np.zeros(64, dtype)
     x, y = ("%r0", "%r1") if size == 4 else ("%rd5", "%rd6")
     bits = f"b{8 * size}"
-    body = f"mad.wide.u32 %rd0, %r20, {size}, %rd21; ld.global.{bits} {x}, [%rd0]; mad.wide.u32 %rd1, %r20, {size}, %rd22;"
+    body = f"mad.wide.u32 %rd0, %r20, {size}, %rd21; ld.global.{bits} {x}, [%rd0];"
+    body += f"mad.wide.u32 %rd1, %r20, {size}, %rd22;"
     if space == "shared":
-        first = f"setp.eq.u32 %p0, %r20, 0; @%p0 ld.global.{bits} {y}, [%rd20]; @%p0 st.shared.{bits} [word], {y};"
+        first = "setp.eq.u32 %p0, %r20, 0;"
+        first += f"@%p0 ld.global.{bits} {y}, [%rd20]; @%p0 st.shared.{bits} [word], {y};"
         last = f"bar.sync 0; @%p0 ld.shared.{bits} {x}, [word]; @%p0 st.global.{bits} [%rd20], {x};"
-        body += f"{first} bar.sync 0; atom.shared.{name}.{kind} {y}, [word], {x}; st.global.{bits} [%rd1], {y}; {last}"
+        body += f"{first} bar.sync 0; atom.shared.{name}.{kind} {y}, [word], {x};"
+        body += f"st.global.{bits} [%rd1], {y}; {last}"
     else:
         body += f"atom.relaxed.gpu.global.{name}.{kind} {y}, [%rd20], {x}; st.global.{bits} [%rd1], {y};"
     final = start.copy()
@@ -257,7 +264,8 @@ def test_misaligned(body):
 def test_a_vector_is_aligned_to_all_of_it():
     array = np.zeros(100, np.float32)
     first = -(array.ctypes.data // 4) % 4 * 4
-    body = "mul.wide.u32 %rd1, %r20, 16; add.s64 %rd0, %rd20, %rd1; ld.global.v4.f32 {%f0, %f1, %f2, %f3}, [%rd0];"
+    body = "mul.wide.u32 %rd1, %r20, 16; add.s64 %rd0, %rd20, %rd1;"
+    body += "ld.global.v4.f32 {%f0, %f1, %f2, %f3}, [%rd0];"
     module = Module(kernel(body))
     launch(module, memory_of(array), 1, 16, [array.ctypes.data + first])
     with pytest.raises(Fault, match="memcheck: misaligned"):
@@ -294,8 +302,9 @@ def test_many_allocations():
     arrays = [np.full(8, k, np.int64) for k in range(2000)]
     table = np.array([array.ctypes.data for array in arrays])
     body = (
-        "mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mad.lo.u32 %r0, %r1, %r2, %r20; mad.wide.u32 %rd0, %r0, 8, %rd20;"
-        "ld.global.u64 %rd1, [%rd0]; ld.global.u64 %rd2, [%rd1+56]; add.s64 %rd2, %rd2, 1; st.global.u64 [%rd1], %rd2;"
+        "mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mad.lo.u32 %r0, %r1, %r2, %r20;"
+        "mad.wide.u32 %rd0, %r0, 8, %rd20; ld.global.u64 %rd1, [%rd0];"
+        "ld.global.u64 %rd2, [%rd1+56]; add.s64 %rd2, %rd2, 1; st.global.u64 [%rd1], %rd2;"
     )
     module, memory = Module(kernel(body)), memory_of(table, *arrays)
     launch(module, memory, 20, 100, [table.ctypes.data])

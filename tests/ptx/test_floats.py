@@ -26,7 +26,7 @@ def nearest(exact, dtype):
 
 
 def rounded(function, kind, columns):
-    """What a function of fractions gives; for numbers that are no fractions what NumPy says, which is exact."""
+    """What a function of fractions gives; for numbers that are none what NumPy says, which is exact."""
     dtype = KINDS[kind].type
     out = []
     for row in zip(*(column for _, column in columns), strict=True):
@@ -186,6 +186,9 @@ def test_subnormals_are_flushed_where_that_is_written():
     values = [("f32", np.array([tiny, -tiny, 1.0], np.float32)), ("f32", np.full(3, np.float32(2)))]
     same(compute("mul.ftz.f32 %y, %x0, %x1;", "f32", *values), np.array([0.0, -0.0, 2.0], np.float32))
     same(compute("mul.f32 %y, %x0, %x1;", "f32", *values), np.array([2 * tiny, -2 * tiny, 2.0], np.float32))
+    body = "fma.rn{}.f32 %y, %x0, %x1, %x0;"
+    same(compute(body.format(".ftz"), "f32", *values), np.array([0.0, -0.0, 3.0], np.float32))
+    same(compute(body.format(""), "f32", *values), np.float32(3) * values[0][1])
     small = [("f32", np.full(1, np.float32(2e-38))), ("f32", np.full(1, np.float32(0.25)))]
     same(compute("mul.ftz.f32 %y, %x0, %x1;", "f32", *small), np.zeros(1, np.float32))
     body = "setp.eq{}.f32 %p0, %x0, 0f00000000; selp.u32 %y, 1, 0, %p0;"
@@ -195,8 +198,8 @@ def test_subnormals_are_flushed_where_that_is_written():
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("rcp", lambda x: 1 / x), ("rsqrt", lambda x: x**-0.5), ("ex2", np.exp2), ("lg2", np.log2), ("sin", np.sin),
-     ("cos", np.cos), ("sqrt", np.sqrt)],
+    [("rcp", lambda x: 1 / x), ("rsqrt", lambda x: x**-0.5), ("ex2", np.exp2), ("lg2", np.log2),
+     ("sin", np.sin),     ("cos", np.cos), ("sqrt", np.sqrt)],
     ids=["rcp", "rsqrt", "ex2", "lg2", "sin", "cos", "sqrt"],
 )  # fmt: skip
 def test_approximations_are_close(name, function):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ptx import machine
 from ptx.fault import Fault
 from ptx.machine import Module, launch
 from ptx.memory import Memory
@@ -37,6 +38,12 @@ TWO:
 OUT:
 """
     same(compute(body, "u32", x), np.array([10, 11, 12, 11], np.uint32)[x[1]])
+
+
+def test_what_does_not_end(monkeypatch):
+    monkeypatch.setattr(machine, "MOST_STRETCHES", 10_000)
+    with pytest.raises(Fault, match=r"the launch does not end\n  thread 0 of block 0 in bra AGAIN"):
+        run(kernel("\nAGAIN:\n add.u32 %r0, %r0, 1; bra AGAIN;"), np.zeros(1))
 
 
 def test_a_trap():
@@ -156,7 +163,7 @@ def test_calls():
 
 
 def test_calls_that_cannot_be():
-    with pytest.raises(Fault, match="not understood: call.uni"):
+    with pytest.raises(Fault, match=r"not understood: call\.uni"):
         Module(kernel(CALL.format("%r0"), 2))
     forever = ".func again()\n{ call.uni again; ret; }"
     with pytest.raises(Fault, match="again calls itself"):
@@ -168,14 +175,34 @@ def test_calls_that_cannot_be():
 
 @pytest.mark.parametrize(
     "body",
-    ["add.s33 %r0, %r1, %r2;", "add.rz.f32 %f0, %f1, %f2;", "frobnicate.b32 %r0, %r1;", "tex.2d.v4.f32 %f0, %f1;",
-     "ld.global.future.u32 %r0, [%rd20];", "ld.moon.u32 %r0, [%rd20];", "mov.u32 %r0, %clock;", "mov.u32 %r0, nothing;",
-     "mov.u32 %q0, 1;", "bra NOWHERE;", "add.u32 %r0, %r1;", "add.u64 %r0, %r1, %r2;", "setp.xx.u32 %p0, %r0, %r1;",
-     "shfl.sync.left.b32 %r0, %r1, 1, 31, -1;", "shfl.up.b32 %r0, %r1, 1, 31;", "vote.sync.most.pred %p0, %p1, -1;",
-     "bar.arrive 0, 64;", "bar.red.popc.u32 %r0, 0, %p0;", "atom.global.mul.u32 %r0, [%rd20], %r1;",
-     "red.global.add.noftz.f16x2 [%rd20], %r0;", "cvt.rs.f16x2.f32 %r0, %f0, %f1, %r1;", "cvt.s32.f32 %r0, %f0;",
-     "cp.async.ca.shared.global [%r0], [%rd20], 4;", "selp.u32 %r0, 1, 0, %r1;", "dp4a.u32.u32 %r0, %r1, %r2, %r3;"],
-)  # fmt: skip
+    [
+        "add.s33 %r0, %r1, %r2;",
+        "add.rz.f32 %f0, %f1, %f2;",
+        "frobnicate.b32 %r0, %r1;",
+        "tex.2d.v4.f32 %f0, %f1;",
+        "ld.global.future.u32 %r0, [%rd20];",
+        "ld.moon.u32 %r0, [%rd20];",
+        "mov.u32 %r0, %clock;",
+        "mov.u32 %r0, nothing;",
+        "mov.u32 %q0, 1;",
+        "bra NOWHERE;",
+        "add.u32 %r0, %r1;",
+        "add.u64 %r0, %r1, %r2;",
+        "setp.xx.u32 %p0, %r0, %r1;",
+        "shfl.sync.left.b32 %r0, %r1, 1, 31, -1;",
+        "shfl.up.b32 %r0, %r1, 1, 31;",
+        "vote.sync.most.pred %p0, %p1, -1;",
+        "bar.arrive 0, 64;",
+        "bar.red.popc.u32 %r0, 0, %p0;",
+        "atom.global.mul.u32 %r0, [%rd20], %r1;",
+        "red.global.add.noftz.f16x2 [%rd20], %r0;",
+        "cvt.rs.f16x2.f32 %r0, %f0, %f1, %r1;",
+        "cvt.s32.f32 %r0, %f0;",
+        "cp.async.ca.shared.global [%r0], [%rd20], 4;",
+        "selp.u32 %r0, 1, 0, %r1;",
+        "dp4a.u32.u32 %r0, %r1, %r2, %r3;",
+    ],
+)
 def test_what_is_not_understood_is_told(body):
     with pytest.raises(Fault):
         Module(kernel(body))

@@ -25,7 +25,8 @@ def races(body, block=64, space="shared"):
 
 # A tree of sums over 256 threads with a barrier after each level.
 TREE = OWN + "st.shared.u32 [%rd1], %r20; bar.sync 0;" + "".join(
-    f"setp.lt.u32 %p0, %r20, {half}; @%p0 ld.shared.u32 %r0, [%rd1]; @%p0 ld.shared.u32 %r1, [%rd1+{4 * half}];"
+    f"setp.lt.u32 %p0, %r20, {half}; @%p0 ld.shared.u32 %r0, [%rd1];"
+    f"@%p0 ld.shared.u32 %r1, [%rd1+{4 * half}];"
     "@%p0 add.s32 %r0, %r0, %r1; @%p0 st.shared.u32 [%rd1], %r0; bar.sync 0;"
     for half in (128, 64, 32, 16, 8, 4, 2, 1)
 )  # fmt: skip
@@ -115,7 +116,8 @@ def test_atomics_do_not_race_with_each_other():
 def test_blocks_have_shared_memory_of_their_own():
     body = (
         OWN
-        + "mov.u32 %r1, %ctaid.x; st.shared.u32 [%rd1], %r1; ld.shared.u32 %r0, [%rd1]; setp.ne.s32 %p0, %r0, %r1;"
+        + "mov.u32 %r1, %ctaid.x; st.shared.u32 [%rd1], %r1; ld.shared.u32 %r0, [%rd1];"
+        + "setp.ne.s32 %p0, %r0, %r1;"
     )
     shared(body + "@%p0 trap;", grid=70, block=512)
 
@@ -130,7 +132,7 @@ def on_global(body, block=64, grid=2, size=1024):
 
 
 def races_in_global(body, block=64, grid=2):
-    with pytest.raises(Fault, match="racecheck: a race: thread .*; with thread .*\n  in .*global"):
+    with pytest.raises(Fault, match=r"racecheck: a race: thread .*; with thread .*\n  in .*global"):
         on_global(body, block, grid)
 
 

@@ -61,7 +61,8 @@ def test_votes_of_some_lanes():
     x = values(high=3)
     body = (
         "setp.eq.u32 %p0, %x0, 0; and.b32 %r1, %r20, 1; setp.eq.u32 %p1, %r1, 1; mov.u32 %y, 0; @%p1 bra ODD;"
-        "vote.sync.ballot.b32 %y, %p0, 0x55555555; bra JOIN;\nODD:\n vote.sync.ballot.b32 %y, %p0, 0xaaaaaaaa;\nJOIN:"
+        "vote.sync.ballot.b32 %y, %p0, 0x55555555; bra JOIN;"
+        "\nODD:\n vote.sync.ballot.b32 %y, %p0, 0xaaaaaaaa;\nJOIN:"
     )
     bits = ((x[1] == 0).reshape(2, 32) * (1 << np.arange(32))).sum(1)
     masks = np.where(LANES % 2, 0xAAAAAAAA, 0x55555555)
@@ -165,7 +166,8 @@ class TestLanesThatAreMissing:
             run(kernel(instruction.replace("-1;", "0x7fffffff;")), np.zeros(1), block=32)
 
     def test_masks_differ(self, instruction):
-        body = "setp.lt.u32 %p1, %r20, 8; selp.b32 %r5, -1, 0xffff, %p1; setp.lt.u32 %p2, %r20, 16; @!%p2 bra DONE;"
+        body = "setp.lt.u32 %p1, %r20, 8; selp.b32 %r5, -1, 0xffff, %p1;"
+        body += "setp.lt.u32 %p2, %r20, 16; @!%p2 bra DONE;"
         with pytest.raises(Fault, match="synccheck"):
             run(kernel(body + instruction.replace("-1;", "%r5;") + "\nDONE:"), np.zeros(1), block=32)
 
