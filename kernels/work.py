@@ -1,13 +1,14 @@
 """What a launch is told, whatever the device: the code it needs, and the arrays it works on."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from fastopt.kernels.formats import Format
 from fastopt.kernels.rule import RULES, Rule
 
-Slots = tuple[tuple[np.ndarray, np.ndarray | None], ...]  # state arrays, each with the scales of its codes
+Array: TypeAlias = Any  # an array of NumPy or, with the same attributes, of a device (see Backend)
+Slots = tuple[tuple[Array, Array | None], ...]  # state arrays, each with the scales of its codes
 
 
 class Spec(NamedTuple):
@@ -54,7 +55,7 @@ class ArrayWork(NamedTuple):
     numbers: int
     position: int
     shape: tuple[int, ...]
-    master: np.ndarray | None
+    master: Array | None
     state: Slots
 
 
@@ -64,17 +65,15 @@ class Segments(NamedTuple):
     ``first_position`` and ``first_row``, since the indices of many tables are sorted together.
 
     order, starts: int32; rows: int64, ascending.
+
+    These are the host's. A device may have others with the attributes ``order``, ``starts`` and ``rows``.
     """
 
-    rows: np.ndarray
-    order: np.ndarray
-    starts: np.ndarray
+    rows: Array
+    order: Array
+    starts: Array
     first_row: int = 0
     first_position: int = 0
-
-    def own_rows(self) -> np.ndarray:
-        """The distinct rows, as their table counts them."""
-        return self.rows - self.first_row
 
 
 class TableGradient(NamedTuple):
@@ -86,18 +85,12 @@ class TableGradient(NamedTuple):
     position itself. skipped: a row that gets no gradient, or -1.
     """
 
-    values: np.ndarray
+    values: Array
     segments: Segments
-    source: np.ndarray | None = None
-    weights: np.ndarray | None = None
-    winners: np.ndarray | None = None
+    source: Array | None = None
+    weights: Array | None = None
+    winners: Array | None = None
     skipped: int = -1
-
-    @property
-    def work(self) -> int:
-        """How many elements are added up."""
-        starts = self.segments.starts
-        return int(starts[-1] - starts[0]) * self.values.shape[1]
 
 
 class StoredTable(NamedTuple):
@@ -108,10 +101,10 @@ class StoredTable(NamedTuple):
     random bits.
     """
 
-    table: np.ndarray
+    table: Array
     state: Slots
-    row_state: tuple[np.ndarray, ...]
-    master: np.ndarray | None
+    row_state: tuple[Array, ...]
+    master: Array | None
     position: int
     key: int
 
@@ -125,12 +118,34 @@ class RowSteps(NamedTuple):
     ``tabulated_from``.
     """
 
-    counts: np.ndarray
-    history: np.ndarray
+    counts: Array
+    history: Array
     base: int = 0
     window: int = 0
-    tabulated: np.ndarray | None = None
+    tabulated: Array | None = None
     tabulated_from: int = 0
+
+
+class CountFold(NamedTuple):
+    """What is folded where rows count their own updates. Equal ones fold the same, so that what they folded
+    can be kept.
+
+    options: names and values, checked, but for the learning rate.
+    """
+
+    rule: Rule
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, steps: np.ndarray) -> np.ndarray:
+        """float64 [n, 1 + fields]: each of the float64 ``steps``, with what the rule folds at it for the
+        learning rate 1."""
+        with np.errstate(all="ignore"):  # as Python's floats and kernels do
+            h = self.rule.fold(steps, {**dict(self.options), "lr": 1.0}, np.float64)
+        found = np.empty((steps.size, 1 + len(h)))
+        found[:, 0] = steps
+        for k, number in enumerate(h):
+            found[:, 1 + k] = number
+        return found
 
 
 class TableWork(NamedTuple):

@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 from devices import CUDA
-from gpu.dense_cases import Arrays, Case, OnCpu, OnDevice, assert_same_bits, factor
 from numba.extending import register_jitable
 from signum import SignumH
 
@@ -28,6 +27,7 @@ from fastopt.kernels.formats import (
     register_format,
 )
 from fastopt.kernels.rule import L2, RULES, Decoupled, Scaled
+from gpu.dense_cases import Arrays, Case, OnCpu, OnDevice, assert_same_bits, factor
 
 # Parameter, gradient, state that may be negative, and not; what is computed with
 PATTERNS = [

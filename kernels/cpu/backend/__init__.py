@@ -4,13 +4,25 @@ Nothing here is compiled: these modules allocate, write descriptors and launch k
 """
 
 from fastopt.kernels.cpu.backend.addresses import address
-from fastopt.kernels.cpu.backend.arrays import ArraysLaunch, MatrixLaunch, Squares
+from fastopt.kernels.cpu.backend.arrays import ArraysLaunch, MatrixLaunch, Squares, norm
+from fastopt.kernels.cpu.backend.counts import counted_steps
 from fastopt.kernels.cpu.backend.history import History
+from fastopt.kernels.cpu.backend.indices import (
+    all_rows,
+    bag_offsets,
+    bounds,
+    check_offsets,
+    counts,
+    distinct_rows,
+    regular_offsets,
+)
 from fastopt.kernels.cpu.backend.locate import Locator
 from fastopt.kernels.cpu.backend.reads import (
     bags_of_positions,
     clip,
     coalesce,
+    contiguous,
+    from_host,
     gather,
     limit_norms,
     pool,
@@ -19,15 +31,18 @@ from fastopt.kernels.cpu.backend.reads import (
     row_products,
     scale,
     take,
+    to_host,
     widen,
     zeros,
 )
 from fastopt.kernels.cpu.backend.rows import catch_up, sum_squares_rows, update_rows
 from fastopt.kernels.cpu.headers import Identities
-from fastopt.kernels.cpu.index import check_bounds as bounds
 from fastopt.kernels.cpu.index import segments_of
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.threads import run
+
+device = -1
+capturing = False  # there are no graphs
 
 __all__ = [
     "ArraysLaunch",
@@ -37,23 +52,36 @@ __all__ = [
     "MatrixLaunch",
     "Squares",
     "address",
+    "all_rows",
+    "bag_offsets",
     "bags_of_positions",
     "bounds",
+    "capturing",
     "catch_up",
+    "check_offsets",
     "clip",
     "coalesce",
+    "contiguous",
+    "counted_steps",
+    "counts",
+    "device",
+    "distinct_rows",
     "empty",
+    "from_host",
     "gather",
     "limit_norms",
+    "norm",
     "pool",
     "pool_max",
     "reblock",
+    "regular_offsets",
     "row_products",
     "run",
     "scale",
     "segments_of",
     "sum_squares_rows",
     "take",
+    "to_host",
     "update_rows",
     "widen",
     "zeros",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from fastopt.kernels.cpu.threads import run, runs_serial, thread_count
 from fastopt.kernels.cpu.trust import update_whole_arrays
 from fastopt.kernels.formats import Format, formats
 from fastopt.kernels.layout import ARRAY_GRADIENT, ARRAY_KEY, ARRAY_NUMBERS, ARRAY_PARAMETER, array_table
-from fastopt.kernels.work import ArrayWork, Spec
+from fastopt.kernels.work import ArrayWork, Spec, TableGradient
 
 
 class ArraysLaunch:
@@ -55,9 +56,9 @@ class ArraysLaunch:
         """Set the keys of the random bits, one for each class."""
         self._table[:, ARRAY_KEY] = np.array(keys)[self._table[:, ARRAY_NUMBERS]]
 
-    def prepare(self, zero_grads: bool) -> Sequence[Callable[[], object]]:
+    def prepare(self, zero_grads: bool, factor: None = None) -> Sequence[Callable[[], object]]:
         """The calls that update the arrays, their machine code ready; ``zero_grads``: whether they set
-        gradients to zero."""
+        gradients to zero. There is no ``factor``, since norms are at hand at once (see :func:`norm`)."""
         serial = runs_serial(self._size)
         parts = 1 if serial else PARTS_PER_THREAD * thread_count()
         prepared = serial, zero_grads, parts
@@ -70,6 +71,10 @@ class ArraysLaunch:
                 self._calls = [update_arrays.ready(self._size, self._arguments, self._types)]
             self._prepared = prepared
         return update_whole_arrays(self._size, self._types, *self._arguments) if self._trust else self._calls
+
+    def refresh(self) -> Sequence[Callable[[], object]]:
+        """Nothing: kernels read ``numbers`` where they are written."""
+        return ()
 
 
 class MatrixLaunch:
@@ -94,7 +99,7 @@ class MatrixLaunch:
     def set_keys(self, keys: list[int]) -> None:
         """Nothing of this state is rounded at random."""
 
-    def prepare(self, zero_grads: bool) -> Sequence[Callable[[], object]]:
+    def prepare(self, zero_grads: bool, factor: None = None) -> Sequence[Callable[[], object]]:
         if not self._work:
             return ()
         row_var, col_var = self._state
@@ -102,6 +107,9 @@ class MatrixLaunch:
         h, c = self._hyper
         arguments = tile_arguments(h, c, *given, self.numbers[0], zero_grads)
         return (update_tiles.ready(self._work, arguments, self._types),)
+
+    def refresh(self) -> Sequence[Callable[[], object]]:
+        return ()
 
 
 def _place(array: np.ndarray | None) -> int:
@@ -125,3 +133,8 @@ class Squares:
         arguments = self._like, self._kinds, addresses, self._bases, scale, partials
         run([norms.sum_squares_arrays.ready(size, arguments, self._types)])
         return float(partials.sum())
+
+
+def norm(squares: Sequence[tuple[Squares, np.ndarray]], gradients: Sequence[TableGradient]) -> Any:
+    """None: sums of squares are at hand at once."""
+    return None

@@ -25,11 +25,15 @@ class Locator:
     Args:
         dtypes, shapes: those of the parameters. Gradients are expected to have the same until
             :meth:`expect` is called.
+        devices: on which each parameter lies with its gradient, a number, -1 for the CPU.
     """
 
-    def __init__(self, dtypes: Sequence[np.dtype], shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self, dtypes: Sequence[np.dtype], shapes: Sequence[tuple[int, ...]], devices: Sequence[int]
+    ) -> None:
         self._headers = Headers(dtypes, shapes)
         self._shapes = shapes
+        self._devices = devices
         self._writeable = False
         self._tensors: list[_Tensors | None] = [None, None]
 
@@ -61,22 +65,32 @@ class Locator:
         if positions and "torch" in sys.modules:
             tensors = self._tensors[which]
             if tensors is None:
-                tensors = self._tensors[which] = _Tensors(self._headers.dtypes[which], self._shapes)
+                expected = self._headers.dtypes[which], self._shapes, self._devices
+                tensors = self._tensors[which] = _Tensors(*expected)
             positions = tensors.find(values, positions, addresses)
         return addresses, positions
 
 
 class _Tensors:
-    """Finds contiguous torch tensors on the CPU of these dtypes, None for none, and shapes.
+    """Finds contiguous torch tensors of these dtypes, None for none, and shapes on these devices, the CPU or
+    CUDA devices by number.
 
     It tells what a full check tells of one, in a tenth of the time: a model has many.
     """
 
-    def __init__(self, dtypes: Sequence[np.dtype | None], shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        dtypes: Sequence[np.dtype | None],
+        shapes: Sequence[tuple[int, ...]],
+        devices: Sequence[int],
+    ) -> None:
         torch = sys.modules["torch"]
         known = torch.float32, torch.float64, torch.float16, torch.bfloat16
         by_dtype: dict[Any, Any] = dict(zip(DTYPES, known, strict=True))
-        self._expected = [(by_dtype.get(dtype), shape) for dtype, shape in zip(dtypes, shapes, strict=True)]
+        self._expected = [
+            (by_dtype.get(dtype), shape, device)
+            for dtype, shape, device in zip(dtypes, shapes, devices, strict=True)
+        ]
 
     def find(self, values: Sequence[Any], positions: list[int], addresses: np.ndarray) -> list[int]:
         """Set ``addresses[i]`` for each ``values[i]`` that is such a tensor, i being one of ``positions``;
@@ -87,9 +101,9 @@ class _Tensors:
         for i in positions:
             value = values[i]
             if type(value) is tensor or type(value) is parameter:
-                dtype, shape = self._expected[i]
+                dtype, shape, device = self._expected[i]
                 if (
-                    value.is_cpu
+                    (value.is_cpu if device < 0 else value.is_cuda and value.get_device() == device)
                     and value.dtype is dtype
                     and value.layout is strided
                     and value.shape == shape

@@ -4,6 +4,7 @@ import numpy as np
 
 from fastopt.kernels.cpu import bags, norms, stored_rows
 from fastopt.kernels.cpu import rows as row_kernels
+from fastopt.kernels.cpu.backend.indices import distinct_rows
 from fastopt.kernels.cpu.memory import ALIGNMENT, aligned, empty
 from fastopt.kernels.cpu.widen import widen_bfloat16, widen_half
 from fastopt.kernels.formats import Format, formats
@@ -17,6 +18,21 @@ def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     its rows are touched."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return aligned(np.zeros(size + ALIGNMENT, np.uint8), size).view(dtype).reshape(shape)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """``array`` if it is C-contiguous, or a copy that is."""
+    return np.asarray(array, order="C")
+
+
+def from_host(array: np.ndarray) -> np.ndarray:
+    """A copy."""
+    return np.array(array, order="C")
+
+
+def to_host(array: np.ndarray) -> np.ndarray:
+    """A C-contiguous copy."""
+    return np.array(array, order="C")
 
 
 def widen(array: np.ndarray) -> np.ndarray:
@@ -58,7 +74,10 @@ def pool(
     padding: int,
 ) -> np.ndarray:
     """[bags, dim]: the rows of each bag, times their weights, summed or averaged, without the row
-    ``padding``."""
+    ``padding``; those of 16 bits are added in float32."""
+    if table.dtype.itemsize == 2:
+        rows, where, none = _rows_read(table, indices, padding)
+        return pool(rows, where, offsets, weights, mean, none).astype(table.dtype)
     out = empty((offsets.size - 1, table.shape[1]), table.dtype)
     given = np.empty(0, table.dtype) if weights is None else weights
     bags.pool(indices.size * table.shape[1], table, indices, offsets, given, mean, padding, out)
@@ -69,6 +88,10 @@ def pool_max(
     table: np.ndarray, indices: np.ndarray, offsets: np.ndarray, padding: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """[bags, dim]: the largest element of each bag's rows, and, int32, the position that it comes from."""
+    if table.dtype.itemsize == 2:
+        rows, where, none = _rows_read(table, indices, padding)
+        largest, winners = pool_max(rows, where, offsets, none)
+        return largest.astype(table.dtype), winners
     out = empty((offsets.size - 1, table.shape[1]), table.dtype)
     winners = empty(out.shape, np.int32)
     bags.pool_max(indices.size * table.shape[1], table, indices, offsets, padding, out, winners)
@@ -104,7 +127,9 @@ def row_products(
     grad_output: np.ndarray,
 ) -> np.ndarray:
     """For each position k the product of row ``indices[k]`` with ``grad_output[bags_of[k]]``, times
-    ``scales[k]``; 0 for the row ``padding``."""
+    ``scales[k]``; 0 for the row ``padding``. Rows of 16 bits are read as float32."""
+    if table.dtype.itemsize == 2:
+        table, indices, padding = _rows_read(table, indices, padding)
     out = np.empty(indices.size, table.dtype)
     given = np.empty(0, table.dtype) if scales is None else scales
     work = indices.size * table.shape[1]
@@ -112,8 +137,18 @@ def row_products(
     return out
 
 
-def limit_norms(table: np.ndarray, rows: np.ndarray, max_norm: float) -> None:
-    """Scale those of the different ``rows`` whose norm is above ``max_norm`` down to it."""
+def _rows_read(table: np.ndarray, indices: np.ndarray, padding: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """A table that holds, in float32, the row of each position of one of 16 bits, its indices and padding."""
+    read = widen(gather(table, indices))
+    where = np.arange(len(read))
+    if padding >= 0:
+        where[indices == padding] = len(read)
+    return read, where, len(read)
+
+
+def limit_norms(table: np.ndarray, segments: Segments, max_norm: float) -> None:
+    """Scale those of the rows of segments whose norm is above ``max_norm`` down to it."""
+    rows = distinct_rows(segments)
     bags.limit_norms(rows.size * table.shape[1], table, rows, max_norm)
 
 

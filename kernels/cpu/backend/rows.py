@@ -7,6 +7,7 @@ import numpy as np
 
 from fastopt.kernels.cpu import norms
 from fastopt.kernels.cpu.backend.addresses import address
+from fastopt.kernels.cpu.backend.indices import distinct_rows
 from fastopt.kernels.cpu.catch_up import catch_up as catch_up_rows
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.rows import update_tables
@@ -14,7 +15,7 @@ from fastopt.kernels.cpu.stored_rows import buffer_rows
 from fastopt.kernels.cpu.threads import thread_count
 from fastopt.kernels.formats import formats
 from fastopt.kernels.layout import table_row
-from fastopt.kernels.work import RowSteps, Spec, StoredTable, TableGradient, TableWork
+from fastopt.kernels.work import RowSteps, Segments, Spec, StoredTable, TableGradient, TableWork
 
 PARTS_PER_THREAD = 8  # of a launch, so that threads that are held up do not hold up the others
 CACHE_LINES = 32  # elements: parts that are a multiple of it apart do not write to the same cache line
@@ -35,9 +36,10 @@ class RowsLaunch:
         return [self._kernel.ready(self._work, self._arguments, self._types)] if self._work else []
 
 
-def update_rows(spec: Spec, works: Sequence[TableWork]) -> RowsLaunch:
-    """Update the rows of tables that their gradients name, all that share ``spec`` in one launch."""
-    amounts = [work.gradient.work for work in works]
+def update_rows(spec: Spec, works: Sequence[TableWork], factor: None = None) -> RowsLaunch:
+    """Update the rows of tables that their gradients name, all that share ``spec`` in one launch. There is no
+    ``factor``, since norms are at hand at once."""
+    amounts = [_work_of(work.gradient) for work in works]
     parts = _parts(amounts)
     kinds = formats(*spec.formats)
     widest = max(work.stored.table.shape[1] for work in works)
@@ -56,14 +58,14 @@ def update_rows(spec: Spec, works: Sequence[TableWork]) -> RowsLaunch:
 
 
 def catch_up(
-    spec: Spec, stored: StoredTable, row_steps: RowSteps, step: int, rows: np.ndarray | None
+    spec: Spec, stored: StoredTable, row_steps: RowSteps, step: int, segments: Segments | None
 ) -> RowsLaunch:
-    """Have rows, the different ones of ``rows`` or all, take the steps up to ``step`` that they missed."""
+    """Have rows, those of ``segments`` or all, take the steps up to ``step`` that they missed."""
     columns = {**_of_table(stored), **_of_row_steps(row_steps), "step": step + 1}
     row = np.array(table_row(_places(stored), columns), np.int64)
     count, dim = stored.table.shape
-    listed = np.empty(0, np.int64) if rows is None else rows
-    count = count if rows is None else rows.size
+    listed = np.empty(0, np.int64) if segments is None else distinct_rows(segments)
+    count = count if segments is None else listed.size
     kinds = formats(*spec.formats)
     parts = max(1, min(PARTS_PER_THREAD * thread_count(), count))
     buffers = _buffers(parts, kinds, dim, spec.compute)
@@ -79,10 +81,16 @@ def sum_squares_rows(gradients: Sequence[TableGradient], scale: float) -> float:
     counts = [-(-gradient.segments.rows.size // norms.SEGMENTS_PER_BLOCK) for gradient in gradients]
     blocks = np.array([(t, block) for t, count in enumerate(counts) for block in range(count)], np.int64)
     partials = np.zeros(len(blocks))
-    work = sum(gradient.work for gradient in gradients)
+    work = sum(map(_work_of, gradients))
     like = gradients[0].values.dtype.type(0)
     norms.sum_squares_tables(work, like, rows, blocks.reshape(-1, 2), scale, partials)
     return float(partials.sum())
+
+
+def _work_of(gradient: TableGradient) -> int:
+    """How many elements are added up."""
+    starts = gradient.segments.starts
+    return int(starts[-1] - starts[0]) * gradient.values.shape[1]
 
 
 def _row_of_work(work: TableWork) -> list[int]:

@@ -1,0 +1,53 @@
+"""Indices, the segments they are sorted into, and offsets of bags."""
+
+import numpy as np
+
+from fastopt.kernels.cpu.index import check_bounds
+from fastopt.kernels.work import Segments
+
+SMALL = 4096  # indices; below, NumPy finds their bounds as fast as a kernel
+
+
+def bounds(indices: np.ndarray) -> tuple[int, int]:
+    """Smallest and largest of 1-D indices, which are not empty."""
+    if indices.size < SMALL:
+        return int(indices.min()), int(indices.max())
+    return check_bounds(indices)
+
+
+def all_rows(rows: int) -> tuple[np.ndarray, Segments]:
+    """The indices that name every row once, in order, which need no sorting, and their segments."""
+    indices, starts = np.arange(rows), np.arange(rows + 1, dtype=np.int32)
+    return indices, Segments(indices, starts[:-1], starts)
+
+
+def distinct_rows(segments: Segments) -> np.ndarray:
+    """The different rows, ascending, as their table counts them."""
+    return segments.rows - segments.first_row if segments.first_row else segments.rows
+
+
+def counts(segments: Segments) -> np.ndarray:
+    """How many indices there are of each of the different rows."""
+    return np.diff(segments.starts)
+
+
+def bag_offsets(offsets: np.ndarray, size: int, with_last: bool) -> np.ndarray:
+    """int64 [bags + 1]: a copy of ``offsets``, followed by ``size`` unless they come ``with_last``."""
+    if with_last:
+        return offsets.astype(np.int64)
+    own = np.empty(offsets.size + 1, np.int64)
+    own[:-1] = offsets
+    own[-1] = size
+    return own
+
+
+def regular_offsets(bags: int, width: int) -> np.ndarray:
+    """int64 [bags + 1]: the offsets of bags of ``width`` indices each."""
+    return np.arange(bags + 1, dtype=np.int64) * width
+
+
+def check_offsets(offsets: np.ndarray) -> tuple[int, int, int]:
+    """The first and the last offset, and the position of the first that is larger than the next, or -1."""
+    falls = offsets[1:] < offsets[:-1]
+    at = int(np.argmax(falls)) if falls.any() else -1
+    return int(offsets[0]), int(offsets[-1]), at
