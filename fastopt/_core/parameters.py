@@ -27,7 +27,7 @@ from fastopt._core.state import (
 from fastopt._core.state import state_formats as chosen_formats
 from fastopt._core.structure import Structure, as_container, is_groups, named_values
 from fastopt.kernels import formats
-from fastopt.kernels.work import StoredTable
+from fastopt.kernels.work import Array, Segments, StoredTable
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class Parameter:
     index: int = 0
     first: int = 0
     clock: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-    state: dict[str, np.ndarray] = field(default_factory=dict)
+    state: dict[str, Array] = field(default_factory=dict)
     tracking: Tracking | None = None
 
     @property
@@ -92,11 +92,11 @@ class Parameter:
         """The table in files that the parameter is, if it is one."""
         return self.value if isinstance(self.value, TableInFiles) else None
 
-    def before_writing(self, rows: np.ndarray | None) -> None:
-        """Tell of what is about to change, rows or all."""
-        arrays.before_writing(self.value, rows)
+    def before_writing(self, segments: Segments | None) -> None:
+        """Tell of what is about to change, the rows of segments or all."""
+        arrays.before_writing(self.value, segments)
 
-    def view(self) -> np.ndarray:
+    def view(self) -> Array:
         """The array as it is now; a torch parameter may have moved."""
         array = arrays.parameter_view(self.value, self.label)
         if array.shape != self.shape or array.dtype != self.dtype:
@@ -106,7 +106,7 @@ class Parameter:
             )
         return array
 
-    def rows_of(self, array: np.ndarray) -> np.ndarray:
+    def rows_of(self, array: Array) -> Array:
         """``array``, of the parameter's shape, with one row for each index of its first axis."""
         if len(self.shape) == 2:
             return array
@@ -132,7 +132,7 @@ class Parameter:
             slots[ROW_STEPS] = Slot((self.rows,), np.dtype(np.int64))
         return slots
 
-    def ready_state(self, by_row: bool) -> dict[str, np.ndarray]:
+    def ready_state(self, by_row: bool) -> dict[str, Array]:
         """Its state as a step needs it, new at its first gradient.
 
         ``by_row``: whether the gradient is used row by row; if not, all arrays are C-contiguous.
@@ -149,7 +149,8 @@ class Parameter:
             return new
         if not by_row:  # rows of several arrays may lie together
             apart = all(array.flags.c_contiguous for array in self.state.values())
-            return self.state if apart else {k: np.asarray(v, order="C") for k, v in self.state.items()}
+            contiguous = self.backend.contiguous
+            return self.state if apart else {k: contiguous(v) for k, v in self.state.items()}
         if self.codes_by_row or not any(kind.coded for kind in self.state_formats):
             return self.state
         own = dict(self.state)
@@ -173,7 +174,7 @@ class Parameter:
     def own_format(self) -> formats.Format:
         return parameter_format(self.dtype, self.group.checked)
 
-    def stored_table(self, own: Mapping[str, np.ndarray], step: int) -> StoredTable:
+    def stored_table(self, own: Mapping[str, Array], step: int) -> StoredTable:
         """The parameter and ``own``, its state, by rows; ``step``: of the random bits."""
         rule = self.group.rule
         return StoredTable(
@@ -299,13 +300,13 @@ class Parameters:
         for parameter in self.all:
             if parameter.value is table:
                 return parameter
-        here = _place(arrays.host_array(table, "table"))
+        here = _place(arrays.array_view(table, "table"))
         for parameter in self.all:
             if _place(parameter.view()) == here:
                 return parameter
         raise ValueError("table is not a parameter of optimizer: expected the whole of one that it updates")
 
 
-def _place(array: np.ndarray) -> tuple:
+def _place(array: Array) -> tuple:
     """Where an array lies, and what it is."""
     return backend_of(array).address(array), array.shape, array.dtype

@@ -166,4 +166,4 @@ def _checked(
             f"{label} has shape {array.shape} and clip_row_norm is {options['clip_row_norm']!r}: expected a "
             "2-D parameter, put others into a group without it"
         )
-    return RowGradient(parameter.rows_of(array), Indices.of_all(parameter.rows), dense=True)
+    return RowGradient(parameter.rows_of(array), Indices.of_all(parameter.rows, parameter.backend), dense=True)
