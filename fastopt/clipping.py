@@ -12,6 +12,7 @@ from fastopt._core.structure import leaves
 from fastopt._core.versions import written
 from fastopt._step.norms import DenseSquares, clip_factor, norm_of
 from fastopt.gradients.protocol import RowGradient, SparseGradient
+from fastopt.kernels.work import Array
 
 
 def grad_norm(grads: Any) -> float:

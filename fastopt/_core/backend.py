@@ -8,7 +8,7 @@ device that no backend works on is refused.
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ from fastopt.kernels.work import (
 )
 
 _HOST, _CUDA = "fastopt.kernels.cpu.backend", "fastopt.kernels.cuda.backend"
+_ABOUT = "fastopt.kernels.cuda.about"
 _ARRAYS, _PRODUCERS = "fastopt.kernels.cuda.array", "fastopt.kernels.cuda.producers"
 _DLPACK_CUDA = 2, 13  # the types of devices, kDLCUDA and kDLCUDAManaged, in DLPack
 
@@ -401,6 +402,17 @@ def _lies_on_cuda(value: Any, label: str) -> bool:
         return True
     of_dlpack = getattr(value, "__dlpack_device__", None)
     return of_dlpack is not None and of_dlpack()[0] in _DLPACK_CUDA
+
+
+def about() -> Iterator[tuple[str, str]]:
+    """Lines for a person on what the host and its devices offer: what, and how it is here."""
+    yield from importlib.import_module(_HOST).about()
+    try:
+        lines = importlib.import_module(_ABOUT).about()
+    except ImportError as error:
+        yield "CUDA", f'{error}: pip install "fastopt[cuda13]"'
+    else:
+        yield from lines
 
 
 def device_name(device: int) -> str:

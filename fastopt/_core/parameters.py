@@ -10,7 +10,7 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.arrays import TableInFiles
-from fastopt._core.backend import Backend, backend_of
+from fastopt._core.backend import Backend, backend_at, backend_of, device_name
 from fastopt._core.groups import Definition, ParameterGroup, checked_group
 from fastopt._core.missed import ROW_STEPS, Tracking
 from fastopt._core.state import (
@@ -37,6 +37,7 @@ class Parameter:
     Attributes:
         value: the caller's array, tensor or table in files.
         key: its name, or its position among all.
+        device: the number of the device that it lies on, -1 for the host.
         index: its position among all. first: the number of its first element among those of all.
         clock: the numbers of steps of all parameters, this one's being that at ``index``.
         state: its state arrays by name, empty before its first gradient.
@@ -48,6 +49,7 @@ class Parameter:
     label: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    device: int
     group: ParameterGroup
     index: int = 0
     first: int = 0
@@ -75,7 +77,7 @@ class Parameter:
     @property
     def backend(self) -> Backend:
         """What works where it lies."""
-        return backend_of(self.value, self.label)
+        return backend_at(self.device)
 
     @property
     def compute(self) -> np.dtype:
@@ -103,6 +105,11 @@ class Parameter:
             raise ValueError(
                 f"{self.label} now has shape {array.shape} and dtype {array.dtype}, at first "
                 f"{self.shape} and {self.dtype}: make a new optimizer for changed parameters"
+            )
+        if arrays.device_of(array) != self.device:
+            raise ValueError(
+                f"{self.label} now lies on {device_name(arrays.device_of(array))}, at first on "
+                f"{device_name(self.device)}: make a new optimizer for parameters that were moved"
             )
         return array
 
@@ -210,6 +217,7 @@ class Parameters:
         groups; all: every parameter, in order.
         clock: int64, how many steps each parameter has finished, and last the optimizer.
         sizes, nbytes: int64, of each.
+        devices: the backends of parameters that do not lie in the memory of the host.
         in_files: those that are tables in files. dense_rows: whether rows of some may be behind. all_plain:
             whether there is neither.
         options: the caller's dicts of options, one for each group.
@@ -232,6 +240,8 @@ class Parameters:
         self.clock = np.zeros(len(self.all) + 1, np.int64)
         for i, (parameter, last) in enumerate(zip(self.all, np.cumsum(self.sizes).tolist(), strict=True)):
             parameter.index, parameter.first, parameter.clock = i, last - parameter.size, self.clock
+        numbers = sorted({parameter.device for parameter in self.all} - {-1})
+        self.devices = [backend_at(number) for number in numbers]
         self.in_files = [parameter for parameter in self.all if parameter.in_files is not None]
         self.dense_rows = any(group.checked["rows"] == "dense" for group in self.groups)
         self.all_plain = not self.dense_rows and not self.in_files
@@ -254,7 +264,8 @@ class Parameters:
                 )
             dtype = np.dtype(view.dtype.type)  # the one object that stands for it
             group.keys.append(key)
-            parameters.append(Parameter(value, key, own_label, view.shape, dtype, group))
+            device = arrays.device_of(view)
+            parameters.append(Parameter(value, key, own_label, view.shape, dtype, device, group))
         checked = checked_group(options, label, definition)
         definition.check_options(checked, label)
         group.adopt(checked, definition)

@@ -59,9 +59,7 @@ def ready_rows(update: RowUpdate) -> ReadyRows:
     return ReadyRows(*update, state, tracking)
 
 
-def row_launches(
-    updates: Sequence[ReadyRows], conditions: Conditions, factor: Factor = None
-) -> list[Launch]:
+def row_launches(updates: Sequence[ReadyRows], conditions: Conditions, factor: Factor = None) -> list[Launch]:
     """The launches of these updates; ``factor``: of a norm that is on its way (see Norm)."""
     alike: dict[tuple, tuple[Backend, Spec, list[TableWork]]] = {}
     for update in updates:
