@@ -90,8 +90,8 @@ def embedding_bag(
         check_indices: as for :func:`embedding`; of offsets too.
 
     Returns:
-        A new array of shape (bags, dim) and the table's dtype, where the table lies. The rows of a bag are added in the
-        order of their indices.
+        A new array of shape (bags, dim) and the table's dtype, where the table lies. The rows of a bag are
+        added in the order of their indices.
 
     Raises:
         ValueError, TypeError: an argument does not fit; nothing has changed then.
