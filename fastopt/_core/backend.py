@@ -100,6 +100,9 @@ class Squares(Protocol):
         """The sum of squares of all arrays, which lie at ``addresses``, times ``scale**2``; waits for it."""
 
 
+_Squares = Squares  # which a name of Backend hides
+
+
 class Norm(Protocol):
     """The L2 norm of gradients, on its way: it is read when somebody asks for it. It has memory of its own,
     so that it stays what it was however late that is; a captured one is that of the last replay."""
@@ -325,7 +328,7 @@ class Backend(Protocol):
         """The sum of squares of the gradients of all rows, times ``scale**2``; waits for it."""
 
     def norm(
-        self, squares: Sequence[tuple[Squares, np.ndarray]], gradients: Sequence[TableGradient]
+        self, squares: Sequence[tuple[_Squares, np.ndarray]], gradients: Sequence[TableGradient]
     ) -> Norm | None:
         """The norm of dense gradients, each :class:`Squares` with its addresses, and of gradients by rows,
         which may have different dtypes; None where sums are at hand at once, and are asked for instead.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastopt._core.backend import Backend, Factor, Launch
 from fastopt._core.missed import ROW_STEPS, Tracking, fold_of
@@ -76,7 +76,8 @@ def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
     h = rule_numbers(group, options, lr, step, compute)
     c = decay_numbers(group, options, group.decay, lr, conditions.scale, conditions.limit, compute)
     by_row = gradient.by_row()
-    mode, row_steps, numbers = Lazy(), None, (*h, *c)
+    mode: Any = Lazy()
+    row_steps, numbers = None, (*h, *c)
     if ROW_STEPS in state:
         mode, numbers = PerRow(), (lr, *h[1:], *c)
         fold = fold_of(group.rule, options)

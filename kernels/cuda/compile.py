@@ -28,7 +28,10 @@ def _with_row_stack() -> Iterator[None]:
 
 
 with _with_row_stack():
-    from numba.cuda import compiler, dispatcher
+    from numba.cuda import compiler as numba_compiler
+    from numba.cuda import dispatcher
+
+compiler: Any = numba_compiler  # whose names are its own
 
 _lock = threading.RLock()
 hold_private("numba.cuda.core.compiler_lock", "global_compiler_lock._lock")

@@ -140,9 +140,10 @@ def elements_of(members: Formats, like: np.dtype) -> Elements:
     read = define("read", decoded, f"return ({', '.join(loads)},)", **names)
     stored = ", ".join(_outputs(members[:1], like)[1])
     write = define("write", "p", "new = (p,)", f"return ({stored},)", **names)
-    made = [register_jitable(function) for function in (element, encode, read, write, find_direction)]
-    factors = tuple(members[k].factor for k in coded)
-    return Elements(inputs, outputs, coded, *made, factors, tuple(members[k].inverse for k in coded))
+    made: Any = map(register_jitable, (element, encode, read, write, find_direction))
+    factors: Any = tuple(members[k].factor for k in coded)
+    inverses: Any = tuple(members[k].inverse for k in coded)
+    return Elements(inputs, outputs, coded, *made, factors, inverses)
 
 
 def _input(k: int, kind: Format, like: np.dtype) -> Place:

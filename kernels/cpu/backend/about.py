@@ -22,5 +22,5 @@ def about() -> Iterator[tuple[str, str]]:
     yield "vector width", "unknown" if width is None else f"{width} bits"
     yield "threads", f"{numba.get_num_threads()} of {numba.config.NUMBA_NUM_THREADS}"  # type: ignore[attr-defined]
     yield "threading layer", launcher.layer or "none, without JIT"
-    folder = getattr(cache_for(update_arrays.__wrapped__, parallel=True), "cache_path", None)
+    folder = getattr(cache_for(update_arrays.__wrapped__, parallel=True)  # type: ignore[attr-defined], "cache_path", None)
     yield "kernels kept in", "nowhere" if folder is None else str(Path(folder))
