@@ -140,10 +140,12 @@ def elements_of(members: Formats, like: np.dtype) -> Elements:
     read = define("read", decoded, f"return ({', '.join(loads)},)", **names)
     stored = ", ".join(_outputs(members[:1], like)[1])
     write = define("write", "p", "new = (p,)", f"return ({stored},)", **names)
-    made: Any = map(register_jitable, (element, encode, read, write, find_direction))
+    made = (register_jitable(function) for function in (element, encode, read, write, find_direction))
+    element, encode, read, write, find_direction = made
     factors: Any = tuple(members[k].factor for k in coded)
     inverses: Any = tuple(members[k].inverse for k in coded)
-    return Elements(inputs, outputs, coded, *made, factors, inverses)
+    functions = element, encode, read, write, find_direction
+    return Elements(inputs, outputs, coded, *functions, factors, inverses)
 
 
 def _input(k: int, kind: Format, like: np.dtype) -> Place:
