@@ -1,5 +1,5 @@
-"""The README's examples for a GPU run: as they stand on a real one, and on an interpreted one with arrays of its
-own in the place of torch's."""
+"""The README's examples for a GPU run: as they stand on a real one, and on an interpreted one with arrays of
+its own in the place of torch's."""
 
 import re
 import sys
