@@ -11,6 +11,7 @@ from fastopt.kernels.cuda.indices import MOST_PARTS, blocks_for
 from fastopt.kernels.cuda.segments import DeviceSegments
 
 MOST_BLOCKS = 2**20  # of a launch over tiles, each of which then takes several
+ALONE = sort.TILE  # positions, or fewer, that one launch sorts
 BITS = 64  # of the words that are sorted
 MOST_POSITIONS = 2**31  # int32 counts them
 
@@ -150,22 +151,27 @@ def _sort(
     """Sort positions, and find segments and those of each table. What is needed meanwhile is given back at
     once: memory is used again by later work alone."""
     device, count = tables.device, tables.shape[1]
+    memory = [empty(device, size, np.uint64) for _ in range(2)]
+    words, others = (own.address for own in memory)
+    given = tables.address, count, size, position_bits
+    places = order.address, starts.address, rows.address
+    if size <= ALONE:
+        of_tile = *given, key_bits, words, others, *places, bounds.address
+        sort.sort_tile().ready(device, 1, *of_tile)()
+        return
     tiles = -(-size // sort.TILE)
     grid = min(tiles, MOST_BLOCKS)
-    memory = [empty(device, size, np.uint64) for _ in range(2)]
     counted = empty(device, sort.DIGITS * (tiles + 1), np.int32)
-    words, others = (own.address for own in memory)
     counts, totals = counted.address, counted.address + sort.DIGITS * tiles * 4
-    given = tables.address, count, size, position_bits, words
-    sort.pack().ready(device, blocks_for(size), *given)()
+    sort.make_words().ready(device, grid, *given, words, tiles, counts)()
     for shift in range(position_bits, position_bits + key_bits, sort.DIGIT_BITS):
-        sort.count_digits().ready(device, grid, words, size, shift, tiles, counts)()
+        if shift > position_bits:
+            sort.count_digits().ready(device, grid, words, size, shift, tiles, counts)()
         sort.add_up().ready(device, sort.DIGITS, counts, sort.DIGITS, tiles, totals)()
         sort.move_words().ready(device, grid, words, size, shift, tiles, counts, totals, others)()
         words, others = others, words
     sort.count_heads().ready(device, grid, words, size, position_bits, tiles, counts)()
     sort.add_up().ready(device, 1, counts, 1, tiles, totals)()
-    places = order.address, starts.address, rows.address
     sort.write_heads().ready(device, grid, words, size, position_bits, tiles, counts, *places)()
     given = tables.address, count, size, totals, starts.address, bounds.address
     sort.find_tables().ready(device, blocks_for(count + 1), *given)()
