@@ -53,7 +53,7 @@ def index_at(address, stride, itemsize, i):
 
 @register_jitable
 def digit_of(word, shift):
-    return np.int64((word >> np.uint64(shift)) & np.uint64(DIGITS - 1))
+    return np.uint32((word >> np.uint64(shift)) & np.uint64(DIGITS - 1))
 
 
 @register_jitable
@@ -179,7 +179,7 @@ def equal_lanes(digit, i, last):
     come."""
     equal = np.uint32(cuda.ballot_sync(ALL_LANES, i < last))
     for bit in range(DIGIT_BITS):
-        has = (digit >> bit) & 1 != 0
+        has = digit & np.uint32(1 << bit) != 0
         votes = np.uint32(cuda.ballot_sync(ALL_LANES, has))
         equal = np.uint32(equal & (votes if has else ~votes))
     return equal
@@ -196,14 +196,14 @@ def move_tile(words, tile, size, shift, place, alone, out, places, shared):
     """
     thread = np.int64(cuda.threadIdx.x)
     lane, warp = lane_and_warp()
-    own, first = warp * DIGITS, tile * TILE + warp * OF_WARP
+    own, first = np.uint64(warp * DIGITS), tile * TILE + warp * OF_WARP  # a place is never negative
     last = min(first + OF_WARP, size)
     for w in range(WARPS):
         places[w * DIGITS + thread] = 0
     cuda.syncthreads()
     i = first + lane
     while i < last:
-        cuda.atomic.add(places, own + digit_of(load(words + i * 8, WORD), shift), 1)
+        cuda.atomic.add(places, own + np.uint64(digit_of(load(words + i * 8, WORD), shift)), 1)
         i += WARP
     cuda.syncthreads()
     place = np.int32(place)
@@ -224,12 +224,12 @@ def move_tile(words, tile, size, shift, place, alone, out, places, shared):
         ahead = load(words + following * 8, WORD) if following < last else WORD
         digit = digit_of(word, shift)
         equal = equal_lanes(digit, i, last)
-        rank = lower_lanes(equal, lane)
+        rank, at = lower_lanes(equal, lane), own + np.uint64(digit)
         if i < last:
-            store(out + (np.int64(places[own + digit]) + rank) * 8, word)
+            store(out + (np.int64(places[at]) + rank) * 8, word)
         meet()
         if i < last and rank == 0:
-            places[own + digit] += np.int32(cuda.popc(equal))
+            places[at] += np.int32(cuda.popc(equal))
         meet()
         word, i, first = ahead, following, first + WARP
     cuda.syncthreads()

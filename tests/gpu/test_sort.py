@@ -182,6 +182,8 @@ def test_too_many_indices_at_once_are_told_of():
     many = DeviceArray(0, few.address, (2**31,), np.int32)
     with pytest.raises(ValueError, match=r"^2147483648 indices of .* split the batch$"):
         BACKEND.segments_of([(many, 10)])
+    with pytest.raises(ValueError, match=r"^all 2147483648 rows .* fastopt.IndexedSlices$"):
+        BACKEND.all_rows(2**31)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 300])

@@ -17,7 +17,7 @@ MOST_POSITIONS = 2**31  # int32 counts them
 
 
 class Indices:
-    """What is found of indices, and made of them."""
+    """What a backend finds of indices, and makes of them (see ``fastopt._core.backend``)."""
 
     device: int
 
@@ -76,6 +76,11 @@ class Indices:
 
     def all_rows(self, rows: int) -> tuple[DeviceArray, DeviceSegments]:
         """The indices that name every row once, in order, which need no sorting, and their segments."""
+        if rows >= MOST_POSITIONS:
+            raise ValueError(
+                f"all {rows} rows of a table are too many at once: expected fewer than {MOST_POSITIONS}, "
+                "give the rows that change as fastopt.IndexedSlices"
+            )
         indices = empty(self.device, rows, np.int64)
         order, starts = (empty(self.device, n, np.int32) for n in (max(rows, 1), rows + 1))
         bounds = empty(self.device, 2, np.int64)
@@ -151,8 +156,8 @@ def _sort(
     """Sort positions, and find segments and those of each table. What is needed meanwhile is given back at
     once: memory is used again by later work alone."""
     device, count = tables.device, tables.shape[1]
-    memory = [empty(device, size, np.uint64) for _ in range(2)]
-    words, others = (own.address for own in memory)
+    memory = empty(device, (2, size), np.uint64)
+    words, others = memory[0].address, memory[1].address
     given = tables.address, count, size, position_bits
     places = order.address, starts.address, rows.address
     if size <= ALONE:
