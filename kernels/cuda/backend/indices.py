@@ -178,5 +178,5 @@ def _sort(
     sort.count_heads().ready(device, grid, words, size, position_bits, tiles, counts)()
     sort.add_up().ready(device, 1, counts, 1, tiles, totals)()
     sort.write_heads().ready(device, grid, words, size, position_bits, tiles, counts, *places)()
-    given = tables.address, count, size, totals, starts.address, bounds.address
-    sort.find_tables().ready(device, blocks_for(count + 1), *given)()
+    of_tables = tables.address, count, size, totals, starts.address, bounds.address
+    sort.find_tables().ready(device, blocks_for(count + 1), *of_tables)()
