@@ -129,3 +129,117 @@ def missed_by(case: Case, rows: int) -> np.ndarray:
     """The last step of rows that have missed 0, 1, 7 or all steps."""
     now = BASE + case.steps
     return np.array([now - min((0, 1, 7, case.steps)[k % 4], case.steps) for k in range(rows)])
+
+
+RULES_MADE_UP_FOR = [
+    (rules.SGD, L2, Still),
+    (rules.MOMENTUM, L2, Linear),
+    (rules.ADAGRAD, Decoupled, Still),
+    (rules.RMSPROP, Scaled, Still),
+    (rules.RMSPROP_MOMENTUM, Decoupled, Linear),
+    (rules.ADAM, Scaled, Adaptive),
+    (rules.ADAM, Decoupled, Adaptive),
+    (rules.AMSGRAD, Decoupled, Adaptive),
+    (rules.RADAM, Decoupled, Adaptive),
+    (rules.NADAM, Scaled, Adaptive),
+    (rules.ROWWISE_ADAM, Decoupled, Adaptive),
+    (rules.ROWWISE_ADAGRAD, Decoupled, Still),
+    (rules.LION, Decoupled, Loop),
+    (rules.ADAM, L2, Loop),
+    (rules.RMSPROP_MOMENTUM, L2, Loop),
+]
+DIMS = 1, 5, 64, 130
+
+
+def assert_same(sides: list[Side], exact: bool = True) -> None:
+    for one, other in zip(sides[0].got(), sides[1].got(), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        if exact or one.dtype.kind != "f":
+            np.testing.assert_array_equal(other, one)
+        else:
+            np.testing.assert_allclose(other, one, rtol=16 * np.finfo(one.dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(Case(rule, decay, DIMS[k % 4]), kind) for k, (rule, decay, kind) in enumerate(RULES_MADE_UP_FOR)],
+    ids=str,
+)
+def test_rows_come_to_where_they_do_on_the_cpu(case, kind):
+    sides = sides_of(case, missed_by(case, 8))
+    before = sides[1].got()
+    for side in sides:
+        assert side.history.kind is kind
+        side.catch_up()
+    assert_same(sides)
+    got = sides[1].got()
+    np.testing.assert_array_equal(got[-1], BASE + case.steps)
+    for array, own in zip(got[:-1], before[:-1], strict=True):
+        np.testing.assert_array_equal(array[::4], own[::4])  # no step was missed
+    assert (got[0][1::4] != before[0][1::4]).any()
+
+
+MASTERS = BFLOAT16_OF, PLAIN, PLAIN, PLAIN
+CODES = HALF_OF, PLAIN, SIGNED8, ROOT8
+STORED = [
+    Case(rules.ADAM, Decoupled, 64, MASTERS),
+    Case(rules.ADAM, L2, 130, (BFLOAT16, PLAIN, STOCHASTIC, STOCHASTIC)),
+    Case(rules.ADAM, Decoupled, 300, CODES),
+    Case(rules.ADAM, L2, 300, CODES),
+    Case(rules.LION, Decoupled, 64, (PLAIN, PLAIN, SIGNED8)),
+    Case(rules.ADAM, Decoupled, 5, (PLAIN, PLAIN, STOCHASTIC, STOCHASTIC), together=False),
+    Case(rules.ADAM, Decoupled, 64, together=True),
+    Case(rules.ADAM, Decoupled, 5, together=True),
+]
+
+
+@pytest.mark.parametrize("case", STORED, ids=str)
+def test_rows_may_be_stored_otherwise_than_they_are_computed_with(case):
+    sides = sides_of(case, missed_by(case, 8))
+    for side in sides:
+        side.catch_up()
+    assert_same(sides)
+
+
+DOUBLES = [
+    Case(rules.ADAM, Decoupled, 64, compute=np.float64),
+    Case(rules.MOMENTUM, L2, 5, compute=np.float64),
+    Case(rules.ADAM, Decoupled, 5, (PLAIN, PLAIN, SINGLE, SINGLE), np.float64),
+    Case(rules.ADAM, L2, 64, (PLAIN, PLAIN, SINGLE, SINGLE), np.float64),
+]
+
+
+@pytest.mark.parametrize("case", DOUBLES, ids=str)
+def test_float64_differs_by_the_logarithms_alone(case):
+    sides = sides_of(case, missed_by(case, 8))
+    for side in sides:
+        side.catch_up()
+    assert_same(sides, exact=False)
+
+
+LONG = [
+    Case(rules.ADAM, Decoupled, 64, steps=300),
+    Case(rules.MOMENTUM, L2, 5, steps=300),
+    Case(rules.ADAGRAD, Decoupled, 5, steps=300),
+    Case(rules.LION, Decoupled, 5, steps=300),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_hundreds_of_steps(case):
+    sides = sides_of(case, missed_by(case, 8))
+    for side in sides:
+        side.catch_up()
+    assert_same(sides)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(rules.ROWWISE_ADAM, L2, 70), Case(rules.LAMB, Decoupled, 130), Case(rules.LAMB, L2, 300, (PLAIN, PLAIN, SIGNED8, ROOT8))], ids=str
+)
+def test_rules_that_look_at_the_whole_row_in_each_step(case):
+    """Sums over a row are taken in another order."""
+    sides = sides_of(case, missed_by(case, 8))
+    for side in sides:
+        assert side.history.kind is Loop
+        side.catch_up()
+    assert_same(sides, exact=False)
