@@ -12,6 +12,7 @@ from fastopt._core.structure import leaves
 from fastopt._core.versions import written
 from fastopt._step.norms import DenseSquares, clip_factor, norm_of
 from fastopt.gradients.protocol import RowGradient, SparseGradient
+from fastopt.kernels.work import Array
 
 
 def grad_norm(grads: Any) -> float:
@@ -90,7 +91,7 @@ class _Prepared(NamedTuple):
 
     value: Any
     gradient: RowGradient | None
-    array: np.ndarray
+    array: Array
     label: str
 
 
@@ -115,7 +116,7 @@ def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
                     f"{label}.mode is 'max', whose gradient depends on the table: use step(clip_norm=...)"
                 )
             value, label = value.numbers(label)
-        array = arrays.host_array(value, label, remedy)
+        array = arrays.array_view(value, label, remedy)
         arrays.check_float(array, label, value, remedy)
         arrays.check_contiguous(array, label, value, remedy)
         if writable:

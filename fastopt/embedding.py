@@ -4,13 +4,12 @@ import math
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-import numpy as np
-
 from fastopt._core import arrays
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 from fastopt._core.options import check_limit
 from fastopt.gradients.pooling import checked_bags, checked_table, weights_dtypes
+from fastopt.kernels.work import Array
 
 
 class CatchesUp(Protocol):
@@ -21,29 +20,39 @@ class CatchesUp(Protocol):
 
 
 def embedding(
-    table: Any, indices: Any, *, max_norm: float | None = None, optimizer: CatchesUp | None = None
-) -> np.ndarray:
+    table: Any,
+    indices: Any,
+    *,
+    max_norm: float | None = None,
+    optimizer: CatchesUp | None = None,
+    check_indices: bool = True,
+) -> Array:
     """The rows of ``table`` that ``indices`` name, as ``torch.nn.functional.embedding``.
 
     Args:
-        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous; NumPy or
-            torch, CPU; or a :class:`fastopt.Table`.
-        indices: int32 or int64 array of any shape, each in [0, rows), or an
+        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous: of NumPy or
+            torch, a CUDA array, or a :class:`fastopt.Table`.
+        indices: int32 or int64 array of any shape, each in [0, rows), where the table lies, or an
             :class:`fastopt.IndexPlan` of them.
         max_norm: first scale those of the rows named whose L2 norm is larger down to it, in place,
             as ``torch.nn.Embedding(max_norm=)`` does.
         optimizer: one with ``rows="dense"`` that updates ``table``: first bring the rows named up
             to date, in place.
+        check_indices: False leaves out the check of indices on a CUDA device, for which the host waits:
+            lookups of those out of range give zeros. On the CPU they are checked all the same.
 
     Returns:
-        A new array of shape ``indices.shape + (dim,)`` and the table's dtype.
+        A new array of shape ``indices.shape + (dim,)`` and the table's dtype: of NumPy or, where the table
+        lies on a CUDA device, one there that offers the CUDA array interface and DLPack, so that
+        ``torch.as_tensor`` or ``cupy.asarray`` take it without a copy.
 
     Raises:
         ValueError: an index out of range, a table that is not 2-D or not contiguous.
         TypeError: other dtypes.
     """
     source = _table(table, max_norm is not None)
-    where = Indices.checked(indices, "indices", source.shape[0])
+    where = Indices.checked(indices, "indices", source.shape[0], check_indices)
+    arrays.check_beside(where.array, "indices", indices, source, "table")
     _make_ready(table, source, where, max_norm, optimizer)
     return backend_of(source).gather(source, where.flat).reshape(*where.array.shape, source.shape[1])
 
@@ -59,12 +68,13 @@ def embedding_bag(
     include_last_offset: bool = False,
     max_norm: float | None = None,
     optimizer: CatchesUp | None = None,
-) -> np.ndarray:
+    check_indices: bool = True,
+) -> Array:
     """Rows of ``table`` pooled by bags, as ``torch.nn.functional.embedding_bag``.
 
     Args:
-        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous; NumPy or
-            torch, CPU; or a :class:`fastopt.Table`.
+        table: float32, float64, float16 or bfloat16 array of shape (rows, dim), C-contiguous: of NumPy or
+            torch, a CUDA array, or a :class:`fastopt.Table`.
         indices: int32 or int64 array, each in [0, rows), or an :class:`fastopt.IndexPlan` of them;
             2-D, a bag in each row, or 1-D with ``offsets``.
         offsets: int32 or int64 array, where each bag begins in ``indices``: the first 0, none
@@ -77,10 +87,11 @@ def embedding_bag(
         padding_idx: a row that counts for nothing; may be negative, as in Python.
         include_last_offset: ``offsets`` ends with the number of indices.
         max_norm, optimizer: as for :func:`embedding`.
+        check_indices: as for :func:`embedding`; of offsets too.
 
     Returns:
-        A new array of shape (bags, dim) and the table's dtype. The rows of a bag are added in the
-        order of their indices.
+        A new array of shape (bags, dim) and the table's dtype, where the table lies. The rows of a bag are
+        added in the order of their indices.
 
     Raises:
         ValueError, TypeError: an argument does not fit; nothing has changed then.
@@ -93,13 +104,15 @@ def embedding_bag(
         per_sample_weights=per_sample_weights,
         padding_idx=padding_idx,
         include_last_offset=include_last_offset,
+        check_indices=check_indices,
     )
     bags = checked_bags(given, "", source.shape[0], weights_dtypes(source.dtype))
+    arrays.check_beside(bags.indices.array, "indices", indices, source, "table")
     _make_ready(table, source, bags.indices, max_norm, optimizer)
     return bags.pool_max(source)[0] if mode == "max" else bags.pool(source)
 
 
-def _table(table: Any, written: bool) -> np.ndarray:
+def _table(table: Any, written: bool) -> Array:
     source = checked_table(table)
     if written and source.dtype in arrays.LOW_DTYPES:
         raise TypeError(
@@ -112,7 +125,7 @@ def _table(table: Any, written: bool) -> np.ndarray:
 
 
 def _make_ready(
-    table: Any, source: np.ndarray, indices: Indices, max_norm: float | None, optimizer: CatchesUp | None
+    table: Any, source: Array, indices: Indices, max_norm: float | None, optimizer: CatchesUp | None
 ) -> None:
     """Do to the rows named what must be done before they are read."""
     if max_norm is not None:
@@ -122,6 +135,6 @@ def _make_ready(
             raise TypeError(f"optimizer is {optimizer!r}: expected one of fastopt's")
         optimizer.catch_up(table, indices)
     if max_norm is not None and not math.isinf(max_norm):
-        rows = indices.segments.own_rows()
-        arrays.before_writing(table, rows)
-        backend_of(source).limit_norms(source, rows, max_norm)
+        segments = indices.segments
+        arrays.before_writing(table, segments)
+        backend_of(source).limit_norms(source, segments, max_norm)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt._core.missed import folded_by_count
+from fastopt._core.backend import host
+from fastopt._core.missed import fold_of
 from fastopt.kernels.rule import RULES
 
 OPTIONS = {
@@ -97,9 +98,11 @@ def test_only_the_counts_of_the_rows_named_are_folded(most):
     rng = np.random.default_rng(2)
     counts = rng.integers(0, most, 5_000)
     rows = np.unique(rng.integers(0, 5_000, 3_000))
-    found = folded_by_count(counts, rows, RULES[BY_STEP[0]], OPTIONS)
-    np.testing.assert_array_equal(found[:, 0], np.unique(counts[rows]) + 1)
-    assert folded_by_count(counts, rows[:0], RULES[BY_STEP[0]], OPTIONS).shape[0] == 0
+    fold = fold_of(RULES[BY_STEP[0]], OPTIONS)
+    for own in (rows, rows[:0]):
+        [segments] = host().segments_of([(own, 5_000)])
+        found = host().counted_steps(counts, segments, fold, most)
+        np.testing.assert_array_equal(found.history[:, 0], np.unique(counts[own]) + 1)
 
 
 @pytest.mark.parametrize("name", ["adam", "nadam", "adagrad"])

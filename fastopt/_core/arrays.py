@@ -1,4 +1,4 @@
-"""The caller's arrays as NumPy views of the same memory, checked."""
+"""The caller's arrays as views of the same memory, checked: NumPy's, or those of a device."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -8,8 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fastopt._core.backend import backend_of
+from fastopt._core.backend import backend_of, device_array, device_name, host, library_of, moved
 from fastopt._core.versions import written
+from fastopt.kernels.work import Array, Segments
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 LOW_DTYPES = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
@@ -48,7 +49,7 @@ class Remedy:
 
     def changed(self, value: Any, label: str, numpy: str, torch: str) -> str:
         """To pass a changed copy, which these expressions make of an ``{}`` of NumPy or of torch."""
-        return f"pass {(numpy if isinstance(value, np.ndarray) else torch).format(label)}"
+        return f"pass {_expression(value, numpy, torch).format(label)}"
 
     def unmasked(self, label: str) -> str:
         return f"pass {label}.filled(0)"
@@ -65,8 +66,8 @@ class _OfOwn(Remedy):
     """For an array that is written: a copy would be trained in place of what the model reads."""
 
     def changed(self, value: Any, label: str, numpy: str, torch: str) -> str:
-        if isinstance(value, np.ndarray):
-            copy = numpy.format("array")
+        if library_of(value) != "torch":
+            copy = _expression(value, numpy, torch).format("array")
             return (
                 f"have the model itself use {copy} in its place before the optimizer is built, and pass that"
             )
@@ -87,11 +88,19 @@ class _OfClipped(Remedy):
 READ, GRADIENT, OWN, CLIPPED = Remedy(), _OfGradient(), _OfOwn(), _OfClipped()
 
 
-def host_array(value: Any, label: str, remedy: Remedy = READ) -> np.ndarray:
-    """A NumPy view of ``value``, a NumPy array or a torch CPU tensor, without a copy.
+def _expression(value: Any, numpy: str, torch: str) -> str:
+    """That of the two which suits the library that ``value`` is of; CuPy's functions have NumPy's names."""
+    library = library_of(value)
+    return torch if library == "torch" else numpy.replace("np.", f"{library}.")
+
+
+def array_view(value: Any, label: str, remedy: Remedy = READ) -> Array:
+    """``value``, a NumPy array, a torch tensor or an array of a device, as an array of NumPy or of its device
+    over the same memory.
 
     Raises:
-        TypeError: ``value`` is something else, sparse, or on another device.
+        TypeError: ``value`` is something else, sparse, or on a device that there is no backend for.
+        RuntimeError: what it takes to use its device is missing.
     """
     if isinstance(value, np.ndarray):
         if isinstance(value, np.ma.MaskedArray):
@@ -102,9 +111,23 @@ def host_array(value: Any, label: str, remedy: Remedy = READ) -> np.ndarray:
     torch = sys.modules.get("torch")  # loaded, if a tensor is at hand
     if torch is not None and isinstance(value, torch.Tensor):
         return _torch_view(torch, value, label, remedy)
-    backend_of(value, label)  # which refuses arrays of devices that there is no backend for
+    found = device_array(value, label)
+    if found is not None:
+        return found
     kind = article(type(value).__name__)
-    raise TypeError(f"{label} is {kind}: expected a NumPy array or a torch CPU tensor")
+    raise TypeError(f"{label} is {kind}: expected a NumPy array, a torch tensor or a CUDA array")
+
+
+def host_array(value: Any, label: str) -> np.ndarray:
+    """The same of what has to be in the memory of the host.
+
+    Raises:
+        TypeError: as :func:`array_view`, or it is on another device.
+    """
+    array = array_view(value, label)
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{label} is on {device_name(array.device)}: pass {moved(value, label, -1)}")
+    return array
 
 
 def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarray:
@@ -115,7 +138,9 @@ def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarr
         elif tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 1:
             advice = f"pass fastopt.IndexedSlices({label}._indices()[0], {label}._values())"
         raise TypeError(f"{label} is a sparse tensor: {advice}")
-    backend_of(tensor, label)
+    found = device_array(tensor, label)
+    if found is not None:
+        return found
     try:
         if tensor.dtype == torch.bfloat16:
             return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -132,14 +157,14 @@ def article(name: str) -> str:
     return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
 
 
-def check_float(array: np.ndarray, label: str, value: Any, remedy: Remedy = READ) -> None:
+def check_float(array: Array, label: str, value: Any, remedy: Remedy = READ) -> None:
     """Refuse dtypes other than those of parameters, in native byte order. ``array``: a view of ``value``."""
     if array.dtype not in ALL_DTYPES:
         advice = remedy.changed(value, label, "{}.astype(np.float32)", "{}.float()")
         raise TypeError(f"{label} has dtype {array.dtype}: expected {NAMES}; {advice}")
 
 
-def check_contiguous(array: np.ndarray, label: str, value: Any, remedy: Remedy = READ) -> None:
+def check_contiguous(array: Array, label: str, value: Any, remedy: Remedy = READ) -> None:
     """Refuse arrays that are not C-contiguous and aligned. ``array``: a view of ``value``."""
     if not array.flags.c_contiguous:
         advice = remedy.changed(value, label, "np.ascontiguousarray({})", "{}.contiguous()")
@@ -152,25 +177,25 @@ def check_contiguous(array: np.ndarray, label: str, value: Any, remedy: Remedy =
         raise ValueError(f"{label} is not aligned to its {array.itemsize}-byte elements: {advice}")
 
 
-def check_writeable(array: np.ndarray, label: str, value: Any, expected: str, remedy: Remedy) -> None:
+def check_writeable(array: Array, label: str, value: Any, expected: str, remedy: Remedy) -> None:
     """Refuse arrays that can't be written. ``array``: a view of ``value``."""
     if not array.flags.writeable:
         advice = remedy.changed(value, label, "{}.copy()", "{}.clone()")
         raise ValueError(f"{label} is read-only: expected {expected}; {advice}")
 
 
-def parameter_view(value: Any, label: str) -> np.ndarray:
+def parameter_view(value: Any, label: str) -> Array:
     """``value`` as a C-contiguous, writable array of one of the dtypes of parameters."""
-    array = host_array(value, label, OWN)
+    array = array_view(value, label, OWN)
     check_float(array, label, value, OWN)
     check_contiguous(array, label, value, OWN)
     check_writeable(array, label, value, "an array to update in place", OWN)
     return array
 
 
-def gradient_view(value: Any, label: str, parameter: np.ndarray, parameter_label: str) -> np.ndarray:
+def gradient_view(value: Any, label: str, parameter: Array, parameter_label: str) -> Array:
     """``value`` as a C-contiguous array of the parameter's shape and dtype, or float32 for one of 16 bits."""
-    array = host_array(value, label, GRADIENT)
+    array = array_view(value, label, GRADIENT)
     check_like(array, label, value, parameter, parameter_label)
     if array.shape != parameter.shape:
         raise ValueError(
@@ -181,11 +206,25 @@ def gradient_view(value: Any, label: str, parameter: np.ndarray, parameter_label
     return array
 
 
-def check_like(
-    array: np.ndarray, label: str, value: Any, parameter: np.ndarray, parameter_label: str
-) -> None:
-    """Refuse a gradient of another dtype than its parameter's, but for float32 with one of 16 bits.
-    ``array``: a view of ``value``."""
+def device_of(array: Array) -> int:
+    """The number of the device that an array lies on, -1 for the host."""
+    return -1 if isinstance(array, np.ndarray) else array.device
+
+
+def check_beside(array: Array, label: str, value: Any, other: Array, other_label: str) -> None:
+    """Refuse an array on another device than another one. ``array``: a view of ``value``."""
+    own, wanted = device_of(array), device_of(other)
+    if own != wanted:
+        raise ValueError(
+            f"{label} is on {device_name(own)} but {other_label} on {device_name(wanted)}: pass "
+            f"{moved(value, label, wanted)}"
+        )
+
+
+def check_like(array: Array, label: str, value: Any, parameter: Array, parameter_label: str) -> None:
+    """Refuse a gradient on another device than its parameter, or of another dtype, but for float32 with one
+    of 16 bits. ``array``: a view of ``value``."""
+    check_beside(array, label, value, parameter, parameter_label)
     if array.dtype != parameter.dtype and not (parameter.dtype in LOW_DTYPES and array.dtype == DTYPES[0]):
         module = "ml_dtypes" if parameter.dtype == LOW_DTYPES[1] else "np"
         numpy, torch = f"{{}}.astype({module}.{parameter.dtype})", f"{{}}.to(torch.{parameter.dtype})"
@@ -195,10 +234,11 @@ def check_like(
         )
 
 
-def before_writing(value: Any, rows: np.ndarray | None) -> None:
-    """Have a table in files keep rows, None for all, that are about to change, and torch know of a tensor."""
+def before_writing(value: Any, segments: Segments | None) -> None:
+    """Have a table in files keep rows, those of segments or all, that are about to change, and torch know of
+    a tensor."""
     if isinstance(value, TableInFiles):
-        value.keep(rows)
+        value.keep(None if segments is None else host().distinct_rows(segments))
     written([value])
 
 
@@ -225,7 +265,7 @@ def refuse_overlap(label: str, other: str) -> None:
     )
 
 
-def check_apart(written: Sequence[tuple[np.ndarray, str]]) -> None:
+def check_apart(written: Sequence[tuple[Array, str]]) -> None:
     """Refuse contiguous arrays that share memory with another."""
     starts = np.array([backend_of(array).address(array) for array, _ in written], np.int64)
     ends = starts + np.array([array.nbytes for array, _ in written], np.int64)

@@ -8,7 +8,7 @@ device that no backend works on is refused.
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ from fastopt.kernels.work import (
 )
 
 _HOST, _CUDA = "fastopt.kernels.cpu.backend", "fastopt.kernels.cuda.backend"
+_ABOUT = "fastopt.kernels.cuda.about"
 _ARRAYS, _PRODUCERS = "fastopt.kernels.cuda.array", "fastopt.kernels.cuda.producers"
 _DLPACK_CUDA = 2, 13  # the types of devices, kDLCUDA and kDLCUDAManaged, in DLPack
 
@@ -97,6 +98,9 @@ class Squares(Protocol):
 
     def sum(self, addresses: np.ndarray, scale: float) -> float:
         """The sum of squares of all arrays, which lie at ``addresses``, times ``scale**2``; waits for it."""
+
+
+_Squares = Squares  # which a name of Backend hides
 
 
 class Norm(Protocol):
@@ -324,7 +328,7 @@ class Backend(Protocol):
         """The sum of squares of the gradients of all rows, times ``scale**2``; waits for it."""
 
     def norm(
-        self, squares: Sequence[tuple[Squares, np.ndarray]], gradients: Sequence[TableGradient]
+        self, squares: Sequence[tuple[_Squares, np.ndarray]], gradients: Sequence[TableGradient]
     ) -> Norm | None:
         """The norm of dense gradients, each :class:`Squares` with its addresses, and of gradients by rows,
         which may have different dtypes; None where sums are at hand at once, and are asked for instead.
@@ -401,6 +405,17 @@ def _lies_on_cuda(value: Any, label: str) -> bool:
         return True
     of_dlpack = getattr(value, "__dlpack_device__", None)
     return of_dlpack is not None and of_dlpack()[0] in _DLPACK_CUDA
+
+
+def about() -> Iterator[tuple[str, str]]:
+    """Lines for a person on what the host and its devices offer: what, and how it is here."""
+    yield from importlib.import_module(_HOST).about()
+    try:
+        lines = importlib.import_module(_ABOUT).about()
+    except ImportError as error:
+        yield "CUDA", f'{error}: pip install "fastopt[cuda13]"'
+    else:
+        yield from lines
 
 
 def device_name(device: int) -> str:

@@ -7,10 +7,10 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.backend import Backend, backend_of
-from fastopt.kernels.work import Segments
+from fastopt._core.options import is_flag
+from fastopt.kernels.work import Array, Segments
 
 MOST_ROWS = 2**40
-SMALL = 4096  # indices; below, NumPy finds their bounds as fast as a kernel
 
 
 class IndexPlan:
@@ -22,11 +22,14 @@ class IndexPlan:
     that a data loader's worker can build it.
 
     Args:
-        indices: int32 or int64 array of any shape, each in [0, rows); NumPy or torch, CPU.
+        indices: int32 or int64 array of any shape, each in [0, rows); of NumPy, torch or a CUDA device.
         rows: how many rows the table has, at most 2**40.
+        check_indices: False leaves out the check of indices on a CUDA device, for which the host waits:
+            those out of range are then left out of updates, and lookups of them give zeros. On the CPU they
+            are checked all the same.
 
     Attributes:
-        indices: the copy, of the shape given, read-only.
+        indices: the copy, of the shape given, read-only, where the indices given lie.
         rows: as given.
         distinct: int64 array of the different indices, ascending, read-only.
         counts: how often each of them occurs.
@@ -40,41 +43,49 @@ class IndexPlan:
     over them are the same for any number of threads.
     """
 
-    def __init__(self, indices: Any, rows: int) -> None:
+    def __init__(self, indices: Any, rows: int, *, check_indices: bool = True) -> None:
         if isinstance(rows, bool) or not hasattr(rows, "__index__"):
             raise TypeError(f"rows is {rows!r}: expected a whole number")
         self.rows = operator.index(rows)
         if not 0 <= self.rows <= MOST_ROWS:
             raise ValueError(f"rows is {rows!r}: expected a whole number from 0 to 2**40")
-        self._indices = np.array(checked_indices(indices, "indices", self.rows), order="C")
+        checked = checked_indices(indices, "indices", self.rows, check_indices)
+        self._indices = checked.copy()
         flat = self._indices.reshape(-1)
         [self._segments] = backend_of(flat).segments_of([(flat, self.rows)])
 
+    def __getstate__(self) -> dict[str, Any]:
+        if not isinstance(self._indices, np.ndarray):
+            raise TypeError("an IndexPlan of a device can't be pickled: make it of indices on the CPU")
+        return self.__dict__
+
     @property
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Array:
         return _read_only(self._indices)
 
     @property
-    def distinct(self) -> np.ndarray:
-        return _read_only(self._segments.rows)
+    def distinct(self) -> Array:
+        return _read_only(backend_of(self._indices).distinct_rows(self._segments))
 
     @property
-    def counts(self) -> np.ndarray:
-        return np.diff(self._segments.starts)
+    def counts(self) -> Array:
+        return backend_of(self._indices).counts(self._segments)
 
     def __repr__(self) -> str:
         sizes = f"{self.indices.size:,} indices, {self.distinct.size:,} distinct, of {self.rows:,} rows"
         return f"IndexPlan({sizes})"
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
+def _read_only(array: Array) -> Array:
     """A view that can't be written: a plan is not checked again."""
+    if not isinstance(array, np.ndarray):
+        return array.read_only()
     view = array.view()
     view.flags.writeable = False
     return view
 
 
-def _whole(array: np.ndarray, value: Any, label: str) -> str:
+def _whole(array: Array, value: Any, label: str) -> str:
     """What to do about an array of another dtype: numbers that are not whole, or a mask, are no indices."""
     if array.dtype == bool:
         return ", not a mask; pass np.flatnonzero(mask)" if array.ndim == 1 else ", not a mask"
@@ -83,18 +94,19 @@ def _whole(array: np.ndarray, value: Any, label: str) -> str:
     return "; " + arrays.READ.changed(value, label, "{}.astype(np.int64)", "{}.long()")
 
 
-def checked_indices(indices: Any, label: str, rows: int | None) -> np.ndarray:
-    """``indices`` as a NumPy array, every one in [0, rows)."""
-    array = arrays.host_array(indices, label)
+def checked_indices(indices: Any, label: str, rows: int | None, check: bool = True) -> Array:
+    """``indices`` as an array, every one in [0, rows); ``check``: whether those of a device are looked at."""
+    if not is_flag(check):
+        raise TypeError(f"check_indices is {check!r}: expected True or False")
+    array = arrays.array_view(indices, label)
     if array.dtype not in (np.int32, np.int64):
         raise TypeError(
             f"{label} has dtype {array.dtype}: expected int32 or int64{_whole(array, indices, label)}"
         )
-    if array.size:
-        if array.size < SMALL or not array.flags.c_contiguous:
-            low, high = int(array.min()), int(array.max())
-        else:
-            low, high = backend_of(array).bounds(array.reshape(-1))
+    on_host = isinstance(array, np.ndarray)
+    if array.size and (check or on_host):
+        backend = backend_of(array)
+        low, high = backend.bounds(backend.contiguous(array).reshape(-1))
         if low < 0 or (rows is not None and high >= rows):
             bad = low if low < 0 else high
             limit = "not negative" if rows is None else f"in [0, {rows}), the rows of the table"
@@ -105,14 +117,15 @@ def checked_indices(indices: Any, label: str, rows: int | None) -> np.ndarray:
 class Indices:
     """Checked indices of one table: a plan's, or an array's, which are sorted into segments when needed."""
 
-    def __init__(self, array: np.ndarray, rows: int, segments: Segments | None = None) -> None:
+    def __init__(self, array: Array, rows: int, segments: Segments | None = None) -> None:
         self.array = array
         self.rows = rows
         self._segments = segments
 
     @classmethod
-    def checked(cls, given: Any, label: str, rows: int | None) -> "Indices":
-        """Of what a caller gave, for a table of so many rows; None: of a table that is not known."""
+    def checked(cls, given: Any, label: str, rows: int | None, check: bool = True) -> "Indices":
+        """Of what a caller gave, for a table of so many rows; None: of a table that is not known. ``check``:
+        whether those of a device are looked at."""
         if isinstance(given, Indices):
             return given
         if isinstance(given, IndexPlan):
@@ -121,19 +134,21 @@ class Indices:
                     f"{label} is a plan for a table of {given.rows} rows: expected one for {rows} rows"
                 )
             return cls(given._indices, given.rows, given._segments)
-        array = checked_indices(given, label, rows)
+        array = checked_indices(given, label, rows, check)
+        backend = backend_of(array)
+        array = backend.contiguous(array)
         if rows is None:
-            rows = int(array.max()) + 1 if array.size else 0
-        return cls(np.asarray(array, order="C"), rows)
+            rows = backend.bounds(array.reshape(-1))[1] + 1 if array.size else 0
+        return cls(array, rows)
 
     @classmethod
-    def of_all(cls, rows: int) -> "Indices":
+    def of_all(cls, rows: int, backend: Backend) -> "Indices":
         """Every row once, in order, which needs no sorting."""
-        array, starts = np.arange(rows), np.arange(rows + 1, dtype=np.int32)
-        return cls(array, rows, Segments(array, starts[:-1], starts))
+        array, segments = backend.all_rows(rows)
+        return cls(array, rows, segments)
 
     @property
-    def flat(self) -> np.ndarray:
+    def flat(self) -> Array:
         return self.array.reshape(-1)
 
     @property

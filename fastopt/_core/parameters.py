@@ -10,7 +10,7 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.arrays import TableInFiles
-from fastopt._core.backend import Backend, backend_of
+from fastopt._core.backend import Backend, backend_at, backend_of, device_name
 from fastopt._core.groups import Definition, ParameterGroup, checked_group
 from fastopt._core.missed import ROW_STEPS, Tracking
 from fastopt._core.state import (
@@ -27,7 +27,7 @@ from fastopt._core.state import (
 from fastopt._core.state import state_formats as chosen_formats
 from fastopt._core.structure import Structure, as_container, is_groups, named_values
 from fastopt.kernels import formats
-from fastopt.kernels.work import StoredTable
+from fastopt.kernels.work import Array, Segments, StoredTable
 
 
 @dataclass(eq=False)
@@ -37,6 +37,7 @@ class Parameter:
     Attributes:
         value: the caller's array, tensor or table in files.
         key: its name, or its position among all.
+        device: the number of the device that it lies on, -1 for the host.
         index: its position among all. first: the number of its first element among those of all.
         clock: the numbers of steps of all parameters, this one's being that at ``index``.
         state: its state arrays by name, empty before its first gradient.
@@ -48,11 +49,12 @@ class Parameter:
     label: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    device: int
     group: ParameterGroup
     index: int = 0
     first: int = 0
     clock: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
-    state: dict[str, np.ndarray] = field(default_factory=dict)
+    state: dict[str, Array] = field(default_factory=dict)
     tracking: Tracking | None = None
 
     @property
@@ -75,7 +77,7 @@ class Parameter:
     @property
     def backend(self) -> Backend:
         """What works where it lies."""
-        return backend_of(self.value, self.label)
+        return backend_at(self.device)
 
     @property
     def compute(self) -> np.dtype:
@@ -92,11 +94,11 @@ class Parameter:
         """The table in files that the parameter is, if it is one."""
         return self.value if isinstance(self.value, TableInFiles) else None
 
-    def before_writing(self, rows: np.ndarray | None) -> None:
-        """Tell of what is about to change, rows or all."""
-        arrays.before_writing(self.value, rows)
+    def before_writing(self, segments: Segments | None) -> None:
+        """Tell of what is about to change, the rows of segments or all."""
+        arrays.before_writing(self.value, segments)
 
-    def view(self) -> np.ndarray:
+    def view(self) -> Array:
         """The array as it is now; a torch parameter may have moved."""
         array = arrays.parameter_view(self.value, self.label)
         if array.shape != self.shape or array.dtype != self.dtype:
@@ -104,9 +106,14 @@ class Parameter:
                 f"{self.label} now has shape {array.shape} and dtype {array.dtype}, at first "
                 f"{self.shape} and {self.dtype}: make a new optimizer for changed parameters"
             )
+        if arrays.device_of(array) != self.device:
+            raise ValueError(
+                f"{self.label} now lies on {device_name(arrays.device_of(array))}, at first on "
+                f"{device_name(self.device)}: make a new optimizer for parameters that were moved"
+            )
         return array
 
-    def rows_of(self, array: np.ndarray) -> np.ndarray:
+    def rows_of(self, array: Array) -> Array:
         """``array``, of the parameter's shape, with one row for each index of its first axis."""
         if len(self.shape) == 2:
             return array
@@ -132,7 +139,7 @@ class Parameter:
             slots[ROW_STEPS] = Slot((self.rows,), np.dtype(np.int64))
         return slots
 
-    def ready_state(self, by_row: bool) -> dict[str, np.ndarray]:
+    def ready_state(self, by_row: bool) -> dict[str, Array]:
         """Its state as a step needs it, new at its first gradient.
 
         ``by_row``: whether the gradient is used row by row; if not, all arrays are C-contiguous.
@@ -149,7 +156,8 @@ class Parameter:
             return new
         if not by_row:  # rows of several arrays may lie together
             apart = all(array.flags.c_contiguous for array in self.state.values())
-            return self.state if apart else {k: np.asarray(v, order="C") for k, v in self.state.items()}
+            contiguous = self.backend.contiguous
+            return self.state if apart else {k: contiguous(v) for k, v in self.state.items()}
         if self.codes_by_row or not any(kind.coded for kind in self.state_formats):
             return self.state
         own = dict(self.state)
@@ -173,7 +181,7 @@ class Parameter:
     def own_format(self) -> formats.Format:
         return parameter_format(self.dtype, self.group.checked)
 
-    def stored_table(self, own: Mapping[str, np.ndarray], step: int) -> StoredTable:
+    def stored_table(self, own: Mapping[str, Array], step: int) -> StoredTable:
         """The parameter and ``own``, its state, by rows; ``step``: of the random bits."""
         rule = self.group.rule
         return StoredTable(
@@ -209,6 +217,7 @@ class Parameters:
         groups; all: every parameter, in order.
         clock: int64, how many steps each parameter has finished, and last the optimizer.
         sizes, nbytes: int64, of each.
+        devices: the backends of parameters that do not lie in the memory of the host.
         in_files: those that are tables in files. dense_rows: whether rows of some may be behind. all_plain:
             whether there is neither.
         options: the caller's dicts of options, one for each group.
@@ -231,6 +240,8 @@ class Parameters:
         self.clock = np.zeros(len(self.all) + 1, np.int64)
         for i, (parameter, last) in enumerate(zip(self.all, np.cumsum(self.sizes).tolist(), strict=True)):
             parameter.index, parameter.first, parameter.clock = i, last - parameter.size, self.clock
+        numbers = sorted({parameter.device for parameter in self.all} - {-1})
+        self.devices = [backend_at(number) for number in numbers]
         self.in_files = [parameter for parameter in self.all if parameter.in_files is not None]
         self.dense_rows = any(group.checked["rows"] == "dense" for group in self.groups)
         self.all_plain = not self.dense_rows and not self.in_files
@@ -253,7 +264,8 @@ class Parameters:
                 )
             dtype = np.dtype(view.dtype.type)  # the one object that stands for it
             group.keys.append(key)
-            parameters.append(Parameter(value, key, own_label, view.shape, dtype, group))
+            device = arrays.device_of(view)
+            parameters.append(Parameter(value, key, own_label, view.shape, dtype, device, group))
         checked = checked_group(options, label, definition)
         definition.check_options(checked, label)
         group.adopt(checked, definition)
@@ -299,13 +311,13 @@ class Parameters:
         for parameter in self.all:
             if parameter.value is table:
                 return parameter
-        here = _place(arrays.host_array(table, "table"))
+        here = _place(arrays.array_view(table, "table"))
         for parameter in self.all:
             if _place(parameter.view()) == here:
                 return parameter
         raise ValueError("table is not a parameter of optimizer: expected the whole of one that it updates")
 
 
-def _place(array: np.ndarray) -> tuple:
+def _place(array: Array) -> tuple:
     """Where an array lies, and what it is."""
     return backend_of(array).address(array), array.shape, array.dtype

@@ -13,6 +13,7 @@ from fastopt._core.backend import Backend, backend_of
 from fastopt.kernels import formats
 from fastopt.kernels.formats import BLOCK, Format
 from fastopt.kernels.rule import Rule
+from fastopt.kernels.work import Array
 
 SINGLE, DOUBLE = DTYPES
 HALF, BFLOAT16 = LOW
@@ -92,9 +93,7 @@ def is_factored(rule: Rule, shape: tuple[int, ...]) -> bool:
     return bool(rule.matrix_slots) and len(shape) >= 2
 
 
-def new_state(
-    slots: Mapping[str, Slot], together: tuple[str, ...], backend: Backend
-) -> dict[str, np.ndarray]:
+def new_state(slots: Mapping[str, Slot], together: tuple[str, ...], backend: Backend) -> dict[str, Array]:
     """State arrays; those of ``together`` lie row by row side by side, which memory answers faster."""
     zeros = backend.zeros
     state = {}
@@ -118,11 +117,12 @@ def scale_shape(shape: tuple[int, ...], by_row: bool) -> tuple[int, ...]:
     return (-(-size // BLOCK),)
 
 
-def by_rows(kind: Format, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_rows(kind: Format, codes: Array, scales: Array) -> tuple[Array, Array]:
     """Codes of a table whose blocks go on over its rows, with their scales, as those of blocks that end with
     its rows, rounded to the nearest."""
-    new, own = np.empty_like(codes), np.empty(scale_shape(codes.shape, True), np.float32)
-    backend_of(codes).reblock(kind, codes, scales, new, own)
+    backend = backend_of(codes)
+    new, own = backend.empty(codes.shape, codes.dtype), backend.empty(scale_shape(codes.shape, True), SINGLE)
+    backend.reblock(kind, codes, scales, new, own)
     return new, own
 
 

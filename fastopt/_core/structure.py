@@ -29,7 +29,7 @@ def as_container(params: Any, label: str) -> Any:
     if isinstance(params, Mapping):
         return dict(params)
     if not isinstance(params, list | tuple):
-        arrays.host_array(params, label)  # raises
+        arrays.array_view(params, label)  # raises
     return list(params)
 
 

@@ -18,7 +18,8 @@ def tracked(parameter: Parameter) -> Tracking:
         catch_up(parameter)
     if parameter.tracking is not None:
         return parameter.tracking
-    group, last_step = parameter.group, np.full(parameter.rows, parameter.step, np.int64)
+    group, last_step = parameter.group, parameter.backend.empty(parameter.rows, np.int64)
+    last_step[...] = parameter.step
     return Tracking(group.rule, group.decay, group.checked, parameter.step, last_step)
 
 
@@ -33,7 +34,7 @@ def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
         return
     if tracking.history.now > tracking.history.base:
         compute = parameter.compute
-        rows = None if indices is None else indices.segments.own_rows()
+        segments = None if indices is None else indices.segments
         group, options = parameter.group, tracking.options
         spec = Spec(
             rule_numbers(group, options, 0.0, parameter.step, compute),
@@ -44,11 +45,11 @@ def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
         )
         # The random numbers differ from those of the update of that step.
         stored = parameter.stored_table(parameter.state, -parameter.step - 1)
-        count = parameter.rows if rows is None else rows.size
+        count = parameter.rows if segments is None else segments.rows.size
         row_steps = tracking.history.of_rows(tracking.last_step, count, compute)
-        launch = parameter.backend.catch_up(spec, stored, row_steps, parameter.step, rows)
+        launch = parameter.backend.catch_up(spec, stored, row_steps, parameter.step, segments)
         calls = launch.prepare()
-        parameter.before_writing(rows)
+        parameter.before_writing(segments)
         parameter.backend.run(calls)
     if indices is None:
         parameter.tracking = None

@@ -15,6 +15,7 @@ from fastopt._step.numbers import StepOptions, learning_rate
 from fastopt._step.plan import FLOAT32, NONE, ROWS, SAME, Plan
 from fastopt._step.rows import RowUpdate
 from fastopt.gradients.protocol import RowGradient, SparseGradient
+from fastopt.kernels.work import Array
 
 Options = Mapping[str, Any]
 Planned = tuple[Plan, list | tuple, Sequence[RowUpdate]]
@@ -34,7 +35,9 @@ class Planner:
         self._values = [parameter.value for parameter in everyone]
         self._structure = parameters.structure()
         self._locator = host().Locator(
-            [parameter.dtype for parameter in everyone], [parameter.shape for parameter in everyone]
+            [parameter.dtype for parameter in everyone],
+            [parameter.shape for parameter in everyone],
+            [parameter.device for parameter in everyone],
         )
         self._has_codes = any(group.checked["state_dtype"] == "8bit" for group in parameters.groups)
         self._plan: Plan | None = None
@@ -141,7 +144,7 @@ class Planner:
 
 def _checked(
     parameter: Parameter, gradients: Gradients, options: Options, optimizer: str
-) -> np.ndarray | RowGradient:
+) -> Array | RowGradient:
     """A gradient checked against its parameter: an array, or a gradient by rows."""
     value, label = gradients.entries[parameter.index], gradients.label(parameter.index)
     view, rule = parameter.view(), parameter.group.rule
@@ -166,4 +169,6 @@ def _checked(
             f"{label} has shape {array.shape} and clip_row_norm is {options['clip_row_norm']!r}: expected a "
             "2-D parameter, put others into a group without it"
         )
-    return RowGradient(parameter.rows_of(array), Indices.of_all(parameter.rows), dense=True)
+    return RowGradient(
+        parameter.rows_of(array), Indices.of_all(parameter.rows, parameter.backend), dense=True
+    )

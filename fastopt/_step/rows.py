@@ -2,19 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from fastopt._core.backend import Backend, Launch
-from fastopt._core.missed import ROW_STEPS, Tracking, folded_by_count
+from fastopt._core.backend import Backend, Factor, Launch
+from fastopt._core.missed import ROW_STEPS, Tracking, fold_of
 from fastopt._core.parameters import Parameter
 from fastopt._step.catch_up import catch_up, tracked
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
 from fastopt.gradients.protocol import RowGradient
 from fastopt.kernels.formats import PLAIN
 from fastopt.kernels.rule import Lazy, PerRow
-from fastopt.kernels.work import RowSteps, Spec, TableWork
+from fastopt.kernels.work import Array, Spec, TableWork
 
 
 class RowUpdate(NamedTuple):
@@ -28,7 +26,7 @@ def keep_rows(parameter: Parameter, gradient: RowGradient) -> None:
     """Have a table in files keep the rows that a gradient changes. Reading one for which the disk has no room
     would end the process, so this comes before what a step reads of it."""
     if parameter.in_files is not None:
-        parameter.before_writing(gradient.rows_written)
+        parameter.before_writing(gradient.segments_written)
 
 
 def find_winners(updates: Sequence[RowUpdate]) -> None:
@@ -45,7 +43,7 @@ class ReadyRows(NamedTuple):
 
     parameter: Parameter
     gradient: RowGradient
-    state: dict[str, np.ndarray]
+    state: dict[str, Array]
     tracking: Tracking | None
 
 
@@ -61,14 +59,14 @@ def ready_rows(update: RowUpdate) -> ReadyRows:
     return ReadyRows(*update, state, tracking)
 
 
-def row_launches(updates: Sequence[ReadyRows], conditions: Conditions) -> list[Launch]:
-    """The launches of these updates."""
+def row_launches(updates: Sequence[ReadyRows], conditions: Conditions, factor: Factor = None) -> list[Launch]:
+    """The launches of these updates; ``factor``: of a norm that is on its way (see Norm)."""
     alike: dict[tuple, tuple[Backend, Spec, list[TableWork]]] = {}
     for update in updates:
         spec, work = _work(update, conditions)
         backend = update.parameter.backend
         alike.setdefault((backend, *spec.key), (backend, spec, []))[-1].append(work)
-    return [backend.update_rows(spec, works) for backend, spec, works in alike.values()]
+    return [backend.update_rows(spec, works, factor) for backend, spec, works in alike.values()]
 
 
 def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
@@ -78,11 +76,12 @@ def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
     h = rule_numbers(group, options, lr, step, compute)
     c = decay_numbers(group, options, group.decay, lr, conditions.scale, conditions.limit, compute)
     by_row = gradient.by_row()
-    mode, row_steps, numbers = Lazy(), None, (*h, *c)
+    mode: Any = Lazy()
+    row_steps, numbers = None, (*h, *c)
     if ROW_STEPS in state:
         mode, numbers = PerRow(), (lr, *h[1:], *c)
-        counts, rows = state[ROW_STEPS], by_row.segments.own_rows()
-        row_steps = RowSteps(counts, folded_by_count(counts, rows, group.rule, options))
+        fold = fold_of(group.rule, options)
+        row_steps = parameter.backend.counted_steps(state[ROW_STEPS], by_row.segments, fold, parameter.step)
     elif tracking is not None:
         history = tracking.history
         mode = history.kind()

@@ -8,23 +8,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastopt._core import arrays
-from fastopt._core.backend import host
+from fastopt._core.backend import backend_of, host
 from fastopt._core.groups import Definition, ParameterGroup, checked_group, decay_type
 from fastopt._core.missed import LAST_STEP, LR_HISTORY, MOST_COUNTED, ROW_STEPS, Tracking
 from fastopt._core.options import FIXED, SHARED, plain
 from fastopt._core.parameters import Parameter, Snapshot
 from fastopt._core.state import SCALES
 from fastopt.kernels.at_once import at_once
+from fastopt.kernels.work import Array
 
 _KEYS = ("optimizer", "steps", "state", "param_groups")
 _MOST_LISTED = 20  # names in an error
 
 
 class ParameterState(NamedTuple):
-    """What a state dict holds of a parameter, checked."""
+    """What a state dict holds of a parameter, checked, where the parameter lies."""
 
     step: int
-    state: dict[str, np.ndarray]
+    state: dict[str, Array]
     tracking: Tracking | None
 
 
@@ -47,22 +48,28 @@ class SavedSchedule(NamedTuple):
     text: str
 
 
-def state_arrays(parameter: Parameter) -> dict[str, np.ndarray]:
-    """A parameter's state as it is saved, C-contiguous."""
-    state = {slot: np.asarray(array, order="C") for slot, array in parameter.state.items()}
+def state_arrays(parameter: Parameter) -> dict[str, Array]:
+    """A parameter's state as it is saved, C-contiguous, where it lies."""
+    contiguous = parameter.backend.contiguous
+    state = {slot: contiguous(array) for slot, array in parameter.state.items()}
     if parameter.tracking is not None:
         state[LAST_STEP] = parameter.tracking.last_step
         state[LR_HISTORY] = parameter.tracking.history.lrs
     return state
 
 
+def copied(array: Array) -> np.ndarray:
+    """A copy in the memory of the host."""
+    return backend_of(array).to_host(array)
+
+
 def state_dict(snapshot: Snapshot) -> dict[str, Any]:
-    """A copy of everything but the parameters."""
+    """A copy of everything but the parameters, in the memory of the host."""
     return {
         "optimizer": snapshot.optimizer,
         "steps": snapshot.steps,
         "state": {
-            p.key: {"step": p.step, **{slot: array.copy() for slot, array in state_arrays(p).items()}}
+            p.key: {"step": p.step, **{slot: copied(array) for slot, array in state_arrays(p).items()}}
             for p in snapshot.parameters
         },
         "param_groups": [
@@ -226,7 +233,12 @@ def _state(
             f"{label}[{ROW_STEPS!r}] has counts from {counts.min()} to {counts.max()}: expected 0 to {step}"
         )
     tracking = _tracking(definition, options, parameter, saved, step, label) if behind else None
-    return ParameterState(step, state, tracking)
+    return ParameterState(step, {k: _beside(parameter, array) for k, array in state.items()}, tracking)
+
+
+def _beside(parameter: Parameter, array: np.ndarray) -> Array:
+    """An array of the host's where the parameter lies."""
+    return array if parameter.device < 0 else parameter.backend.from_host(array)
 
 
 def _is_by_row(saved: Mapping[str, Any]) -> bool:
@@ -261,7 +273,8 @@ def _tracking(
             f"{label}[{LAST_STEP!r}] has steps from {last_step.min()} to {last_step.max()}: expected "
             f"{base} to {step}"
         )
-    tracking = Tracking(parameter.group.rule, decay_type(definition, options), options, base, last_step)
+    decay = decay_type(definition, options)
+    tracking = Tracking(parameter.group.rule, decay, options, base, _beside(parameter, last_step))
     for lr in lrs.tolist():
         if not 0 <= lr < np.inf:
             raise ValueError(f"{label}[{LR_HISTORY!r}] holds {lr!r}: expected finite numbers, at least 0")
@@ -273,13 +286,13 @@ def _tracking(
 
 
 def _array(value: Any, label: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A copy of ``value``, which must have this shape and dtype."""
-    array = arrays.host_array(value, label)
+    """A copy of ``value``, which must have this shape and dtype, in the memory of the host."""
+    array = arrays.array_view(value, label)
     if array.shape != shape:
         raise ValueError(f"{label} has shape {array.shape}: expected {shape}")
     if array.dtype != dtype:
         raise TypeError(f"{label} has dtype {array.dtype}: expected {dtype}")
-    return np.array(array, order="C")
+    return copied(array)
 
 
 def _count(value: Any, label: str, most: int = MOST_COUNTED) -> int:

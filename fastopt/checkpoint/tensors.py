@@ -20,7 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from fastopt._core.backend import backend_of
 from fastopt._core.files import replacing
+from fastopt.kernels.work import Array
 
 CHECKSUMS = "crc32"
 _METADATA = "__metadata__"
@@ -46,8 +48,8 @@ _DTYPES = {
 _NAMES = {np.dtype(kind): name for name, kind in _DTYPES.items()}
 
 
-def write(path: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write C-contiguous arrays beside ``path``, bring the file to the disk, and rename it.
+def write(path: Any, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+    """Write C-contiguous arrays, of any device, beside ``path``, bring the file to the disk, and rename it.
 
     Raises:
         OSError: it can't be written; the old file is as it was.
@@ -64,7 +66,8 @@ def write(path: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
         sums = {name: _first_sum(_NAMES[a.dtype], a.shape) for name, a in tensors.items()}
         file.write(_header(tensors, metadata, sums))
         for name, array in tensors.items():
-            data = array.reshape(-1).view(np.uint8)
+            own = array if isinstance(array, np.ndarray) else backend_of(array).to_host(array)
+            data = own.reshape(-1).view(np.uint8)
             for first in range(0, data.size, _PIECE):
                 piece = data[first : first + _PIECE].data
                 file.write(piece)
@@ -82,7 +85,7 @@ def _check_place(target: Path) -> None:
         raise OSError(errno.EINVAL, "not a regular file, which a new one could replace", str(target))
 
 
-def _header(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], sums: Mapping[str, int]) -> bytes:
+def _header(tensors: Mapping[str, Array], metadata: Mapping[str, str], sums: Mapping[str, int]) -> bytes:
     """The header with its length before it, which does not depend on the checksums."""
     checksums = {"tensors": {name: _digits(own) for name, own in sums.items()}}
     texts = {**metadata, CHECKSUMS: json.dumps({**checksums, "texts": _sum_of_texts(metadata, checksums)})}

@@ -4,6 +4,7 @@ import platform
 from importlib.metadata import version
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import fastopt
@@ -20,5 +21,5 @@ def command() -> None:
     for package in PACKAGES:
         table.add_row(package, version(package))
     for what, how in about():
-        table.add_row(what, how)
+        table.add_row(what, escape(how))
     Console(soft_wrap=True).print(table)

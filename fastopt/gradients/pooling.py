@@ -10,6 +10,7 @@ from fastopt._core.arrays import LOW_DTYPES
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 from fastopt._core.options import is_flag
+from fastopt.kernels.work import Array
 
 MODES = ("sum", "mean", "max")
 
@@ -22,7 +23,7 @@ class Bags:
     """
 
     def __init__(
-        self, indices: Indices, offsets: np.ndarray, mode: str, weights: np.ndarray | None, padding: int
+        self, indices: Indices, offsets: Array, mode: str, weights: Array | None, padding: int
     ) -> None:
         self.indices = indices
         self.offsets = offsets
@@ -34,47 +35,29 @@ class Bags:
     def count(self) -> int:
         return self.offsets.size - 1
 
-    def of_rows_read(self, table: np.ndarray) -> "tuple[Bags, np.ndarray]":
-        """The same bags over a table that holds a row for each position, in float32, for one of 16 bits."""
-        read = backend_of(table).gather(table, self.indices.flat)
-        where = np.arange(len(read))
-        if self.padding >= 0:
-            where[self.indices.flat == self.padding] = len(read)
-        alone = Indices(where, where.size + 1)
-        return Bags(alone, self.offsets, self.mode, self.weights, len(read)), backend_of(read).widen(read)
-
-    def pool(self, table: np.ndarray) -> np.ndarray:
+    def pool(self, table: Array) -> Array:
         """[count, dim]: each bag's rows summed or averaged; rows of 16 bits are added in float32."""
-        if table.dtype in LOW_DTYPES:
-            bags, rows = self.of_rows_read(table)
-            return bags.pool(rows).astype(table.dtype)
-        mean = self.mode == "mean"
-        return backend_of(table).pool(
-            table, self.indices.flat, self.offsets, self.weights, mean, self.padding
-        )
+        mean, flat = self.mode == "mean", self.indices.flat
+        return backend_of(table).pool(table, flat, self.offsets, self.weights, mean, self.padding)
 
-    def pool_max(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def pool_max(self, table: Array) -> tuple[Array, Array]:
         """[count, dim]: the largest element of each bag's rows, and the position it comes from."""
-        if table.dtype in LOW_DTYPES:
-            bags, rows = self.of_rows_read(table)
-            largest, winners = bags.pool_max(rows)
-            return largest.astype(table.dtype), winners
         return backend_of(table).pool_max(table, self.indices.flat, self.offsets, self.padding)
 
-    def of_positions(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray | None]:
+    def of_positions(self, dtype: np.dtype) -> tuple[Array, Array | None]:
         """The bag of each position, and the factor on its row, None where all are 1."""
         backend, mean = backend_of(self.offsets), self.mode == "mean"
         scales = None
         if self.weights is not None or mean:
             scales = backend.empty(self.indices.array.size, dtype)
-            scales[:] = 1 if self.weights is None else self.weights
+            scales[...] = 1 if self.weights is None else self.weights
         bags = backend.bags_of_positions(self.offsets, self.indices.flat, scales, mean, self.padding)
         return bags, scales
 
 
-def checked_table(table: Any) -> np.ndarray:
+def checked_table(table: Any) -> Array:
     """``table``, which is to be read: of two dimensions, C-contiguous, of one of the dtypes of parameters."""
-    source = arrays.host_array(table, "table", arrays.OWN)
+    source = arrays.array_view(table, "table", arrays.OWN)
     arrays.check_float(source, "table", table, arrays.OWN)
     if source.ndim != 2:
         raise ValueError(f"table has shape {source.shape}: expected (rows, dim)")
@@ -95,13 +78,13 @@ def checked_bags(given: Any, label: str, rows: int | None, weights: tuple[np.dty
     prefix = f"{label}." if label else ""
     if given.mode not in MODES:
         raise ValueError(f"{prefix}mode is {given.mode!r}: expected 'sum', 'mean' or 'max'")
-    indices = Indices.checked(given.indices, f"{prefix}indices", rows)
+    indices = Indices.checked(given.indices, f"{prefix}indices", rows, given.check_indices)
     offsets = _offsets(given, indices.array, prefix)
     factors = _weights(given, indices.array, weights, prefix)
     return Bags(indices, offsets, given.mode, factors, _padding(given.padding_idx, rows, prefix))
 
 
-def _offsets(given: Any, indices: np.ndarray, prefix: str) -> np.ndarray:
+def _offsets(given: Any, indices: Array, prefix: str) -> Array:
     if not is_flag(given.include_last_offset):
         raise TypeError(
             f"{prefix}include_last_offset is {given.include_last_offset!r}: expected True or False"
@@ -114,61 +97,73 @@ def _offsets(given: Any, indices: np.ndarray, prefix: str) -> np.ndarray:
             )
         if given.include_last_offset:
             raise ValueError(f"{prefix}include_last_offset is True but offsets is None: expected offsets")
-        bags, width = indices.shape
-        return np.arange(bags + 1, dtype=np.int64) * width
+        return backend_of(indices).regular_offsets(*indices.shape)
     if indices.ndim != 1:
         raise ValueError(
             f"{prefix}indices has shape {indices.shape} and there are offsets: expected 1-D indices, "
             "or no offsets"
         )
-    offsets = arrays.host_array(given.offsets, f"{prefix}offsets")
+    offsets = arrays.array_view(given.offsets, f"{prefix}offsets")
+    arrays.check_beside(offsets, f"{prefix}offsets", given.offsets, indices, f"{prefix}indices")
     if offsets.dtype not in (np.int32, np.int64):
         raise TypeError(f"{prefix}offsets has dtype {offsets.dtype}: expected int32 or int64")
     if offsets.ndim != 1:
         raise ValueError(f"{prefix}offsets has shape {offsets.shape}: expected one dimension")
-    if given.include_last_offset:
-        own = offsets.astype(np.int64)
-        if not own.size or own[-1] != indices.size:
-            last = own[-1] if own.size else "missing"
-            raise ValueError(
-                f"the last of {prefix}offsets is {last}: expected {indices.size}, the number of indices, "
-                "as include_last_offset is True"
-            )
-    else:
-        own = np.empty(offsets.size + 1, np.int64)
-        own[:-1] = offsets
-        own[-1] = indices.size
-    if own[0] != 0:
-        # Without bags, all indices would belong to none.
-        got = f"begin with {own[0]}" if own.size > 1 else f"are empty, and there are {indices.size} indices"
-        raise ValueError(f"{prefix}offsets {got}: expected the first to be 0")
-    if (own[1:] < own[:-1]).any():
-        at = int(np.argmax(own[1:] < own[:-1]))
+    with_last = bool(given.include_last_offset)
+    if with_last and not offsets.size:
         raise ValueError(
-            f"{prefix}offsets has {own[at]} before {own[at + 1]}: expected numbers that do not fall, "
-            f"up to {indices.size}"
+            f"the last of {prefix}offsets is missing: expected {indices.size}, the number of indices, as "
+            "include_last_offset is True"
         )
+    backend = backend_of(indices)
+    own = backend.bag_offsets(offsets, indices.size, with_last)
+    if given.check_indices or isinstance(own, np.ndarray):
+        _check_offsets(backend.check_offsets(own), own, indices, with_last, prefix)
     return own
 
 
-def check_weights(weights: np.ndarray, label: str, dtypes: tuple[np.dtype, ...]) -> None:
+def _check_offsets(
+    found: tuple[int, int, int], own: Array, indices: Array, with_last: bool, prefix: str
+) -> None:
+    """Refuse offsets of which this was found (see Backend.check_offsets)."""
+    first, last, falls_at = found
+    if with_last and last != indices.size:
+        raise ValueError(
+            f"the last of {prefix}offsets is {last}: expected {indices.size}, the number of indices, as "
+            "include_last_offset is True"
+        )
+    if first != 0:
+        # Without bags, all indices would belong to none.
+        got = f"begin with {first}" if own.size > 1 else f"are empty, and there are {indices.size} indices"
+        raise ValueError(f"{prefix}offsets {got}: expected the first to be 0")
+    if falls_at >= 0:
+        before, after = backend_of(own).to_host(own[falls_at : falls_at + 2]).tolist()
+        raise ValueError(
+            f"{prefix}offsets has {before} before {after}: expected numbers that do not fall, up to "
+            f"{indices.size}"
+        )
+
+
+def check_weights(weights: Array, label: str, dtypes: tuple[np.dtype, ...]) -> None:
     """Refuse weights of other dtypes."""
     if weights.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))
         raise TypeError(f"{label} has dtype {weights.dtype}: expected {expected}")
 
 
-def _weights(given: Any, indices: np.ndarray, dtypes: tuple[np.dtype, ...], prefix: str) -> np.ndarray | None:
+def _weights(given: Any, indices: Array, dtypes: tuple[np.dtype, ...], prefix: str) -> Array | None:
     if given.per_sample_weights is None:
         return None
     label = f"{prefix}per_sample_weights"
     if given.mode == "max":
         raise ValueError(f"{label} is given with mode 'max': expected mode 'sum' or 'mean'")
-    weights = arrays.host_array(given.per_sample_weights, label)
+    weights = arrays.array_view(given.per_sample_weights, label)
+    arrays.check_beside(weights, label, given.per_sample_weights, indices, f"{prefix}indices")
     check_weights(weights, label, dtypes)
     if weights.shape != indices.shape:
         raise ValueError(f"{label} has shape {weights.shape}: expected {indices.shape}, that of indices")
-    return backend_of(weights).widen(np.ascontiguousarray(weights).reshape(-1))
+    backend = backend_of(weights)
+    return backend.widen(backend.contiguous(weights).reshape(-1))
 
 
 def _padding(padding_idx: Any, rows: int | None, prefix: str) -> int:

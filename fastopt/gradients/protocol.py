@@ -11,7 +11,7 @@ from fastopt._core import arrays
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 from fastopt.gradients.pooling import Bags
-from fastopt.kernels.work import TableGradient
+from fastopt.kernels.work import Array, Segments, TableGradient
 
 
 class RowGradient:
@@ -29,14 +29,14 @@ class RowGradient:
     """
 
     def __init__(
-        self, values: np.ndarray, indices: Indices, bags: Bags | None = None, *, dense: bool = False
+        self, values: Array, indices: Indices, bags: Bags | None = None, *, dense: bool = False
     ) -> None:
         self._given = values
         self.values = backend_of(values).widen(values)
         self.indices = indices
         self.bags = bags
         self.dense = dense
-        self._winners: np.ndarray | None = None
+        self._winners: Array | None = None
         self._by_row: TableGradient | None = None
 
     @property
@@ -46,23 +46,26 @@ class RowGradient:
 
     @property
     def values_used(self) -> np.ndarray:
-        """Those of ``values`` that belong to a row."""
+        """Those of ``values`` that belong to a row, on the host."""
+        backend = backend_of(self.values)
+        values = backend.to_host(self.values)
         if self.bags is None:
-            return self.values
+            return values
         bags, _ = self.bags.of_positions(self.values.dtype)
-        return self.values[np.unique(bags[self.indices.flat != self.bags.padding])]
+        counting = backend.to_host(self.indices.flat) != self.bags.padding
+        return values[np.unique(backend.to_host(bags)[counting])]
 
     @property
-    def rows_written(self) -> np.ndarray | None:
+    def segments_written(self) -> Segments | None:
         """The rows that an update writes, None for all."""
-        return None if self.dense else self.indices.segments.own_rows()
+        return None if self.dense else self.indices.segments
 
     @property
     def clear(self) -> Callable[[], object]:
         """The call that sets the values to zero."""
         return partial(self._given.fill, 0)
 
-    def find_winners(self, table: np.ndarray) -> None:
+    def find_winners(self, table: Array) -> None:
         """Find the rows of ``table`` that the maxima come from."""
         assert self.bags is not None
         self._winners = self.bags.pool_max(table)[1]
@@ -104,7 +107,7 @@ class SparseGradient(ABC):
             TypeError, ValueError: it contradicts itself, or names rows that the table does not have.
         """
 
-    def for_parameter(self, label: str, parameter: np.ndarray, parameter_label: str) -> RowGradient:
+    def for_parameter(self, label: str, parameter: Array, parameter_label: str) -> RowGradient:
         """What it says, checked against its parameter; its indices are not sorted yet."""
         if parameter.ndim != 2:
             name = type(self).__name__
@@ -114,7 +117,7 @@ class SparseGradient(ABC):
                 f"{parameter.shape}: expected a 2-D parameter, pass a dense gradient"
             )
         values, values_label = self.numbers(label)
-        array = arrays.host_array(values, values_label, arrays.GRADIENT)
+        array = arrays.array_view(values, values_label, arrays.GRADIENT)
         arrays.check_like(array, values_label, values, parameter, parameter_label)
         checked = self.checked(label, parameter.shape[0])
         if checked.values.shape[1] != parameter.shape[1]:

@@ -21,7 +21,11 @@ class IndexedSlices(SparseGradient):
         values: array of shape ``indices.shape + (dim,)`` and the parameter's dtype, or float32 for one of
             16 bits, C-contiguous.
 
-    Both may be NumPy arrays or torch CPU tensors; they are checked where they are used.
+        check_indices: False leaves out the check of indices on a CUDA device, for which the host waits: those
+            out of range are then left out. On the CPU they are checked all the same.
+
+    Both may be NumPy arrays, torch tensors or CUDA arrays, where the parameter lies; they are checked where
+    they are used.
 
     Example:
         >>> grad = IndexedSlices(np.array([3, 0, 3]), np.ones((3, 2), np.float32))
@@ -29,6 +33,7 @@ class IndexedSlices(SparseGradient):
 
     indices: Any
     values: Any
+    check_indices: bool = True
 
     def numbers(self, label: str) -> tuple[Any, str]:
         """``values``."""
@@ -36,8 +41,9 @@ class IndexedSlices(SparseGradient):
 
     def checked(self, label: str, rows: int | None) -> RowGradient:
         """The slices with values in two dimensions."""
-        indices = Indices.checked(self.indices, f"{label}.indices", rows)
-        values = arrays.host_array(self.values, f"{label}.values")
+        indices = Indices.checked(self.indices, f"{label}.indices", rows, self.check_indices)
+        values = arrays.array_view(self.values, f"{label}.values")
+        arrays.check_beside(indices.array, f"{label}.indices", self.indices, values, f"{label}.values")
         arrays.check_float(values, f"{label}.values", self.values, arrays.GRADIENT)
         shape = indices.array.shape
         if values.ndim != len(shape) + 1 or values.shape[:-1] != shape:

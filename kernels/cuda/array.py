@@ -180,6 +180,12 @@ class DeviceArray:
         out[...] = self
         return out
 
+    def __deepcopy__(self, memo: dict) -> "DeviceArray":
+        return self.copy()
+
+    def __reduce__(self) -> tuple:
+        return upload, (self.device, self.copy_to_host())
+
     # Protocols
 
     @property

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -28,7 +29,10 @@ def _with_row_stack() -> Iterator[None]:
 
 
 with _with_row_stack():
-    from numba.cuda import compiler, dispatcher
+    from numba.cuda import compiler as numba_compiler
+    from numba.cuda import dispatcher
+
+compiler: Any = numba_compiler  # whose names are its own
 
 _lock = threading.RLock()
 hold_private("numba.cuda.core.compiler_lock", "global_compiler_lock._lock")

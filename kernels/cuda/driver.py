@@ -4,7 +4,7 @@ There is one :class:`Driver`, found by :func:`driver`: that of the machine. Test
 interprets kernels in the memory of the host.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,10 +57,10 @@ class Driver(Protocol):
     def zero(self, device: int, address: int, nbytes: int) -> None:
         """Set bytes to 0."""
 
-    def load(self, device: int, code: Hashable, name: str) -> Any:
+    def load(self, device: int, code: Any, name: str) -> Any:
         """The kernel ``name`` of machine code (see :func:`Driver.translate`), loaded."""
 
-    def translate(self, text: str, cc: tuple[int, int], most_registers: int | None) -> Hashable:
+    def translate(self, text: str, cc: tuple[int, int], most_registers: int | None) -> Any:
         """What :meth:`load` takes, of a kernel's PTX."""
 
     def launcher(

@@ -166,7 +166,7 @@ class Machine:
     def translate(self, text: str, cc: tuple[int, int], most_registers: int | None) -> bytes:
         return compile.cubin(text, cc, most_registers)
 
-    def load(self, device: int, code: bytes, name: str) -> Any:
+    def load(self, device: int, code: Any, name: str) -> Any:
         self._on(device)
         return ObjectCode.from_cubin(code).get_kernel(name)
 

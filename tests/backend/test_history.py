@@ -66,7 +66,7 @@ class Behind:
     def catch_up(self, rows):
         count = ROWS if rows is None else rows.size
         row_steps = self.history.of_rows(self.last_step, count, SINGLE)
-        given = None if rows is None else self.device.put(rows)
+        given = None if rows is None else segments(self.device, rows, ROWS)
         launch = self.device.backend.catch_up(self.spec, self.table.stored, row_steps, NOW, given)
         calls = launch.prepare()
         assert_same(self.table.got(), self.before)

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from fastopt.kernels import rules
+from fastopt.kernels.work import CountFold, Segments
+
 INTEGERS = [np.int32, np.int64]
 
 
@@ -20,19 +23,30 @@ def test_bounds_are_the_smallest_and_the_largest(device, rng, dtype):
 
 def check(device, found, indices, first_row=0, first_position=0):
     """The segments of one table against a stable sort."""
+    distinct, counts = np.unique(indices, return_counts=True)
+    backend = device.backend
+    np.testing.assert_array_equal(device.get(backend.distinct_rows(found)), distinct)
+    np.testing.assert_array_equal(device.get(backend.counts(found)), counts)
+    positions = device.get(backend.take(device.put(np.arange(indices.size)), found))
+    np.testing.assert_array_equal(positions, np.argsort(indices, kind="stable"))
+    if isinstance(found, Segments):
+        check_arrays(device, found, indices, first_row, first_position)
+
+
+def check_arrays(device, found, indices, first_row, first_position):
+    """The arrays of the host's segments."""
     rows, order, starts = (device.get(array) for array in found[:3])
     assert (rows.dtype, order.dtype, starts.dtype) == (np.int64, np.int32, np.int32)
     assert (found.first_row, found.first_position) == (first_row, first_position)
     distinct, firsts = np.unique(np.sort(indices), return_index=True)
     np.testing.assert_array_equal(rows, distinct + first_row)
-    np.testing.assert_array_equal(device.get(found.own_rows()), distinct)
     before = first_position  # all positions of earlier tables come first
     np.testing.assert_array_equal(starts, before + np.append(firsts, indices.size))
     own = order[starts[0] : starts[-1]]
     np.testing.assert_array_equal(own - first_position, np.argsort(indices, kind="stable"))
 
 
-@pytest.mark.covers("segments_of")
+@pytest.mark.covers("segments_of", "distinct_rows", "counts")
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("rows", [1, 50, 3_000_000])
 def test_segments_of_a_table(device, rng, dtype, rows):
@@ -45,7 +59,7 @@ def test_segments_of_a_table(device, rng, dtype, rows):
         np.testing.assert_array_equal(device.get(given), indices)
 
 
-@pytest.mark.covers("segments_of")
+@pytest.mark.covers("segments_of", "distinct_rows", "counts")
 def test_segments_of_many_tables_are_sorted_together(device, rng):
     sizes, rows = [300, 0, 1, 200], [40, 9, 7, 100_000]
     parts = [
@@ -60,7 +74,7 @@ def test_segments_of_many_tables_are_sorted_together(device, rng):
         check(device, found[k], part, sum(rows[:k]), sum(sizes[:k]))
 
 
-@pytest.mark.covers("segments_of")
+@pytest.mark.covers("segments_of", "distinct_rows", "counts")
 def test_segments_of_no_indices(device):
     none = np.empty(0, np.int64)
     [found] = device.backend.segments_of([(device.put(none), 5)])
@@ -74,3 +88,56 @@ def test_segments_of_no_indices(device):
 def test_segments_of_too_many_rows_are_refused(device):
     with pytest.raises(ValueError, match="split the batch"):
         device.backend.segments_of([(device.put(np.arange(9)), 2**62)])
+
+
+@pytest.mark.covers("all_rows", "distinct_rows", "counts")
+@pytest.mark.parametrize("rows", [0, 1, 1000])
+def test_every_row_once_in_order(device, rows):
+    indices, segments = device.backend.all_rows(rows)
+    assert indices.dtype == np.int64
+    np.testing.assert_array_equal(device.get(indices), np.arange(rows))
+    np.testing.assert_array_equal(device.get(device.backend.distinct_rows(segments)), np.arange(rows))
+    np.testing.assert_array_equal(device.get(device.backend.counts(segments)), np.ones(rows))
+
+
+@pytest.mark.covers("bag_offsets")
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_offsets_get_the_number_of_indices_as_their_last(device, dtype):
+    given = device.put(np.array([0, 3, 3, 7], dtype))
+    for with_last, expected in ((True, [0, 3, 3, 7]), (False, [0, 3, 3, 7, 9])):
+        found = device.backend.bag_offsets(given, 9, with_last)
+        assert found.dtype == np.int64 and found is not given
+        np.testing.assert_array_equal(device.get(found), expected)
+    np.testing.assert_array_equal(device.get(device.backend.bag_offsets(given[:0], 0, False)), [0])
+
+
+@pytest.mark.covers("regular_offsets")
+def test_offsets_of_bags_of_one_width(device):
+    for bags, width in ((0, 5), (4, 0), (3, 7)):
+        found = device.backend.regular_offsets(bags, width)
+        assert found.dtype == np.int64
+        np.testing.assert_array_equal(device.get(found), np.arange(bags + 1) * width)
+
+
+@pytest.mark.covers("check_offsets")
+def test_what_is_found_of_offsets(device):
+    for offsets, expected in (
+        ([0], (0, 0, -1)),
+        ([0, 2, 2, 9], (0, 9, -1)),
+        ([1, 2, 1, 9, 3], (1, 3, 1)),
+        ([*range(5000), 7], (0, 7, 4999)),
+    ):
+        assert device.backend.check_offsets(device.put(np.array(offsets))) == expected
+
+
+@pytest.mark.covers("counted_steps")
+def test_what_is_folded_for_the_counts_of_rows(device):
+    counts = device.put(np.array([0, 4, 2, 4, 0], np.int64))
+    fold = CountFold(rules.ADAM, (("betas", (0.8, 0.97)), ("eps", 1e-3), ("weight_decay", 0.0)))
+    [found] = device.backend.segments_of([(device.put(np.array([1, 3, 2, 1])), 5)])
+    steps = device.backend.counted_steps(counts, found, fold, 4)
+    history = device.get(steps.history)
+    for count in (3.0, 5.0):  # those after the next update
+        [row] = history[history[:, 0] == count]
+        np.testing.assert_array_equal(row, fold(np.array([count]))[0])
+    assert (np.diff(history[:, 0][history[:, 0] > 0]) > 0).all()

@@ -153,9 +153,9 @@ def test_rows_are_multiplied_by_gradients_of_their_bags(device, rng, padding):
 def test_rows_of_a_large_norm_are_scaled_down(device):
     table = np.array([[3, 4], [6, 8], [0, 0], [30, 40], [np.nan, 100]], np.float32)
     placed = device.put(table)
-    assert device.backend.limit_norms(placed, device.put(np.array([0, 1, 2, 4])), 5.0) is None
+    assert device.backend.limit_norms(placed, segments(device, [0, 1, 2, 4], 5), 5.0) is None
     expected = table.copy()  # row 0 is at the limit, row 3 is not named, row 4 has no norm
     expected[1] *= np.float32(5.0 / (10.0 + 1e-7))
     assert_same([device.get(placed)], [expected])
-    device.backend.limit_norms(placed, device.put(np.array([3])), 0.0)
+    device.backend.limit_norms(placed, segments(device, [3], 5), 0.0)
     assert not device.get(placed)[3].any()

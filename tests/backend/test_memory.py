@@ -59,6 +59,7 @@ def test_address_is_that_of_the_first_element(device):
         assert device.backend.address(device.read_only(array)) == start
 
 
+@pytest.mark.host
 @pytest.mark.covers("Identities")
 def test_identities_are_of_objects_in_order(device):
     values = [device.put(np.zeros(3)) for _ in range(3)]
@@ -84,7 +85,7 @@ class Located:
 
     def __init__(self, device):
         self.device = device
-        self.locator = device.backend.Locator(self.dtypes, self.shapes)
+        self.locator = device.backend.Locator(self.dtypes, self.shapes, [-1] * len(self.shapes))
         self.parameters, self.gradients = self.arrays(), self.arrays()
 
     def arrays(self):
@@ -106,6 +107,7 @@ class Located:
                     assert addresses[k] == self.device.backend.address(value)
 
 
+@pytest.mark.host
 @pytest.mark.covers("Locator")
 @pytest.mark.parametrize("container", [list, tuple])
 def test_locator_recognises_arrays(device, container):
@@ -117,6 +119,7 @@ def test_locator_recognises_arrays(device, container):
     located.check()
 
 
+@pytest.mark.host
 @pytest.mark.covers("Locator")
 @pytest.mark.parametrize("which", ["parameters", "gradients"])
 def test_locator_sees_that_an_array_moved(device, which):
@@ -138,6 +141,7 @@ STRANGE = {
 }
 
 
+@pytest.mark.host
 @pytest.mark.covers("Locator")
 @pytest.mark.parametrize("strange", STRANGE)
 def test_locator_leaves_what_it_does_not_recognise(device, strange):
@@ -154,6 +158,7 @@ def test_locator_leaves_what_it_does_not_recognise(device, strange):
     located.check(unknown=[1])
 
 
+@pytest.mark.host
 @pytest.mark.covers("Locator")
 def test_locator_expects_gradients_of_other_dtypes(device):
     located = Located(device)
@@ -166,6 +171,7 @@ def test_locator_expects_gradients_of_other_dtypes(device):
     located.check(unknown_gradients=[0])
 
 
+@pytest.mark.host
 @pytest.mark.covers("Locator")
 def test_locator_wants_arrays_that_can_be_written(device):
     if not device.has_read_only:
@@ -181,6 +187,7 @@ def test_locator_wants_arrays_that_can_be_written(device):
     located.check(unknown=[2])
 
 
+@pytest.mark.host
 @pytest.mark.covers("Locator")
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not there")
 def test_locator_finds_torch_tensors(device):
@@ -228,3 +235,20 @@ def test_codes_in_blocks_over_all_rows_become_codes_in_blocks_of_rows(device, rn
         found = numbers(new[row], new_scales[row, of_columns])
         # half of a code's width: 1/16 of a number, and of small ones 2^-19 of the scale
         np.testing.assert_allclose(found, want[row], rtol=1 / 15, atol=2.0**-18)
+
+
+@pytest.mark.covers("from_host", "to_host", "contiguous")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_go_to_a_device_and_come_back(device, dtype):
+    for shape in SHAPES:
+        array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+        there = device.backend.from_host(array)
+        assert (there.shape, there.dtype) == (array.shape, array.dtype)
+        back = device.backend.to_host(there)
+        assert type(back) is np.ndarray and back.flags.c_contiguous
+        np.testing.assert_array_equal(back, array)
+        assert device.backend.contiguous(there) is there or there.flags.c_contiguous
+    pairs = device.backend.from_host(np.arange(24).reshape(4, 2, 3).astype(dtype))
+    apart = device.backend.contiguous(pairs[:, 1])
+    assert apart.flags.c_contiguous
+    np.testing.assert_array_equal(device.get(apart), np.arange(24).reshape(4, 2, 3)[:, 1].astype(dtype))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from backend.launches import BFLOAT, BFLOAT16, DOUBLE, HALF, PLAIN, SINGLE, assert_same, segments
+from devices import Cpu
 
 from fastopt.kernels.work import TableGradient
 
@@ -126,3 +127,41 @@ def test_the_second_of_tables_sorted_together_is_coalesced(device):
     placed = device.put(np.array([[1.0], [2.0], [4.0], [8.0]], np.float32))
     device.backend.coalesce(placed, found[1])
     assert device.get(placed).tolist() == [[13.0], [2.0], [0.0], [0.0]]
+
+
+@pytest.mark.covers("norm", "Squares", "segments_of")
+def test_a_norm_that_nobody_waits_for_is_that_of_the_sums(device, rng):
+    arrays = [rng.normal(size=n).astype(dtype) for n, dtype in ((300, SINGLE), (20_000, SINGLE), (7, DOUBLE))]
+    placed = [device.put(array) for array in arrays]
+    parts = []
+    for own, compute in ((placed[:2], SINGLE), (placed[2:], DOUBLE)):
+        squares = device.backend.Squares(compute, PLAIN, [array.size for array in own])
+        parts.append((squares, np.array([device.backend.address(array) for array in own])))
+    values = rng.normal(size=(4, 6)).astype(SINGLE)
+    found = segments(device, [2, 0, 2, 1], 3)
+    gradient = TableGradient(device.put(values), found)
+    norm = device.backend.norm(parts, [gradient])
+    if isinstance(device, Cpu):
+        assert norm is None  # sums are at hand at once
+        return
+    of_rows = np.stack([values[1], values[3], values[0] + values[2]]).astype(DOUBLE)
+    total = sum(float((array.astype(DOUBLE) ** 2).sum()) for array in [*arrays, of_rows])
+    assert norm.value() == pytest.approx(math.sqrt(total), rel=1e-14)
+    assert device.backend.norm(parts, [gradient]).value() == norm.value()  # the same bits
+    for scale, most in ((1.0, 1.0), (0.5, 1e9)):
+        want = min(1.0, most / (scale * norm.value() + 1e-6))
+        assert device.get(norm.factor(scale, most)).tolist() == [want]
+
+
+@pytest.mark.covers("norm", "Squares")
+@pytest.mark.parametrize("size", [1e200, 1e-200, np.nan, np.inf])
+def test_a_norm_whose_squares_float64_cannot_hold(device, size):
+    array = device.put(np.full(4, size))
+    squares = device.backend.Squares(DOUBLE, PLAIN, [4])
+    norm = device.backend.norm([(squares, np.array([device.backend.address(array)]))], [])
+    if isinstance(device, Cpu):
+        assert norm is None
+        return
+    np.testing.assert_allclose(norm.value(), 2 * size, rtol=1e-14)
+    got = device.get(norm.factor(1.0, 1.0))[0]
+    np.testing.assert_allclose(got, min(1.0, 1.0 / (2 * size + 1e-6)) if size == size else np.nan, rtol=1e-14)

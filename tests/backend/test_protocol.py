@@ -6,15 +6,25 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from devices import Cpu
 
 from fastopt._core.backend import Backend
 
-NAMES = {name for name in {*Backend.__annotations__, *vars(Backend)} if not name.startswith("_")}
+HOST_NAMES = {"Locator", "Identities"}  # what looks at Python's objects
+VALUES = {"device", "capturing"}
+NAMES = {name for name in {*Backend.__annotations__, *vars(Backend)} if not name.startswith("_")} - VALUES
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_backend_has_every_name_of_the_protocol(device, name):
+    if name in HOST_NAMES and not isinstance(device, Cpu):
+        pytest.skip("the host's alone")
     assert callable(getattr(device.backend, name))
+
+
+def test_backend_knows_its_device(device):
+    assert device.backend.device == (-1 if isinstance(device, Cpu) else 0)
+    assert device.backend.capturing is False
 
 
 @pytest.mark.covers("run")

@@ -22,7 +22,7 @@ class RowRange(SparseGradient):
         return self.values, f"{label}.values"
 
     def checked(self, label, rows):
-        values = arrays.host_array(self.values, f"{label}.values")
+        values = arrays.array_view(self.values, f"{label}.values")
         last = self.first + len(values)
         if self.first < 0 or (rows is not None and last > rows):
             raise ValueError(f"{label} has the rows {self.first} to {last}: expected rows of the table")

@@ -121,7 +121,7 @@ class Columns:
         dtype = widened(kind, width) if width else KINDS[kind]
         return self._place((width, row, dtype), lambda file: file.view(width, row, dtype))
 
-    def width(self, text: str) -> int:
+    def width(self, text: str) -> int | None:
         """The bytes of a register, 0 for a predicate; None of what is no register."""
         return self._registers[text][0] if text in self._registers else None
 

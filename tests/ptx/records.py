@@ -4,7 +4,7 @@ import numpy as np
 
 from . import checked as m
 
-MOST_KEPT = 1 << 18  # units of global memory, 40 MiB
+MOST_KEPT = 1 << 20  # units of global memory: 160 MiB, of which only what is used is real
 _free: list["Records"] = []
 
 
@@ -34,7 +34,7 @@ class Records:
         """Room for so many units more. Whether the table is another now."""
         size = self.keys.size
         while 2 * (layout[m.USED] + units) > size:
-            size *= 2
+            size *= 4
         if size == self.keys.size:
             return False
         keys, records = np.zeros(size, np.uint64), np.zeros((size, m.WIDTH), np.int32)

@@ -3,6 +3,7 @@
 Nothing here is compiled: these modules allocate, write descriptors and launch kernels.
 """
 
+from fastopt.kernels.cpu.backend.about import about
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.backend.arrays import ArraysLaunch, MatrixLaunch, Squares, norm
 from fastopt.kernels.cpu.backend.counts import counted_steps
@@ -51,6 +52,7 @@ __all__ = [
     "Locator",
     "MatrixLaunch",
     "Squares",
+    "about",
     "address",
     "all_rows",
     "bag_offsets",

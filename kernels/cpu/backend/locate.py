@@ -36,11 +36,20 @@ class Locator:
         self._devices = devices
         self._writeable = False
         self._tensors: list[_Tensors | None] = [None, None]
+        self._dtypes: list[Sequence[np.dtype | None]] = [dtypes, dtypes]
+        self._elsewhere = any(device >= 0 for device in devices)
+        if self._elsewhere:
+            self.expect(dtypes)
 
     def expect(self, dtypes: Sequence[np.dtype | None]) -> None:
         """Expect dense gradients of these dtypes, and none for None."""
-        self._headers.expect(dtypes)
+        self._dtypes[1] = dtypes
         self._tensors[1] = None
+        if self._elsewhere:  # an array of NumPy is no gradient of a parameter on another device
+            dtypes = [
+                dtype if device < 0 else None for dtype, device in zip(dtypes, self._devices, strict=True)
+            ]
+        self._headers.expect(dtypes)
 
     def unchanged(self, parameters: list | tuple, gradients: list | tuple, writeable: bool) -> bool:
         """Read all addresses; returns whether all arrays are recognised, and lie where they lay at the last
@@ -65,7 +74,7 @@ class Locator:
         if positions and "torch" in sys.modules:
             tensors = self._tensors[which]
             if tensors is None:
-                expected = self._headers.dtypes[which], self._shapes, self._devices
+                expected = self._dtypes[which], self._shapes, self._devices
                 tensors = self._tensors[which] = _Tensors(*expected)
             positions = tensors.find(values, positions, addresses)
         return addresses, positions
