@@ -109,14 +109,14 @@ def _update_of_run(vectors: Vectors) -> Callable:
         lines += vectors.stores(known, "n", j)
         lines += ["if zero_grads:", *(f"    {line}" for line in vectors.clearing(j))]
     if elements.coded:
-        lines += _coding(vectors)
+        lines += coding(vectors)
     names = {**vectors.names, "element": elements.element, "encode": elements.encode, "meet": meet}
     names |= {"larger": larger, "scale_from": scale_from, "warp_max": warp_max}
     arguments = "h, c, row, aligned, at, last, key, position, lane, zero_grads"
     return define("update_run", arguments, *lines, "return None", **names)
 
 
-def _coding(vectors: Vectors) -> list[str]:
+def coding(vectors: Vectors) -> list[str]:
     """Lines that find the scales of a block, and write them and its codes."""
     coded = vectors.elements.coded
     numbers = [m for m, place in enumerate(vectors.elements.outputs) if place is None]

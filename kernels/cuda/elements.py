@@ -79,6 +79,7 @@ class Elements(NamedTuple):
         those of the position ``position + k``.
     encode: ``(key, position, k, *numbers of coded, *inverses of coded) -> their codes``.
     read: ``(*inputs, *factors of coded) -> numbers``.
+    close: ``(key, position, k, *numbers of all but the gradient) -> outputs``, as ``element``.
     write: ``(p) -> outputs of the parameter``, which has no codes and is not rounded at random.
     direction: ``(h, c, *inputs, *factors of coded, *row_values) -> (p, direction)``, by a rule with a trust
         ratio.
@@ -91,6 +92,7 @@ class Elements(NamedTuple):
     element: Callable
     encode: Callable
     read: Callable
+    close: Callable
     write: Callable
     direction: Callable
     factors: tuple[Callable, ...]
@@ -113,14 +115,17 @@ def elements_of(members: Formats, like: np.dtype) -> Elements:
                 loads[k] = f"decode{k}(q{k}, f{k})" if kind.coded else f"decode{k}(q{k})"
     given = ", ".join([*(f"q{k}" for k in range(len(members))), *(f"f{k}" for k in coded), "*more"])
     outputs, values = _outputs(members, like)
+    draws = random_draws([k - 2 for k, kind in enumerate(members) if kind.random and not kind.coded])
+    result = f"return ({', '.join(values)},)"
     element = define(
         "element",
         f"h, c, key, position, k, {given}",
-        *random_draws([k - 2 for k, kind in enumerate(members) if kind.random and not kind.coded]),
+        *draws,
         f"new = update_element(h, c, {', '.join(loads)}, *more)",
-        f"return ({', '.join(values)},)",
+        result,
         **names,
     )
+    close = define("close", "key, position, k, *new", *draws, result, **names)
     encoded = (f"encode{k}(x{k}, {_random(k, members[k])}, w{k}), " for k in coded)
     encode = define(
         "encode",
@@ -140,7 +145,8 @@ def elements_of(members: Formats, like: np.dtype) -> Elements:
     read = define("read", decoded, f"return ({', '.join(loads)},)", **names)
     stored = ", ".join(_outputs(members[:1], like)[1])
     write = define("write", "p", "new = (p,)", f"return ({stored},)", **names)
-    made: Any = map(register_jitable, (element, encode, read, write, find_direction))
+    functions = element, encode, read, close, write, find_direction
+    made: tuple[Any, ...] = tuple(map(register_jitable, functions))
     factors: Any = tuple(members[k].factor for k in coded)
     inverses: Any = tuple(members[k].inverse for k in coded)
     return Elements(inputs, outputs, coded, *made, factors, inverses)

@@ -17,6 +17,7 @@ from fastopt.kernels.formats import BLOCK
 
 WORD = 4  # bytes
 VECTOR_BYTES = 16
+OF_BLOCK = f"(at >> {BLOCK.bit_length() - 1}) * 4"  # bytes of the scales before that of element ``at``
 MOST_OF_A_VECTOR = 8  # elements: more of them would not fit into the registers of a thread
 
 
@@ -76,14 +77,27 @@ class Vectors:
 
     def aligned(self) -> dict[int, int]:
         """By column of layout.py, to how many bytes addresses have to be aligned for whole vectors."""
-        return {column_of(place): self.length * place.itemsize for place in self._places}
+        return {self.column(place): self.length * place.itemsize for place in self._places}
+
+    def column(self, place: Place) -> int:
+        """The column of ``row`` that has the address of an array, or of its master."""
+        return column_of(place)
+
+    def start(self, place: Place) -> str:
+        """The expression of the address of an array's first element."""
+        return f"integer(row, {self.column(place)})"
+
+    def scale(self, k: int) -> str:
+        """The expression of the address of the scale of the codes from ``at`` on."""
+        return f"integer(row, {PLACES + 2 * k + 1}) + {OF_BLOCK}"
 
     def opening(self) -> list[str]:
         """Lines that find addresses, the factors of codes, and where vectors are."""
-        places = {_name(place): column_of(place) for place in self._places}
-        lines = [f"{name} = integer(row, {column})" for name, column in places.items()]
+        lines = [
+            f"{name} = {start}" for name, start in {_name(p): self.start(p) for p in self._places}.items()
+        ]
         for k in self.elements.coded:
-            lines.append(f"s{k} = integer(row, {PLACES + 2 * k + 1}) + (at >> {BLOCK.bit_length() - 1}) * 4")
+            lines.append(f"s{k} = {self.scale(k)}")
             lines.append(f"f{k} = factor{k}(load(s{k}, np.float32(0)))")
         for j in range(self.count):
             lines.append(f"i{j} = at + lane * {self.length} + {j * self.length * WARP}")

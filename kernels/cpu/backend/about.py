@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding
 import numba
@@ -22,5 +23,6 @@ def about() -> Iterator[tuple[str, str]]:
     yield "vector width", "unknown" if width is None else f"{width} bits"
     yield "threads", f"{numba.get_num_threads()} of {numba.config.NUMBA_NUM_THREADS}"  # type: ignore[attr-defined]
     yield "threading layer", launcher.layer or "none, without JIT"
-    folder = getattr(cache_for(update_arrays.__wrapped__, parallel=True)  # type: ignore[attr-defined], "cache_path", None)
+    kernel: Any = update_arrays
+    folder = getattr(cache_for(kernel.__wrapped__, parallel=True), "cache_path", None)
     yield "kernels kept in", "nowhere" if folder is None else str(Path(folder))

@@ -2,7 +2,10 @@
 
 from fastopt.kernels.cuda.backend.arrays import Arrays
 from fastopt.kernels.cuda.backend.basics import Basics
+from fastopt.kernels.cuda.backend.catch_up import CatchUp
+from fastopt.kernels.cuda.backend.indices import Indices
+from fastopt.kernels.cuda.backend.norms import Norms
 
 
-class Cuda(Basics, Arrays):
+class Cuda(Basics, Arrays, Indices, Norms, CatchUp):
     """The backend of one device."""

@@ -8,6 +8,7 @@ import numpy as np
 from fastopt.kernels.at_once import at_once
 from fastopt.kernels.cuda import array as arrays
 from fastopt.kernels.cuda.array import DeviceArray
+from fastopt.kernels.cuda.driver import driver
 
 
 class Basics:
@@ -20,6 +21,11 @@ class Basics:
     def __init__(self, device: int, host: Any) -> None:
         self.device = device
         self.host = host
+
+    @property
+    def capturing(self) -> bool:
+        """Whether work is being put into a graph, to be replayed, in place of being done."""
+        return driver().capturing(self.device)
 
     def run(self, calls: Iterable[Callable[[], object]]) -> None:
         """Make these calls in turn, with no signal handler run between them (see at_once.py)."""

@@ -1,0 +1,249 @@
+"""Sums of squares in float64, in two stages, each in a fixed order: they do not depend on the grid.
+
+A block of threads sums up SUMMED elements of the concatenation of all arrays, whichever arrays they belong
+to, in the order of the CPU's lanes: its partial sums have the CPU's bits. One block of threads then adds up
+the partial sums. So it does not matter how elements are divided into arrays.
+
+A block of elements that lies within one array is read without a look at where arrays end, and by whole
+vectors where its address allows it.
+
+Bytes moved: each element read, once; where there is float64, once more if squares leave its range.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.extending import register_jitable
+
+from fastopt.kernels.cuda import sums
+from fastopt.kernels.cuda.dense import array_of
+from fastopt.kernels.cuda.launch import kernel
+from fastopt.kernels.cuda.memory import ALL_LANES, WARP, integer, lane_and_warp, load, load_vector, store
+from fastopt.kernels.element import NORM_EPS
+from fastopt.kernels.formats import Format
+from fastopt.kernels.magnitude import unit_of
+from fastopt.kernels.source import define
+
+SUMMED = 8_192  # elements whose squares are summed up apart
+LANES = 512  # sums that grow side by side: lane l has the elements l, l + LANES, ... of a block
+THREADS = 128
+OWN = LANES // THREADS  # lanes of a thread
+ROUNDS = SUMMED // LANES
+VECTOR_BYTES = 16
+TOGETHER = {2: 8, 4: 8, 8: 4}  # by an element's bytes, rounds whose loads are on their way at the same time
+
+# What a norm has in memory of the device: float64 numbers, and then the sum of each part
+RESULT_TOTAL, RESULT_UNIT, RESULT_FACTOR, RESULT_SUMS = range(4)
+UNROLLED = 8  # partial sums that a thread reads at a time
+
+_DOUBLE, _ONE = np.float64(0), np.float64(1)
+
+
+@register_jitable
+def is_done(unit):
+    """Whether all has been summed up in the unit at the address ``unit``, if that is not 0: it is 1."""
+    return unit != 0 and load(unit, _DOUBLE) == _ONE
+
+
+@register_jitable
+def scale_of(scale, unit):
+    """What numbers are multiplied by before they are squared: ``scale``, or one over the unit at an
+    address."""
+    return scale if unit == 0 else _ONE / load(unit, _DOUBLE)
+
+
+@kernel("iiifiii", THREADS)
+def sum_squares(kind: Format, like: np.dtype) -> Any:
+    """``(addresses, bases, arrays, scale, unit, blocks, partials)``: the sum of squares of each block of
+    elements, times ``scale**2``.
+
+    addresses, bases: int64, of each array where it lies and the number of its first element, and that of all.
+    unit: the address of the float64 that elements are divided by in place of being scaled, or 0; where it is
+    1 nothing is done. partials: float64 [blocks].
+    """
+    add_lanes = register_jitable(_adder_of_lanes(kind, like))
+    sum_of_lanes = register_jitable(_adder_of_lane())
+
+    def sum_squares(addresses, bases, arrays, scale, unit, blocks, partials):
+        shared = cuda.shared.array(LANES, np.float64)
+        lane, warp = lane_and_warp()
+        own = scale_of(scale, unit)
+        block = blocks if is_done(unit) else np.int64(cuda.blockIdx.x)
+        while block < blocks:
+            first = block * SUMMED
+            t = array_of(bases, arrays, first)
+            add_lanes(addresses, bases, t, first, integer(bases, arrays), own, warp * WARP + lane, shared)
+            cuda.syncthreads()
+            if warp == 0:
+                total = sum_of_lanes(shared, lane)
+                for distance in (16, 8, 4, 2, 1):
+                    total += cuda.shfl_xor_sync(ALL_LANES, total, distance)
+                if lane == 0:
+                    store(partials + block * 8, total)
+            cuda.syncthreads()  # before the lanes of the next block are written
+            block += np.int64(cuda.gridDim.x)
+
+    return sum_squares
+
+
+def _adder_of_lanes(kind: Format, like: np.dtype) -> Callable:
+    """``(addresses, bases, t, first, end, scale, thread, shared)``: set ``shared`` to the sums of the lanes
+    of the block of elements from ``first`` on, which begins in array ``t``; there are ``end`` elements."""
+    zero, size = kind.zero(like), kind.itemsize(like)
+    rounds = TOGETHER[size]
+    count = min(OWN, VECTOR_BYTES // size)  # elements of a vector
+    lanes = range(OWN)
+
+    def squares(values: list[list[str]]) -> list[str]:
+        """Lines that add the squares of elements, of each round those of each lane."""
+        return [
+            line
+            for own in values
+            for e, value in enumerate(own)
+            for line in (f"x = np.float64(decode({value})) * scale", f"s{e} += x * x")
+        ]
+
+    # Lanes next to each other, by vectors
+    vectors = [
+        f"v{r}_{e} = load_vector(at + {(r * LANES + e) * size}, zero, {count})"
+        for r in range(rounds)
+        for e in range(0, OWN, count)
+    ]
+    values = [[f"v{r}_{e - e % count}[{e % count}]" for e in lanes] for r in range(rounds)]
+    by_vectors = [
+        f"at += thread * {OWN * size}",
+        f"for _ in range({ROUNDS // rounds}):",
+        *(f"    {line}" for line in [*vectors, *squares(values), f"at += {rounds * LANES * size}"]),
+        *(f"shared[thread * {OWN} + {e}] = s{e}" for e in lanes),
+    ]
+    # Lanes THREADS apart
+    singles = [
+        f"v{r}_{e} = load(at + {(r * LANES + e * THREADS) * size}, zero)"
+        for r in range(rounds)
+        for e in lanes
+    ]
+    values = [[f"v{r}_{e}" for e in lanes] for r in range(rounds)]
+    spread = [f"shared[thread + {e * THREADS}] = s{e}" for e in lanes]
+    one_by_one = [
+        f"at += thread * {size}",
+        f"for _ in range({ROUNDS // rounds}):",
+        *(f"    {line}" for line in [*singles, *squares(values), f"at += {rounds * LANES * size}"]),
+        *spread,
+    ]
+    of_several = [
+        "last = min(first + SUMMED, end)",
+        "i = first + thread",
+        f"for _ in range({ROUNDS}):",
+    ]
+    for e in lanes:
+        of_several += [
+            "    if i < last:",
+            "        while i >= following:",
+            "            t += 1",
+            "            base, following = following, integer(bases, t + 1)",
+            f"        v = load(integer(addresses, t) + (i - base) * {size}, zero)",
+            "        x = np.float64(decode(v)) * scale",
+            f"        s{e} += x * x",
+            f"    i += {THREADS}",
+        ]
+    return define(
+        "add_lanes",
+        "addresses, bases, t, first, end, scale, thread, shared",
+        "base, following = integer(bases, t), integer(bases, t + 1)",
+        f"{' = '.join(f's{e}' for e in lanes)} = np.float64(0)",
+        f"at = integer(addresses, t) + (first - base) * {size}",
+        "if first + SUMMED > following:",
+        *(f"    {line}" for line in [*of_several, *spread]),
+        f"elif at & {count * size - 1} == 0:",
+        *(f"    {line}" for line in by_vectors),
+        "else:",
+        *(f"    {line}" for line in one_by_one),
+        np=np,
+        integer=integer,
+        load=load,
+        load_vector=load_vector,
+        decode=kind.decode,
+        zero=zero,
+        SUMMED=SUMMED,
+    )
+
+
+def _adder_of_lane() -> Callable:
+    """``(shared, lane)``: the sum of the lanes whose numbers are ``lane`` and a multiple of a warp's: of
+    LANES sums halves are added until a warp's are left."""
+    items = [f"shared[lane + {first}]" for first in range(0, LANES, WARP)]
+    while len(items) > 1:
+        half = len(items) // 2
+        items = [f"({a} + {b})" for a, b in zip(items[:half], items[half:], strict=True)]
+    return define("sum_of_lanes", "shared, lane", f"return {items[0]}")
+
+
+@kernel("iiiiiiii", sums.THREADS)
+def add_partials() -> Any:
+    """``(partials, count, part, dense, parts, checked, again, result)``: add up the partial sums of a part of
+    what is summed up and, after the last of the parts, add up theirs: first of the ``dense`` ones, then those
+    of the others.
+
+    result: the address of what a norm has. checked: whether the unit is to become the one that the total asks
+    for, else 1. again: whether all was summed up in that unit; if it is 1 nothing is done.
+    """
+    add_up = register_jitable(_adder_of_partials())
+
+    def add_partials(partials, count, part, dense, parts, checked, again, result):
+        if again == 0 or load(result + RESULT_UNIT * 8, _DOUBLE) != _ONE:
+            thread = np.int64(cuda.threadIdx.x)
+            total = sums.block_sum(add_up(partials, count, thread))
+            if thread == 0:
+                own = result + RESULT_SUMS * 8
+                store(own + part * 8, total)
+                if part == parts - 1:
+                    of_dense = of_rows = _DOUBLE
+                    for k in range(dense):
+                        of_dense += load(own + k * 8, _DOUBLE)
+                    for k in range(dense, parts):
+                        of_rows += load(own + k * 8, _DOUBLE)
+                    total = of_dense + of_rows
+                    store(result + RESULT_TOTAL * 8, total)
+                    if again == 0:
+                        store(result + RESULT_UNIT * 8, unit_of(total) if checked != 0 else _ONE)
+
+    return add_partials
+
+
+def _adder_of_partials() -> Callable:
+    """``(partials, count, thread)``: the sum of a thread's partial sums."""
+    apart = sums.THREADS
+    loads = [
+        f"x{k} = load(at + {k * apart * 8}, zero) if i + {k * apart} < count else zero"
+        for k in range(UNROLLED)
+    ]
+    return define(
+        "add_up",
+        "partials, count, thread",
+        "total = zero",
+        "i = thread",
+        "while i < count:",
+        "    at = partials + i * 8",
+        *(f"    {line}" for line in loads),
+        *(f"    total += x{k}" for k in range(UNROLLED)),
+        f"    i += {UNROLLED * apart}",
+        "return total",
+        load=load,
+        zero=_DOUBLE,
+    )
+
+
+@kernel("ffii", 1)
+def find_factor() -> Any:
+    """``(grad_scale, max_norm, result, factor)``: set the float64 ``factor`` to what gradients whose norm,
+    times ``grad_scale``, is to be ``max_norm`` at most are multiplied by; NaN for a NaN norm."""
+
+    def find_factor(grad_scale, max_norm, result, factor):
+        norm = math.sqrt(load(result + RESULT_TOTAL * 8, _DOUBLE)) * load(result + RESULT_UNIT * 8, _DOUBLE)
+        found = max_norm / (grad_scale * norm + NORM_EPS)
+        store(factor, _ONE if found > _ONE else found)
+
+    return find_factor

@@ -1,0 +1,294 @@
+"""Segments of indices on a device: a stable radix sort, whose result is that of
+``fastopt.kernels.cpu.index``, since whole numbers alone decide.
+
+Sorted are 64-bit words that hold a key above a position, eight bits of the key a pass. A block of threads
+takes TILE words: the digits of each tile are counted; each digit's counts are added up over the tiles; and
+each word is moved to its place, its rank among the equal digits of its warp being found by votes. Then the
+words that begin a segment are counted and written down in the same way. How many segments there are stays on
+the device, so that nothing waits.
+
+Bytes moved: 8 an index to make the words, 24 a pass, 16 to find segments, and what these take.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.extending import register_jitable
+
+from fastopt.kernels.cuda.dense import array_of
+from fastopt.kernels.cuda.launch import kernel
+from fastopt.kernels.cuda.memory import ALL_LANES, WARP, integer, lane_and_warp, load, meet, store
+from fastopt.kernels.cuda.sums import THREADS, WARPS
+
+DIGIT_BITS = 8
+DIGITS = 1 << DIGIT_BITS  # as many as a block has threads: each thread looks after one
+STEPS = 16  # words of a thread
+TILE = THREADS * STEPS
+OF_WARP = WARP * STEPS
+PLACES = WARPS * DIGITS  # sizes of shared arrays have to be names
+
+WORD, NUMBER, COUNT = np.uint64(0), np.int64(0), np.int32(0)
+
+# What is known of the tables, int64 [columns, tables]
+(
+    FIRST_POSITIONS,  # of each table's indices among those of all
+    ADDRESSES,  # of the indices
+    STRIDES,  # bytes from one index to the next
+    ITEMSIZES,
+    ROWS,
+    FIRST_ROWS,  # what is added to a table's rows: one more for each table than it has rows
+    COLUMNS,
+) = range(7)
+
+
+@register_jitable
+def index_at(address, stride, itemsize, i):
+    """Index ``i`` of an int32 or int64 array."""
+    place = address + i * stride
+    return load(place, NUMBER) if itemsize == 8 else np.int64(load(place, COUNT))
+
+
+@register_jitable
+def digit_of(word, shift):
+    return np.int64((word >> np.uint64(shift)) & np.uint64(DIGITS - 1))
+
+
+@register_jitable
+def lower_lanes(mask, lane):
+    """How many of the lanes in ``mask`` are before this one."""
+    before = np.uint32((np.uint64(1) << np.uint64(lane)) - np.uint64(1))
+    return np.int64(cuda.popc(np.uint32(mask) & before))
+
+
+@register_jitable
+def block_before(x):
+    """The sums of an int32 over the threads of a block before this one, and over all of them. All threads
+    have to come."""
+    shared = cuda.shared.array(WARPS, np.int32)
+    lane, warp = lane_and_warp()
+    own = np.int32(x)
+    for distance in (1, 2, 4, 8, 16):
+        other = cuda.shfl_up_sync(ALL_LANES, own, distance)
+        if lane >= distance:
+            own = np.int32(own + other)
+    cuda.syncthreads()  # before it is written, each thread has read what it was for the last sum
+    if lane == WARP - 1:
+        shared[warp] = own
+    cuda.syncthreads()
+    before, total = np.int32(own - np.int32(x)), np.int32(0)
+    for w in range(WARPS):
+        if w == warp:
+            before = np.int32(before + total)
+        total = np.int32(total + shared[w])
+    return before, total
+
+
+@kernel("iiiii", THREADS)
+def pack() -> Any:
+    """``(tables, count, size, position_bits, words)``: the word of each position, the key of an index being
+    the table's first row plus the index or, for one outside the table, plus the number of its rows."""
+
+    def pack(tables, count, size, position_bits, words):
+        i = np.int64(cuda.blockIdx.x) * THREADS + np.int64(cuda.threadIdx.x)
+        step = np.int64(cuda.gridDim.x) * THREADS
+        column = count * 8
+        while i < size:
+            t = array_of(tables, count, i)
+            own = tables + t * 8
+            at = i - integer(own, FIRST_POSITIONS)
+            address, stride = load(own + ADDRESSES * column, NUMBER), load(own + STRIDES * column, NUMBER)
+            row = index_at(address, stride, load(own + ITEMSIZES * column, NUMBER), at)
+            rows = load(own + ROWS * column, NUMBER)
+            if row < 0 or row >= rows:
+                row = rows
+            key = np.uint64(load(own + FIRST_ROWS * column, NUMBER) + row)
+            store(words + i * 8, (key << np.uint64(position_bits)) | np.uint64(i))
+            i += step
+
+    return pack
+
+
+@kernel("iiiii", THREADS)
+def count_digits() -> Any:
+    """``(words, size, shift, tiles, counts)``: counts, int32 [digit, tile], of the digits above ``shift``."""
+
+    def count_digits(words, size, shift, tiles, counts):
+        own = cuda.shared.array(DIGITS, np.int32)
+        thread, tile = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        while tile < tiles:
+            own[thread] = 0
+            cuda.syncthreads()
+            i, last = tile * TILE + thread, min((tile + 1) * TILE, size)
+            while i < last:
+                cuda.atomic.add(own, digit_of(load(words + i * 8, WORD), shift), 1)
+                i += THREADS
+            cuda.syncthreads()
+            store(counts + (thread * tiles + tile) * 4, own[thread])
+            tile += np.int64(cuda.gridDim.x)
+
+    return count_digits
+
+
+@kernel("iiii", THREADS)
+def add_up() -> Any:
+    """``(counts, rows, length, totals)``: set each number of int32 [rows, length] to the sum of those before
+    it in its row, and ``totals`` to the sums of the rows."""
+
+    def add_up(counts, rows, length, totals):
+        thread, row = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        while row < rows:
+            done, first = np.int32(0), np.int64(0)
+            while first < length:
+                place = counts + (row * length + first + thread) * 4
+                inside = first + thread < length
+                before, total = block_before(load(place, COUNT) if inside else COUNT)
+                if inside:
+                    store(place, np.int32(done + before))
+                done = np.int32(done + total)
+                first += THREADS
+            if thread == 0:
+                store(totals + row * 4, done)
+            row += np.int64(cuda.gridDim.x)
+
+    return add_up
+
+
+@kernel("iiiiiii", THREADS)
+def move_words() -> Any:
+    """``(words, size, shift, tiles, before, totals, out)``: move each word to its place by the digit above
+    ``shift``. before: int32 [digit, tile], how often the digit occurs in earlier tiles. totals: int32
+    [digit].
+
+    Each warp moves OF_WARP words that lie together, so that words of a digit keep their order.
+    """
+
+    def move_words(words, size, shift, tiles, before, totals, out):
+        places = cuda.shared.array(PLACES, np.int32)
+        thread, tile = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        lane, warp = lane_and_warp()
+        own = warp * DIGITS
+        smaller, _ = block_before(load(totals + thread * 4, COUNT))
+        while tile < tiles:
+            first = tile * TILE + warp * OF_WARP + lane
+            for w in range(WARPS):
+                places[w * DIGITS + thread] = 0
+            cuda.syncthreads()
+            for step in range(STEPS):
+                i = first + step * WARP
+                if i < size:
+                    cuda.atomic.add(places, own + digit_of(load(words + i * 8, WORD), shift), 1)
+            cuda.syncthreads()
+            place = np.int32(smaller + load(before + (thread * tiles + tile) * 4, COUNT))
+            for w in range(WARPS):
+                found = places[w * DIGITS + thread]
+                places[w * DIGITS + thread] = place
+                place = np.int32(place + found)
+            cuda.syncthreads()
+            for step in range(STEPS):
+                i = first + step * WARP
+                valid = i < size
+                word = load(words + i * 8, WORD) if valid else WORD
+                digit = digit_of(word, shift)
+                equal = np.uint32(cuda.ballot_sync(ALL_LANES, valid))
+                for bit in range(DIGIT_BITS):
+                    has = (digit >> bit) & 1 != 0
+                    votes = np.uint32(cuda.ballot_sync(ALL_LANES, has))
+                    equal = np.uint32(equal & (votes if has else ~votes))
+                rank = lower_lanes(equal, lane)
+                if valid:
+                    store(out + (np.int64(places[own + digit]) + rank) * 8, word)
+                meet()
+                if valid and rank == 0:
+                    places[own + digit] += np.int32(cuda.popc(equal))
+                meet()
+            cuda.syncthreads()
+            tile += np.int64(cuda.gridDim.x)
+
+    return move_words
+
+
+@register_jitable
+def is_head(words, i, position_bits):
+    """Whether a segment begins with sorted position ``i``."""
+    if i == 0:
+        return True
+    bits = np.uint64(position_bits)
+    return load(words + i * 8, WORD) >> bits != load(words + (i - 1) * 8, WORD) >> bits
+
+
+@kernel("iiiii", THREADS)
+def count_heads() -> Any:
+    """``(words, size, position_bits, tiles, counts)``: how many segments begin in each tile, int32."""
+
+    def count_heads(words, size, position_bits, tiles, counts):
+        thread, tile = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        while tile < tiles:
+            i, last = tile * TILE + thread, min((tile + 1) * TILE, size)
+            found = np.int32(0)
+            while i < last:
+                found = np.int32(found + is_head(words, i, position_bits))
+                i += THREADS
+            _, total = block_before(found)
+            if thread == 0:
+                store(counts + tile * 4, total)
+            tile += np.int64(cuda.gridDim.x)
+
+    return count_heads
+
+
+@kernel("iiiiiiii", THREADS)
+def write_heads() -> Any:
+    """``(words, size, position_bits, tiles, before, order, starts, rows)``: split sorted words into the
+    positions, and the starts and rows of segments. before: int32 [tile], how many begin in earlier tiles."""
+
+    def write_heads(words, size, position_bits, tiles, before, order, starts, rows):
+        thread, tile = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        bits = np.uint64(position_bits)
+        mask = (np.uint64(1) << bits) - np.uint64(1)
+        while tile < tiles:
+            done = load(before + tile * 4, COUNT)
+            first, last = tile * TILE, min((tile + 1) * TILE, size)
+            while first < last:
+                i = first + thread
+                head = i < last and is_head(words, i, position_bits)
+                earlier, total = block_before(np.int32(head))
+                if i < last:
+                    word = load(words + i * 8, WORD)
+                    store(order + i * 4, np.int32(word & mask))
+                    if head:
+                        at = np.int64(done) + np.int64(earlier)
+                        store(starts + at * 4, np.int32(i))
+                        store(rows + at * 8, np.int64(word >> bits))
+                done = np.int32(done + total)
+                first += THREADS
+            tile += np.int64(cuda.gridDim.x)
+
+    return write_heads
+
+
+@kernel("iiiiii", THREADS)
+def find_tables() -> Any:
+    """``(tables, count, size, distinct, starts, bounds)``: where in the segments those of each table begin,
+    and the end of the last segment. distinct: the address of how many there are, int32. bounds: int64
+    [count + 1]."""
+
+    def find_tables(tables, count, size, distinct, starts, bounds):
+        t = np.int64(cuda.blockIdx.x) * THREADS + np.int64(cuda.threadIdx.x)
+        found = np.int64(load(distinct, COUNT))
+        while t <= count:
+            low, high = found, found
+            if t < count:
+                position, low = integer(tables, FIRST_POSITIONS * count + t), np.int64(0)
+                while low < high:
+                    middle = (low + high) >> 1
+                    if np.int64(load(starts + middle * 4, COUNT)) < position:
+                        low = middle + 1
+                    else:
+                        high = middle
+            else:
+                store(starts + found * 4, np.int32(size))
+            store(bounds + t * 8, low)
+            t += np.int64(cuda.gridDim.x) * THREADS
+
+    return find_tables

@@ -1,0 +1,11 @@
+"""Every kernel for a GPU: of each rule, and of each way that arrays are stored."""
+
+from collections.abc import Iterator
+
+from fastopt.kernels.cuda.launch import Kernel
+from gpu.dense_kernels import dense_kernels
+
+
+def every_kernel() -> Iterator[tuple[str, str, Kernel]]:
+    """Of each kernel a name, the bytes that it moves for an element, and the kernel."""
+    yield from dense_kernels()

@@ -1,0 +1,56 @@
+"""What the compiler and the assembler make of the kernels for real GPUs, none of which need be there."""
+
+import os
+import re
+
+import pytest
+from registers import CAPABILITIES, PTXAS, assembled, registers
+
+from gpu.kernels import every_kernel
+
+pytestmark = pytest.mark.interpreted  # in that process: what it compiles, tests of the CPU do not need
+
+if not PTXAS.is_file():
+    pytest.skip(f"{PTXAS} is not there", allow_module_level=True)
+
+MOST_REGISTERS = 255  # that a thread can have
+KERNELS = {name: kernel for name, _, kernel in every_kernel()}
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+ON_ALL = "dense: Adam, float32", "dense: Adam, 8-bit state"  # of the others, each on one in turn
+
+
+def compiled_for() -> list:
+    """Kernels, each for one compute capability in turn; with HYPOTHESIS_PROFILE=thorough for all."""
+    found = []
+    for i, name in enumerate(KERNELS):
+        every = THOROUGH or name in ON_ALL
+        chosen = CAPABILITIES if every else [CAPABILITIES[i % len(CAPABILITIES)]]
+        found += [pytest.param(name, cc, id=f"{name}-sm_{cc[0]}{cc[1]}") for cc in chosen]
+    return found
+
+
+def instructions(text: str) -> list[str]:
+    return re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+(?:::\w+)?)+|call\S*)\s", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "cc"), compiled_for())
+def test_kernels_are_lean(name, cc):
+    text, entry = KERNELS[name].code(cc)
+    found = instructions(text)
+    assert f".target sm_{cc[0]}{cc[1]}" in text and entry in text
+    assert any(one.startswith("st.global") for one in found)
+    assert [one for one in found if one.startswith("call")] == []
+    assert [one for one in found if re.match(r"(div|rem)\.[su]64", one)] == []
+    assert [one for one in found if one.startswith("fma.rn.f")] == []  # rounded twice, as on the CPU
+    if name.startswith("dense: ") and "float64" not in name:
+        assert [one for one in found if "f64" in one] == []
+    report = assembled(KERNELS[name], cc)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+    assert registers(report) <= MOST_REGISTERS
+
+
+@pytest.mark.parametrize("cc", CAPABILITIES, ids="sm_{0[0]}{0[1]}".format)
+def test_aligned_float32_is_read_and_written_16_bytes_at_a_time(cc):
+    found = instructions(KERNELS["dense: Adam, float32"].code(cc)[0])
+    assert sum(one.startswith("ld.global.v4") for one in found) == 4  # p, g, exp_avg, exp_avg_sq
+    assert sum(one.startswith("st.global.v4") for one in found) == 4  # all but g, and g where it is cleared
