@@ -180,9 +180,11 @@ class Optimizer:
                 step is skipped.
 
         Returns:
-            What was done: ``norm``, ``clipped``, ``skipped``, ``nonfinite``.
+            What was done: ``norm``, ``clipped``, ``skipped``, ``nonfinite``. Work of a device is waited for
+            by ``skip_nonfinite``, and when the first two are asked for; by nothing else.
 
         Raises:
+            RuntimeError: the step can't be captured in a graph (see :meth:`before_replay`).
             ValueError, TypeError: an argument or an option does not fit; nothing has changed then.
 
         All parameters with dense gradients that share a rule and dtypes are updated in one launch, and so are
@@ -228,14 +230,12 @@ class Optimizer:
 
         :meth:`step`, called while a graph is captured (``with torch.cuda.graph(graph): ...``), puts its work
         into the graph and updates nothing; it has to be like an ordinary step before it, with dense gradients
-        on devices. Then call this before each replay: learning rates, schedules and counts go on as in
-        ordinary steps, while the arguments of the step stay. Parameters and gradients must stay where they
-        are, and the optimizer has to live, as long as the graph is replayed.
+        on devices. Call this before each replay: learning rates, schedules and counts go on as in ordinary
+        steps, while its arguments stay. As long as the graph is replayed, the optimizer has to live, and
+        parameters and gradients have to stay where they are.
 
         Raises:
-            RuntimeError: there is no captured step, or an ordinary one with other arrays, another kind of
-                gradients or other options came after it, or :meth:`load`.
-            ValueError, TypeError: an option does not fit.
+            RuntimeError: no step was captured, or arrays, options or kinds of gradients changed since.
         """
         self._parameters.check_unchanged(self.param_groups, self)
         host().run(next_replay(self._parameters, self._planner, self))
@@ -288,11 +288,8 @@ class Optimizer:
             position, a dict with its ``step`` and state arrays. ``param_groups``: each group's
             options, with ``params`` the names.
         """
-        return states.state_dict(self._saved())
-
-    def _saved(self) -> Snapshot:
         self._planner.adopt_where_behind(self)
-        return self._snapshot()
+        return states.state_dict(self._snapshot())
 
     @exclusive
     def load_state_dict(self, state_dict: Mapping[str, Any], *, options: bool = True) -> None:
@@ -321,7 +318,8 @@ class Optimizer:
             OSError: the file can't be written.
             TypeError: JSON can't hold ``metadata``.
         """
-        files.save(self._saved(), self, path, params=params, metadata=metadata)
+        self._planner.adopt_where_behind(self)
+        files.save(self._snapshot(), self, path, params=params, metadata=metadata)
 
     @exclusive
     def load(self, path: Any, *, params: bool | None = None, options: bool = True) -> dict[str, Any]:
