@@ -7,21 +7,21 @@ from typing import Any
 
 from fastopt._core.backend import host
 from fastopt._core.exclusive import exclusive
-from fastopt._core.groups import ParameterGroup
 from fastopt._core.indices import Indices
 from fastopt._core.options import SHARED
 from fastopt._core.parameters import Parameters, Snapshot
 from fastopt._core.versions import written
-from fastopt._step.catch_up import catch_up
-from fastopt._step.norms import clip_factor
+from fastopt._step.catch_up import adopt_changed, catch_up
+from fastopt._step.norms import known
 from fastopt._step.numbers import Conditions
+from fastopt._step.plan import CapturedStep
 from fastopt._step.planner import Planner
+from fastopt._step.replay import next_replay
 from fastopt._step.rows import find_winners
-from fastopt._step.settings import StepInfo, checked_settings
+from fastopt._step.settings import StepInfo, checked_settings, scaled
 from fastopt.checkpoint import files
 from fastopt.checkpoint import state_dict as states
 from fastopt.checkpoint.take_over import take_over
-from fastopt.gradients.protocol import numbers_of
 from fastopt.kernels.rule import Rule
 from fastopt.tables import flushing
 
@@ -36,10 +36,11 @@ class Optimizer:
     Args:
         params: the arrays to update: one array, a sequence of arrays, a dict name -> array, or a
             sequence of groups, dicts with the key ``params`` (any of the former) and options of
-            their own. Arrays are NumPy or torch CPU (same memory, no copy), float32, float64, float16 or
-            bfloat16, C-contiguous, writable, and none shares memory with another; or a table in files, of
-            :func:`fastopt.open_table`, which has the state in files too. Those of 16 bits are computed with
-            in float32, and rounded to the nearest.
+            their own. Arrays are NumPy's, torch tensors or CUDA arrays (any with the CUDA array interface or
+            DLPack), in place and not copied, float32, float64, float16 or bfloat16, C-contiguous, writable,
+            and none shares memory with another; or a table in files, of :func:`fastopt.open_table`, which
+            has the state in files too. They may lie on several devices; state lies beside its parameter.
+            Those of 16 bits are computed with in float32, and rounded to the nearest.
         lr: learning rate, at least 0, or a function of the step, such as
             ``1e-3 * fastopt.schedules.cosine(1000)``. Any number may be a 0-d array, read at each step.
         weight_decay: at least 0; an L2 penalty unless the optimizer says decoupled.
@@ -179,9 +180,11 @@ class Optimizer:
                 step is skipped.
 
         Returns:
-            What was done: ``norm``, ``clipped``, ``skipped``, ``nonfinite``.
+            What was done: ``norm``, ``clipped``, ``skipped``, ``nonfinite``. Work of a device is waited for
+            by ``skip_nonfinite``, and when the first two are asked for; by nothing else.
 
         Raises:
+            RuntimeError: the step can't be captured in a graph (see :meth:`before_replay`).
             ValueError, TypeError: an argument or an option does not fit; nothing has changed then.
 
         All parameters with dense gradients that share a rule and dtypes are updated in one launch, and so are
@@ -193,36 +196,49 @@ class Optimizer:
         parameters.check_unchanged(self.param_groups, self)
         options = planner.options(self)
         plan, entries, rows = planner.plan(grads, options, zero_grads)
-        norm, factor = None, 1.0
+        capturing = any(backend.capturing for backend in parameters.devices)
+        if capturing:
+            plan.check_capture(settings, rows)
+        info, scale, factor = _DONE, settings.grad_scale, None
         if options.changed:
-            for group, own in zip(parameters.groups, options.checked, strict=True):
-                if own is not group.checked:
-                    self._adopt(group, own)
+            adopt_changed(parameters, options, self)
         if rows:
             find_winners(rows)
         if settings.need_norm:
-            unscaled = plan.norm(rows)
-            norm = settings.grad_scale * unscaled
-            if skip_nonfinite and not math.isfinite(unscaled):
-                return StepInfo(norm, skipped=True, nonfinite=plan.first_nonfinite(entries, rows))
-            if settings.clip_norm is not None:
-                factor = clip_factor(norm, settings.clip_norm)
-        conditions = Conditions(options.rates, settings.grad_scale * factor, settings.limit)
-        calls, alive = plan.prepare(rows, conditions, zero_grads)
-        if plan.written:
-            written(plan.written)
-        if zero_grads:
-            written([numbers_of(entry, "")[0] for entry in entries if entry is not None])
+            norm = plan.norm(rows)
+            if skip_nonfinite:
+                norm = known(norm)
+                if not math.isfinite(norm):
+                    return StepInfo(scale * norm, skipped=True, nonfinite=plan.first_nonfinite(entries, rows))
+            info, scale, factor = scaled(norm, scale, settings.clip_norm)
+        changed = plan.changed(entries, zero_grads)
+        if capturing:
+            alive = CapturedStep(settings, changed, (info, factor))
+            calls = plan.capture(alive, factor)
+        else:
+            conditions = Conditions(options.rates, scale, settings.limit)
+            calls, alive = plan.prepare(rows, conditions, zero_grads, factor)
+        if changed:
+            written(changed)
         host().run(calls)  # the one place where a step changes parameters, state and counts
         del alive
-        return _DONE if norm is None else StepInfo(norm, factor != 1.0)
+        return info
 
-    def _adopt(self, group: ParameterGroup, options: dict[str, Any]) -> None:
-        """Go on with changed options; rows first take the steps they have missed under the old ones."""
-        if {**options, "lr": None} != {**group.checked, "lr": None}:
-            for parameter in self._parameters.of_group(group):
-                catch_up(parameter)
-        group.adopt(options, self)
+    @exclusive
+    def before_replay(self) -> None:
+        """Make the step that was captured in a CUDA graph ready to be replayed once, and count it.
+
+        :meth:`step`, called while a graph is captured (``with torch.cuda.graph(graph): ...``), puts its work
+        into the graph and updates nothing; it has to be like an ordinary step before it, with dense gradients
+        on devices. Call this before each replay: learning rates, schedules and counts go on as in ordinary
+        steps, while its arguments stay. As long as the graph is replayed, the optimizer has to live, and
+        parameters and gradients have to stay where they are.
+
+        Raises:
+            RuntimeError: no step was captured, or arrays, options or kinds of gradients changed since.
+        """
+        self._parameters.check_unchanged(self.param_groups, self)
+        host().run(next_replay(self._parameters, self._planner, self))
 
     @exclusive
     def catch_up(self, table: Any, indices: Any) -> None:
@@ -272,18 +288,8 @@ class Optimizer:
             position, a dict with its ``step`` and state arrays. ``param_groups``: each group's
             options, with ``params`` the names.
         """
-        return states.state_dict(self._saved())
-
-    def _saved(self) -> Snapshot:
-        """What is saved: where rows are behind, options changed since the last step are adopted first, since
-        the missed steps belong to the old ones."""
-        for group in self._parameters.groups:
-            if any(p.tracking is not None for p in self._parameters.of_group(group)):
-                options = self._planner.group_options(group, self)
-                if options is not group.checked:
-                    self._adopt(group, options)
-                    self._planner.forget()
-        return self._snapshot()
+        self._planner.adopt_where_behind(self)
+        return states.state_dict(self._snapshot())
 
     @exclusive
     def load_state_dict(self, state_dict: Mapping[str, Any], *, options: bool = True) -> None:
@@ -312,7 +318,8 @@ class Optimizer:
             OSError: the file can't be written.
             TypeError: JSON can't hold ``metadata``.
         """
-        files.save(self._saved(), self, path, params=params, metadata=metadata)
+        self._planner.adopt_where_behind(self)
+        files.save(self._snapshot(), self, path, params=params, metadata=metadata)
 
     @exclusive
     def load(self, path: Any, *, params: bool | None = None, options: bool = True) -> dict[str, Any]:

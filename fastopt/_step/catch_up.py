@@ -1,15 +1,34 @@
 """``rows="dense"``: rows take the steps that they missed, before they are next needed."""
 
 import math
+from typing import Any
 
 import numpy as np
 
+from fastopt._core.groups import Definition, ParameterGroup
 from fastopt._core.indices import Indices
 from fastopt._core.missed import Tracking
-from fastopt._core.parameters import Parameter
-from fastopt._step.numbers import decay_numbers, rule_numbers
+from fastopt._core.parameters import Parameter, Parameters
+from fastopt._step.numbers import StepOptions, decay_numbers, rule_numbers
 from fastopt.kernels import formats
 from fastopt.kernels.work import Spec
+
+
+def adopt_changed(parameters: Parameters, options: StepOptions, definition: Definition) -> None:
+    """Go on with the options of a step, those of groups that changed."""
+    for group, own in zip(parameters.groups, options.checked, strict=True):
+        if own is not group.checked:
+            adopt(parameters, group, own, definition)
+
+
+def adopt(
+    parameters: Parameters, group: ParameterGroup, options: dict[str, Any], definition: Definition
+) -> None:
+    """Go on with changed options; rows first take the steps they have missed under the old ones."""
+    if {**options, "lr": None} != {**group.checked, "lr": None}:
+        for parameter in parameters.of_group(group):
+            catch_up(parameter)
+    group.adopt(options, definition)
 
 
 def tracked(parameter: Parameter) -> Tracking:

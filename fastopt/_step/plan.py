@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastopt._core import arrays
-from fastopt._core.backend import Calls, backend_of
+from fastopt._core.backend import Calls, Factor, Norm, backend_of
 from fastopt._core.parameters import Parameter, Parameters
 from fastopt._core.state import gradient_format
 from fastopt._core.structure import Gradients
 from fastopt._step.catch_up import catch_up
 from fastopt._step.dense import DenseUpdate, dense_updates
-from fastopt._step.norms import DenseSquares, norm_of
+from fastopt._step.norms import DenseSquares, unread_norm
 from fastopt._step.numbers import Conditions
 from fastopt._step.rows import RowUpdate, ready_rows, row_launches
+from fastopt._step.settings import Settings
 from fastopt.gradients.protocol import numbers_of
 
 # The gradient of a parameter is an array of its dtype, one of float32 for a parameter of 16 bits, none, or
@@ -23,6 +24,26 @@ from fastopt.gradients.protocol import numbers_of
 SAME, FLOAT32, NONE, ROWS = range(4)
 
 _SLICE = 1 << 20  # elements that are looked at at a time
+
+
+class CapturedStep(NamedTuple):
+    """What replays of a step need.
+
+    settings: its arguments. written: the caller's arrays that it changes. alive: what it works on beside
+    them: nobody else may get that memory as long as the step may be replayed.
+    """
+
+    settings: Settings
+    written: Sequence[Any]
+    alive: Any
+
+
+def not_captured(reason: str) -> RuntimeError:
+    """The error for a step that can't be captured in a graph."""
+    return RuntimeError(
+        f"this step can't be captured in a graph: {reason}; make one ordinary step, with the same arrays, "
+        "options and arguments, before the capture"
+    )
 
 
 class Plan:
@@ -37,6 +58,8 @@ class Plan:
         clears: whether gradients were found to be such that they can be set to zero.
         parameters_at, gradients_at: addresses of all parameters, and of the dense gradients.
         written: the values of those parameters that the caller gave as something else than NumPy arrays.
+        captured: the step of this plan that was last captured in a graph, None if none was, or if gradients
+            or parameters have moved since.
 
     Updates by rows are those of one step, and are passed to the methods.
     """
@@ -56,6 +79,8 @@ class Plan:
         self._count = partial(np.add, parameters.clock, increments, parameters.clock)
         self._squares: DenseSquares | None = None
         self._updates: list[DenseUpdate] | None = None  # kept from the first step on
+        self._stepped = False  # whether a step was prepared with everything where it lies now
+        self.captured: CapturedStep | None = None
 
     @property
     def rows_planned(self) -> bool:
@@ -73,18 +98,19 @@ class Plan:
         ):
             return False
         self.parameters_at, self.gradients_at = parameters_at, gradients_at
+        self._stepped, self.captured = False, None
         for update in self._updates or ():
             update.place(parameters_at, gradients_at)
         return True
 
     # The gradients of all parameters
 
-    def norm(self, rows: Sequence[RowUpdate]) -> float:
-        """The L2 norm of all gradients."""
+    def norm(self, rows: Sequence[RowUpdate]) -> float | Norm:
+        """The L2 norm of all gradients, or one that is on its way."""
         if self._squares is None:
             self._squares = DenseSquares((p.backend, self.gradient_dtype(p), p.size) for p in self.dense)
         addresses = self.gradients_at[self._dense_at]
-        return norm_of(self._squares, addresses, [update.gradient for update in rows])
+        return unread_norm(self._squares, addresses, [update.gradient for update in rows])
 
     def first_nonfinite(self, entries: Sequence, rows: Sequence[RowUpdate]) -> str | int | None:
         """The key of the first parameter whose gradient holds NaN or infinity."""
@@ -93,18 +119,20 @@ class Plan:
             if value is None:
                 continue
             gradient = by_row.get(parameter.index)
-            flat = (gradient.values_used if gradient else arrays.host_array(value, "")).reshape(-1)
+            flat = (gradient.values_used if gradient else arrays.array_view(value, "")).reshape(-1)
+            to_host = backend_of(flat).to_host
             slices = (flat[k : k + _SLICE] for k in range(0, flat.size, _SLICE))
-            if not all(np.isfinite(part).all() for part in slices):
+            if not all(np.isfinite(to_host(part)).all() for part in slices):
                 return parameter.key
         return None
 
     # The step
 
     def prepare(
-        self, rows: Sequence[RowUpdate], conditions: Conditions, zero_grads: bool
+        self, rows: Sequence[RowUpdate], conditions: Conditions, zero_grads: bool, factor: Factor = None
     ) -> tuple[Calls, Any]:
         """The calls that make the step, for ``Backend.run``, and what they work on, to be held until then.
+        ``factor``: of a norm that is on its way (see Norm).
 
         Nothing of the step has happened yet: state that is missing is made, numbers are set, machine code is
         compiled, and tables in files keep what is about to change.
@@ -113,8 +141,9 @@ class Plan:
         if kept is not None and not rows and self._parameters.all_plain:
             calls: list[Callable[[], object]] = []
             for update in kept:
-                calls += update.prepare(conditions, zero_grads)
+                calls += update.prepare(conditions, zero_grads, factor)
             calls.append(self._count)
+            self._stepped = True
             return calls, kept
         if self._parameters.dense_rows:
             for parameter in self.dense:
@@ -125,9 +154,10 @@ class Plan:
             kept = self._new_updates(states, conditions)
             adopted = [partial(setattr, p, "state", own) for p, own in zip(self.dense, states, strict=True)]
             adopted.append(partial(setattr, self, "_updates", kept))
+            adopted.append(partial(setattr, self, "_stepped", True))
         ready = [ready_rows(update) for update in rows]
-        launches = row_launches(ready, conditions) if ready else []
-        calls = [call for update in kept for call in update.prepare(conditions, zero_grads)]
+        launches = row_launches(ready, conditions, factor) if ready else []
+        calls = [call for update in kept for call in update.prepare(conditions, zero_grads, factor)]
         calls += [call for launch in launches for call in launch.prepare()]
         for parameter, gradient, state, tracking in ready:
             if state is not parameter.state:
@@ -152,7 +182,52 @@ class Plan:
             update.place(self.parameters_at, self.gradients_at)
         return updates
 
+    # Graphs
+
+    def check_capture(self, settings: Settings, rows: Sequence[RowUpdate]) -> None:
+        """Refuse to capture a step in a graph that would do more than launch what an earlier step made ready.
+
+        Raises:
+            RuntimeError: it would.
+        """
+        backends = {parameter.backend for parameter in self.dense}
+        if rows:
+            raise not_captured("some gradients are by rows, which are others in each step")
+        if not self._parameters.all_plain:
+            raise not_captured("rows='dense' and tables in files have work of their own in each step")
+        if settings.skip_nonfinite:
+            raise not_captured("skip_nonfinite waits for the gradients: leave it out")
+        if not all(backend.capturing for backend in backends):
+            raise not_captured("some parameters do not lie on a device that captures")
+        if settings.need_norm and len(backends) > 1:
+            raise not_captured("the norm over several devices is waited for: leave out clip_norm")
+        if self._updates is None or not self._stepped or (settings.need_norm and self._squares is None):
+            raise not_captured("no step before it had its arrays, options and arguments")
+
+    def capture(self, step: CapturedStep, factor: Factor) -> Calls:
+        """The calls that put a step, checked by :meth:`check_capture`, into a graph: the one that replays
+        make from now on."""
+        zero_grads = step.settings.zero_grads
+        calls = [call for update in self._updates or () for call in update.launch.prepare(zero_grads, factor)]
+        self.captured = step
+        return calls
+
+    def replay(self, rates: list[float]) -> Calls:
+        """The calls that make the captured step ready for a replay, with these learning rates, and count
+        it."""
+        assert self.captured is not None
+        settings = self.captured.settings
+        conditions = Conditions(rates, settings.grad_scale, settings.limit)
+        calls = [call for update in self._updates or () for call in update.refresh(conditions)]
+        return [*calls, self._count]
+
     # Memory
+
+    def changed(self, entries: Sequence, zero_grads: bool) -> list:
+        """The values that a step writes with these gradients, but for parameters that are NumPy arrays."""
+        if not zero_grads:
+            return self.written
+        return [*self.written, *(numbers_of(entry, "")[0] for entry in entries if entry is not None)]
 
     def check_apart(self, gradients: Gradients, rows: Sequence[RowUpdate], zero_grads: bool) -> None:
         """Refuse parameters, and gradients that are to become zero, that share memory with others."""
@@ -177,7 +252,7 @@ class Plan:
             arrays.refuse_overlap(*labels)
         for index in owners if zero_grads else ():
             value, label = numbers_of(gradients.entries[index], gradients.label(index))
-            if not arrays.host_array(value, label).flags.writeable:
+            if not arrays.array_view(value, label).flags.writeable:
                 raise ValueError(
                     f"{label} is read-only: expected a gradient that can be set to zero; leave out zero_grads"
                 )

@@ -11,8 +11,9 @@ from fastopt._core.groups import Definition, ParameterGroup, changed_options
 from fastopt._core.indices import Indices, sort_together
 from fastopt._core.parameters import Parameter, Parameters
 from fastopt._core.structure import Gradients
+from fastopt._step.catch_up import adopt
 from fastopt._step.numbers import StepOptions, learning_rate
-from fastopt._step.plan import FLOAT32, NONE, ROWS, SAME, Plan
+from fastopt._step.plan import FLOAT32, NONE, ROWS, SAME, Plan, not_captured
 from fastopt._step.rows import RowUpdate
 from fastopt.gradients.protocol import RowGradient, SparseGradient
 from fastopt.kernels.work import Array
@@ -42,6 +43,11 @@ class Planner:
         self._has_codes = any(group.checked["state_dtype"] == "8bit" for group in parameters.groups)
         self._plan: Plan | None = None
         self._steady: StepOptions | None = None  # the last options, if none had changed
+
+    @property
+    def kept(self) -> Plan | None:
+        """The plan of the last step, None if the next one has to find it anew."""
+        return self._plan
 
     def forget(self) -> None:
         """Find everything anew in the next step."""
@@ -80,12 +86,23 @@ class Planner:
             )
         return changed_options(group, definition)
 
+    def adopt_where_behind(self, definition: Definition) -> None:
+        """Adopt changed options of groups of which rows are behind, since the missed steps belong to the old
+        ones."""
+        for group in self._parameters.groups:
+            if any(p.tracking is not None for p in self._parameters.of_group(group)):
+                options = self.group_options(group, definition)
+                if options is not group.checked:
+                    adopt(self._parameters, group, options, definition)
+                    self.forget()
+
     def plan(self, grads: Any, options: StepOptions, zero_grads: bool) -> Planned:
         """What a step with these gradients and options is to do, the gradient of each parameter, and the
         updates by rows.
 
         Raises:
             TypeError, ValueError: a gradient does not fit its parameter.
+            RuntimeError: it is by rows, while the step is captured in a graph.
         """
         kept, self._plan = self._plan, None  # an error leaves none
         if options.other_plan:
@@ -149,6 +166,8 @@ def _checked(
     value, label = gradients.entries[parameter.index], gradients.label(parameter.index)
     view, rule = parameter.view(), parameter.group.rule
     if isinstance(value, SparseGradient):
+        if parameter.backend.capturing:
+            raise not_captured(f"{label} is by rows, which are others in each step")
         if rule.matrix_slots:
             raise TypeError(
                 f"{label} is {type(value).__name__}: {optimizer} has means over columns, expected a dense "

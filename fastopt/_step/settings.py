@@ -1,25 +1,105 @@
 """What a caller asks of one step beside the gradients, and what the step answers."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+from fastopt._core.backend import Factor, Norm
 from fastopt._core.options import check_limit, is_flag
+from fastopt._step.norms import clip_factor, known
+
+_Values = tuple[float | None, bool, bool, str | int | None]
 
 
-class StepInfo(NamedTuple):
-    """What a step did.
+class StepInfo(Sequence):
+    """What a step did: four values, as attributes or as a sequence.
 
-    norm: L2 norm of the gradients times ``grad_scale``, before clipping; None if it was not needed.
-    clipped: whether the gradients were scaled down to ``clip_norm``.
-    skipped: whether nothing was updated, because a gradient was not finite.
-    nonfinite: then the name, or position, of the first parameter whose gradient holds NaN or infinity; None
-        if none does and the norm of all is beyond float64.
+    Where gradients lie on a device, ``norm`` and ``clipped`` wait for it when they are asked for; those of a
+    step that was captured in a graph are of its last replay.
     """
 
-    norm: float | None = None
-    clipped: bool = False
-    skipped: bool = False
-    nonfinite: str | int | None = None
+    __slots__ = ("_unread", "_values")
+    __match_args__ = ("norm", "clipped", "skipped", "nonfinite")
+
+    def __init__(
+        self,
+        norm: float | None = None,
+        clipped: bool = False,
+        skipped: bool = False,
+        nonfinite: str | int | None = None,
+    ) -> None:
+        self._values: _Values = norm, clipped, skipped, nonfinite
+        self._unread: tuple[Norm, float, float] | None = None
+
+    @classmethod
+    def unread(cls, norm: Norm, grad_scale: float, clip_norm: float) -> "StepInfo":
+        """Of a step that did not wait for the norm of its gradients, which it scaled and clipped so."""
+        info = cls()
+        info._unread = norm, grad_scale, clip_norm
+        return info
+
+    @property
+    def norm(self) -> float | None:
+        """L2 norm of the gradients times ``grad_scale``, before clipping; None if it was not needed."""
+        return self._read()[0]
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the gradients were scaled down to ``clip_norm``."""
+        return self._read()[1]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing was updated, because a gradient was not finite."""
+        return self._values[2]
+
+    @property
+    def nonfinite(self) -> str | int | None:
+        """If the step was skipped, the name, or position, of the first parameter whose gradient holds NaN or
+        infinity; None if none does and the norm of all is beyond float64."""
+        return self._values[3]
+
+    def _read(self) -> _Values:
+        """The values now; not kept, since a replay finds another norm."""
+        if self._unread is None:
+            return self._values
+        unscaled, grad_scale, clip_norm = self._unread
+        norm = grad_scale * unscaled.value()
+        return norm, clip_factor(norm, clip_norm) != 1.0, False, None
+
+    def __iter__(self) -> Iterator:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read()[index]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, StepInfo | tuple):
+            return NotImplemented
+        return self._read() == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._read())
+
+    def __repr__(self) -> str:
+        pairs = zip(self.__match_args__, self, strict=True)
+        return f"StepInfo({', '.join(f'{name}={value!r}' for name, value in pairs)})"
+
+    def __reduce__(self) -> tuple:
+        return StepInfo, self._read()
+
+
+def scaled(norm: float | Norm, grad_scale: float, clip_norm: float | None) -> tuple[StepInfo, float, Factor]:
+    """Of a step whose gradients have this norm: what it answers, the factor on them, and what else launches
+    multiply them by, if the norm is on its way (see Norm)."""
+    if isinstance(norm, float) or clip_norm is None:
+        norm = known(norm)
+        factor = 1.0 if clip_norm is None else clip_factor(grad_scale * norm, clip_norm)
+        return StepInfo(grad_scale * norm, factor != 1.0), grad_scale * factor, None
+    return StepInfo.unread(norm, grad_scale, clip_norm), grad_scale, norm.factor(grad_scale, clip_norm)
 
 
 class Settings(NamedTuple):
