@@ -32,7 +32,7 @@ LANES = 512  # sums that grow side by side: lane l has the elements l, l + LANES
 THREADS = 128
 OWN = LANES // THREADS  # lanes of a thread
 ROUNDS = SUMMED // LANES
-VECTOR_BYTES = 16
+VECTOR_BYTES, WORD = 16, 4
 TOGETHER = {2: 8, 4: 8, 8: 4}  # by an element's bytes, rounds whose loads are on their way at the same time
 
 # What a norm has in memory of the device: float64 numbers, and then the sum of each part
@@ -94,7 +94,6 @@ def _adder_of_lanes(kind: Format, like: np.dtype) -> Callable:
     of the block of elements from ``first`` on, which begins in array ``t``; there are ``end`` elements."""
     zero, size = kind.zero(like), kind.itemsize(like)
     rounds = TOGETHER[size]
-    count = min(OWN, VECTOR_BYTES // size)  # elements of a vector
     lanes = range(OWN)
 
     def squares(values: list[list[str]]) -> list[str]:
@@ -106,13 +105,18 @@ def _adder_of_lanes(kind: Format, like: np.dtype) -> Callable:
             for line in (f"x = np.float64(decode({value})) * scale", f"s{e} += x * x")
         ]
 
-    # Lanes next to each other, by vectors
+    # Lanes next to each other, by vectors; elements of 16 bits come in words
+    packed = size < WORD
+    count = OWN * size // WORD if packed else min(OWN, VECTOR_BYTES // size)  # loaded at a time
+    kind_loaded, of_each = ("word", OWN) if packed else ("zero", count)
     vectors = [
-        f"v{r}_{e} = load_vector(at + {(r * LANES + e) * size}, zero, {count})"
+        f"v{r}_{e} = load_vector(at + {(r * LANES + e) * size}, {kind_loaded}, {count})"
         for r in range(rounds)
-        for e in range(0, OWN, count)
+        for e in range(0, OWN, of_each)
     ]
-    values = [[f"v{r}_{e - e % count}[{e % count}]" for e in lanes] for r in range(rounds)]
+    values = [
+        [_element(f"v{r}_{e - e % of_each}", e % of_each, packed) for e in lanes] for r in range(rounds)
+    ]
     by_vectors = [
         f"at += thread * {OWN * size}",
         f"for _ in range({ROUNDS // rounds}):",
@@ -157,7 +161,7 @@ def _adder_of_lanes(kind: Format, like: np.dtype) -> Callable:
         f"at = integer(addresses, t) + (first - base) * {size}",
         "if first + SUMMED > following:",
         *(f"    {line}" for line in [*of_several, *spread]),
-        f"elif at & {count * size - 1} == 0:",
+        f"elif at & {min(OWN * size, VECTOR_BYTES) - 1} == 0:",
         *(f"    {line}" for line in by_vectors),
         "else:",
         *(f"    {line}" for line in one_by_one),
@@ -167,8 +171,14 @@ def _adder_of_lanes(kind: Format, like: np.dtype) -> Callable:
         load_vector=load_vector,
         decode=kind.decode,
         zero=zero,
+        word=np.uint32(0),
         SUMMED=SUMMED,
     )
+
+
+def _element(vector: str, e: int, packed: bool) -> str:
+    """The expression of element ``e`` of a vector, of words with two each if ``packed``."""
+    return f"np.uint16({vector}[{e >> 1}] >> np.uint32({e % 2 * 16}))" if packed else f"{vector}[{e}]"
 
 
 def _adder_of_lane() -> Callable:
