@@ -91,6 +91,8 @@ def catch_up_rows(code: Code, kind: type) -> Any:
         own_memory = memory + own * memory_size
         own_h = unpack(h, numbers_at(h, numbers, like), like)
         step, skipped = integer(table, TABLE_STEP) - 1, integer(table, TABLE_SKIPPED)
+        listed, first_row = integer(table, TABLE_ROWS), integer(table, TABLE_FIRST_ROW)
+        row_steps = integer(table, TABLE_ROW_STEPS)
         first, total = np.int64(0), count
         if bounds != 0:
             first = integer(bounds, 0)
@@ -98,9 +100,9 @@ def catch_up_rows(code: Code, kind: type) -> Any:
         while own < total:
             row = own
             if bounds != 0:
-                row = integer(integer(table, TABLE_ROWS), first + own) - integer(table, TABLE_FIRST_ROW)
+                row = integer(listed, first + own) - first_row
             if row < rows and row != skipped:
-                place = integer(table, TABLE_ROW_STEPS) + row * 8
+                place = row_steps + row * 8
                 taken = integer(place, 0)
                 if taken < step:
                     new = take(own_h, table, row, taken, step, aligned != 0, lane, own_memory)
