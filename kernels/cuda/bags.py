@@ -3,12 +3,11 @@
 from typing import Any
 
 import numpy as np
-from numba import cuda
 from numba.extending import register_jitable
 
 from fastopt.kernels.cuda.indices import place_of
 from fastopt.kernels.cuda.launch import kernel
-from fastopt.kernels.cuda.memory import integer, load, store
+from fastopt.kernels.cuda.memory import add_at, integer, load, store
 from fastopt.kernels.cuda.sort import index_at
 from fastopt.kernels.cuda.sums import THREADS
 
@@ -51,7 +50,7 @@ def count_padding() -> Any:
         k, step = place_of()
         while k < size:
             if index_at(indices, stride, itemsize, k) == padding:
-                add_one(counts + np.int64(load(found + k * 4, _COUNT)) * 8)
+                add_at(counts + np.int64(load(found + k * 4, _COUNT)) * 8, np.int64(1))
             k += step
 
     return count_padding
@@ -82,8 +81,8 @@ def divide_scales(dtype: np.dtype) -> Any:
 
 @kernel("iiiii", THREADS)
 def take(itemsize: int) -> Any:
-    """``(values, order, first_position, size, out)``: ``out[j] = values[order[j] - first_position]``, whatever
-    elements of so many bytes stand for."""
+    """``(values, order, first_position, size, out)``: ``out[j] = values[order[j] - first_position]``,
+    whatever elements of so many bytes stand for."""
     zero = np.dtype(f"u{itemsize}").type(0)
 
     def take(values, order, first_position, size, out):

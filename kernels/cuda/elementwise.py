@@ -106,7 +106,7 @@ def place_of(per_row, bits):
 
 @kernel("iiiiiiii", THREADS)
 def fill(itemsize: int) -> Any:
-    """``(to, stride, step, rows, width, per_row, bits, value)``: set each element to the bits of ``value``."""
+    """``(to, stride, step, rows, width, per_row, bits, value)``: set elements to the bits of ``value``."""
     cast = _BITS[itemsize].type
 
     def fill(to, stride, step, rows, width, per_row, bits, value):
