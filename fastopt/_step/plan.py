@@ -141,7 +141,8 @@ class Plan:
         if kept is not None and not rows and self._parameters.all_plain:
             calls: list[Callable[[], object]] = []
             for update in kept:
-                calls += update.prepare(conditions, zero_grads, factor)
+                update.set_numbers(conditions)
+                calls += update.launch.prepare(zero_grads, factor)
             calls.append(self._count)
             self._stepped = True
             return calls, kept
@@ -157,7 +158,10 @@ class Plan:
             adopted.append(partial(setattr, self, "_stepped", True))
         ready = [ready_rows(update) for update in rows]
         launches = row_launches(ready, conditions, factor) if ready else []
-        calls = [call for update in kept for call in update.prepare(conditions, zero_grads, factor)]
+        calls = []
+        for update in kept:
+            update.set_numbers(conditions)
+            calls += update.launch.prepare(zero_grads, factor)
         calls += [call for launch in launches for call in launch.prepare()]
         for parameter, gradient, state, tracking in ready:
             if state is not parameter.state:
@@ -218,15 +222,16 @@ class Plan:
         assert self.captured is not None
         settings = self.captured.settings
         conditions = Conditions(rates, settings.grad_scale, settings.limit)
-        calls = [call for update in self._updates or () for call in update.refresh(conditions)]
+        calls: list[Callable[[], object]] = []
+        for update in self._updates or ():
+            update.set_numbers(conditions)
+            calls += update.launch.refresh()
         return [*calls, self._count]
 
     # Memory
 
-    def changed(self, entries: Sequence, zero_grads: bool) -> list:
-        """The values that a step writes with these gradients, but for parameters that are NumPy arrays."""
-        if not zero_grads:
-            return self.written
+    def written_with(self, entries: Sequence) -> list:
+        """``written``, and the values of gradients, which the step sets to zero."""
         return [*self.written, *(numbers_of(entry, "")[0] for entry in entries if entry is not None)]
 
     def check_apart(self, gradients: Gradients, rows: Sequence[RowUpdate], zero_grads: bool) -> None:
