@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from fastopt.kernels.cuda.assign import copy_all, set_all
+from fastopt.kernels.cuda.dlpack import CUDA, capsule_of
 from fastopt.kernels.cuda.driver import driver
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -201,6 +202,25 @@ class DeviceArray:
             "stream": None,  # work was put on the producer's own stream
             "version": 3,
         }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA, self.device
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """A DLPack capsule over the same memory, or over a copy of it (see dlpack.py)."""
+        if dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError(
+                f"dl_device is {dl_device}, and the array lies on {self.__dlpack_device__()}: use "
+                "copy_to_host(), and move what it returns"
+            )
+        return capsule_of(self.copy() if copy else self, stream, max_version, bool(copy))
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -7,7 +7,9 @@ each word is moved to its place, its rank among the equal digits of its warp bei
 words that begin a segment are counted and written down in the same way. How many segments there are stays on
 the device, so that nothing waits.
 
-Bytes moved: 8 an index to make the words, 24 a pass, 16 to find segments, and what these take.
+A single tile is sorted by one launch, and more of them by three a pass.
+
+Bytes moved: 16 an index to make the words, 24 a pass, 16 to find segments, and what these take.
 """
 
 from typing import Any
@@ -51,7 +53,7 @@ def index_at(address, stride, itemsize, i):
 
 @register_jitable
 def digit_of(word, shift):
-    return np.int64((word >> np.uint64(shift)) & np.uint64(DIGITS - 1))
+    return np.uint32((word >> np.uint64(shift)) & np.uint64(DIGITS - 1))
 
 
 @register_jitable
@@ -62,10 +64,12 @@ def lower_lanes(mask, lane):
 
 
 @register_jitable
-def block_before(x):
+def block_before(x, shared):
     """The sums of an int32 over the threads of a block before this one, and over all of them. All threads
-    have to come."""
-    shared = cuda.shared.array(WARPS, np.int32)
+    have to come.
+
+    shared: int32 [WARPS], from the kernel: what several functions that it calls allocate is linked twice.
+    """
     lane, warp = lane_and_warp()
     own = np.int32(x)
     for distance in (1, 2, 4, 8, 16):
@@ -84,29 +88,43 @@ def block_before(x):
     return before, total
 
 
-@kernel("iiiii", THREADS)
-def pack() -> Any:
-    """``(tables, count, size, position_bits, words)``: the word of each position, the key of an index being
-    the table's first row plus the index or, for one outside the table, plus the number of its rows."""
+@register_jitable
+def word_of(tables, count, i, position_bits):
+    """The key of position ``i`` above the position: the table's first row plus the index or, if that is
+    outside the table, plus the number of its rows."""
+    t, column = array_of(tables, count, i), count * 8
+    own = tables + t * 8
+    first, address = load(own + FIRST_POSITIONS * column, NUMBER), load(own + ADDRESSES * column, NUMBER)
+    stride, itemsize = load(own + STRIDES * column, NUMBER), load(own + ITEMSIZES * column, NUMBER)
+    row, rows = index_at(address, stride, itemsize, i - first), load(own + ROWS * column, NUMBER)
+    if row < 0 or row >= rows:
+        row = rows
+    key = np.uint64(load(own + FIRST_ROWS * column, NUMBER) + row)
+    return np.uint64((key << np.uint64(position_bits)) | np.uint64(i))
 
-    def pack(tables, count, size, position_bits, words):
-        i = np.int64(cuda.blockIdx.x) * THREADS + np.int64(cuda.threadIdx.x)
-        step = np.int64(cuda.gridDim.x) * THREADS
-        column = count * 8
-        while i < size:
-            t = array_of(tables, count, i)
-            own = tables + t * 8
-            at = i - integer(own, FIRST_POSITIONS)
-            address, stride = load(own + ADDRESSES * column, NUMBER), load(own + STRIDES * column, NUMBER)
-            row = index_at(address, stride, load(own + ITEMSIZES * column, NUMBER), at)
-            rows = load(own + ROWS * column, NUMBER)
-            if row < 0 or row >= rows:
-                row = rows
-            key = np.uint64(load(own + FIRST_ROWS * column, NUMBER) + row)
-            store(words + i * 8, (key << np.uint64(position_bits)) | np.uint64(i))
-            i += step
 
-    return pack
+@kernel("iiiiiii", THREADS)
+def make_words() -> Any:
+    """``(tables, count, size, position_bits, words, tiles, counts)``: the word of each position, and what
+    ``count_digits`` finds for the lowest digit of keys."""
+
+    def make_words(tables, count, size, position_bits, words, tiles, counts):
+        own = cuda.shared.array(DIGITS, np.int32)
+        thread, tile = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        while tile < tiles:
+            own[thread] = 0
+            cuda.syncthreads()
+            i, last = tile * TILE + thread, min((tile + 1) * TILE, size)
+            while i < last:
+                word = word_of(tables, count, i, position_bits)
+                store(words + i * 8, word)
+                cuda.atomic.add(own, digit_of(word, position_bits), 1)
+                i += THREADS
+            cuda.syncthreads()
+            store(counts + (thread * tiles + tile) * 4, own[thread])
+            tile += np.int64(cuda.gridDim.x)
+
+    return make_words
 
 
 @kernel("iiiii", THREADS)
@@ -136,13 +154,14 @@ def add_up() -> Any:
     it in its row, and ``totals`` to the sums of the rows."""
 
     def add_up(counts, rows, length, totals):
+        shared = cuda.shared.array(WARPS, np.int32)
         thread, row = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
         while row < rows:
             done, first = np.int32(0), np.int64(0)
             while first < length:
                 place = counts + (row * length + first + thread) * 4
                 inside = first + thread < length
-                before, total = block_before(load(place, COUNT) if inside else COUNT)
+                before, total = block_before(load(place, COUNT) if inside else COUNT, shared)
                 if inside:
                     store(place, np.int32(done + before))
                 done = np.int32(done + total)
@@ -154,55 +173,82 @@ def add_up() -> Any:
     return add_up
 
 
+@register_jitable
+def equal_lanes(digit, i, last):
+    """The lanes that have the digit of this one, of those whose ``i`` is before ``last``. All lanes have to
+    come."""
+    equal = np.uint32(cuda.ballot_sync(ALL_LANES, i < last))
+    for bit in range(DIGIT_BITS):
+        has = digit & np.uint32(1 << bit) != 0
+        votes = np.uint32(cuda.ballot_sync(ALL_LANES, has))
+        equal = np.uint32(equal & (votes if has else ~votes))
+    return equal
+
+
+@register_jitable
+def move_tile(words, tile, size, shift, place, alone, out, places, shared):
+    """Move the words of a tile to their places by the digit above ``shift``. ``place``: where the first with
+    this thread's digit goes, found here for a tile that is ``alone``.
+
+    Each warp moves OF_WARP words that lie together, so that words of a digit keep their order.
+
+    places: int32 [warp, digit], shared. shared: for block_before.
+    """
+    thread = np.int64(cuda.threadIdx.x)
+    lane, warp = lane_and_warp()
+    own, first = np.uint64(warp * DIGITS), tile * TILE + warp * OF_WARP  # a place is never negative
+    last = min(first + OF_WARP, size)
+    for w in range(WARPS):
+        places[w * DIGITS + thread] = 0
+    cuda.syncthreads()
+    i = first + lane
+    while i < last:
+        cuda.atomic.add(places, own + np.uint64(digit_of(load(words + i * 8, WORD), shift)), 1)
+        i += WARP
+    cuda.syncthreads()
+    place = np.int32(place)
+    if alone:
+        found = np.int32(0)
+        for w in range(WARPS):
+            found = np.int32(found + places[w * DIGITS + thread])
+        place, _ = block_before(found, shared)
+    for w in range(WARPS):
+        found = places[w * DIGITS + thread]
+        places[w * DIGITS + thread] = place
+        place = np.int32(place + found)
+    cuda.syncthreads()
+    i = first + lane
+    word = load(words + i * 8, WORD) if i < last else WORD
+    while first < last:
+        following = i + WARP
+        ahead = load(words + following * 8, WORD) if following < last else WORD
+        digit = digit_of(word, shift)
+        equal = equal_lanes(digit, i, last)
+        rank, at = lower_lanes(equal, lane), own + np.uint64(digit)
+        if i < last:
+            store(out + (np.int64(places[at]) + rank) * 8, word)
+        meet()
+        if i < last and rank == 0:
+            places[at] += np.int32(cuda.popc(equal))
+        meet()
+        word, i, first = ahead, following, first + WARP
+    cuda.syncthreads()
+
+
 @kernel("iiiiiii", THREADS)
 def move_words() -> Any:
     """``(words, size, shift, tiles, before, totals, out)``: move each word to its place by the digit above
     ``shift``. before: int32 [digit, tile], how often the digit occurs in earlier tiles. totals: int32
-    [digit].
-
-    Each warp moves OF_WARP words that lie together, so that words of a digit keep their order.
-    """
+    [digit]."""
 
     def move_words(words, size, shift, tiles, before, totals, out):
         places = cuda.shared.array(PLACES, np.int32)
+        shared = cuda.shared.array(WARPS, np.int32)
         thread, tile = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
-        lane, warp = lane_and_warp()
-        own = warp * DIGITS
-        smaller, _ = block_before(load(totals + thread * 4, COUNT))
+        smaller, _ = block_before(load(totals + thread * 4, COUNT), shared)
         while tile < tiles:
-            first = tile * TILE + warp * OF_WARP + lane
-            for w in range(WARPS):
-                places[w * DIGITS + thread] = 0
-            cuda.syncthreads()
-            for step in range(STEPS):
-                i = first + step * WARP
-                if i < size:
-                    cuda.atomic.add(places, own + digit_of(load(words + i * 8, WORD), shift), 1)
-            cuda.syncthreads()
             place = np.int32(smaller + load(before + (thread * tiles + tile) * 4, COUNT))
-            for w in range(WARPS):
-                found = places[w * DIGITS + thread]
-                places[w * DIGITS + thread] = place
-                place = np.int32(place + found)
-            cuda.syncthreads()
-            for step in range(STEPS):
-                i = first + step * WARP
-                valid = i < size
-                word = load(words + i * 8, WORD) if valid else WORD
-                digit = digit_of(word, shift)
-                equal = np.uint32(cuda.ballot_sync(ALL_LANES, valid))
-                for bit in range(DIGIT_BITS):
-                    has = (digit >> bit) & 1 != 0
-                    votes = np.uint32(cuda.ballot_sync(ALL_LANES, has))
-                    equal = np.uint32(equal & (votes if has else ~votes))
-                rank = lower_lanes(equal, lane)
-                if valid:
-                    store(out + (np.int64(places[own + digit]) + rank) * 8, word)
-                meet()
-                if valid and rank == 0:
-                    places[own + digit] += np.int32(cuda.popc(equal))
-                meet()
-            cuda.syncthreads()
+            move_tile(words, tile, size, shift, place, False, out, places, shared)
             tile += np.int64(cuda.gridDim.x)
 
     return move_words
@@ -222,6 +268,7 @@ def count_heads() -> Any:
     """``(words, size, position_bits, tiles, counts)``: how many segments begin in each tile, int32."""
 
     def count_heads(words, size, position_bits, tiles, counts):
+        shared = cuda.shared.array(WARPS, np.int32)
         thread, tile = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
         while tile < tiles:
             i, last = tile * TILE + thread, min((tile + 1) * TILE, size)
@@ -229,12 +276,56 @@ def count_heads() -> Any:
             while i < last:
                 found = np.int32(found + is_head(words, i, position_bits))
                 i += THREADS
-            _, total = block_before(found)
+            _, total = block_before(found, shared)
             if thread == 0:
                 store(counts + tile * 4, total)
             tile += np.int64(cuda.gridDim.x)
 
     return count_heads
+
+
+@register_jitable
+def write_tile(words, tile, size, position_bits, done, order, starts, rows, shared):
+    """Split the sorted words of a tile into the positions, and the starts and rows of segments, ``done`` of
+    which begin in earlier tiles; returns how many do with these."""
+    thread, bits = np.int64(cuda.threadIdx.x), np.uint64(position_bits)
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    first, last = tile * TILE, min((tile + 1) * TILE, size)
+    while first < last:
+        i = first + thread
+        head = i < last and is_head(words, i, position_bits)
+        earlier, total = block_before(np.int32(head), shared)
+        if i < last:
+            word = load(words + i * 8, WORD)
+            store(order + i * 4, np.int32(word & mask))
+            if head:
+                at = done + np.int64(earlier)
+                store(starts + at * 4, np.int32(i))
+                store(rows + at * 8, np.int64(word >> bits))
+        done += np.int64(total)
+        first += THREADS
+    return done
+
+
+@register_jitable
+def write_bounds(t, step, tables, count, size, distinct, starts, bounds):
+    """Write where in the segments those of table ``t``, and of each ``step`` further on, begin, and the end
+    of the last segment. bounds: int64 [count + 1]."""
+    while t <= count:
+        low, high = np.int64(0), distinct
+        if t == count:
+            low = distinct
+            store(starts + distinct * 4, np.int32(size))
+        else:
+            position = integer(tables, FIRST_POSITIONS * count + t)
+            while low < high:
+                middle = (low + high) >> 1
+                if np.int64(load(starts + middle * 4, COUNT)) < position:
+                    low = middle + 1
+                else:
+                    high = middle
+        store(bounds + t * 8, low)
+        t += step
 
 
 @kernel("iiiiiiii", THREADS)
@@ -243,25 +334,11 @@ def write_heads() -> Any:
     positions, and the starts and rows of segments. before: int32 [tile], how many begin in earlier tiles."""
 
     def write_heads(words, size, position_bits, tiles, before, order, starts, rows):
-        thread, tile = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
-        bits = np.uint64(position_bits)
-        mask = (np.uint64(1) << bits) - np.uint64(1)
+        shared = cuda.shared.array(WARPS, np.int32)
+        tile = np.int64(cuda.blockIdx.x)
         while tile < tiles:
-            done = load(before + tile * 4, COUNT)
-            first, last = tile * TILE, min((tile + 1) * TILE, size)
-            while first < last:
-                i = first + thread
-                head = i < last and is_head(words, i, position_bits)
-                earlier, total = block_before(np.int32(head))
-                if i < last:
-                    word = load(words + i * 8, WORD)
-                    store(order + i * 4, np.int32(word & mask))
-                    if head:
-                        at = np.int64(done) + np.int64(earlier)
-                        store(starts + at * 4, np.int32(i))
-                        store(rows + at * 8, np.int64(word >> bits))
-                done = np.int32(done + total)
-                first += THREADS
+            done = np.int64(load(before + tile * 4, COUNT))
+            write_tile(words, tile, size, position_bits, done, order, starts, rows, shared)
             tile += np.int64(cuda.gridDim.x)
 
     return write_heads
@@ -270,25 +347,36 @@ def write_heads() -> Any:
 @kernel("iiiiii", THREADS)
 def find_tables() -> Any:
     """``(tables, count, size, distinct, starts, bounds)``: where in the segments those of each table begin,
-    and the end of the last segment. distinct: the address of how many there are, int32. bounds: int64
-    [count + 1]."""
+    and the end of the last segment. distinct: the address of how many there are, int32."""
 
     def find_tables(tables, count, size, distinct, starts, bounds):
         t = np.int64(cuda.blockIdx.x) * THREADS + np.int64(cuda.threadIdx.x)
-        found = np.int64(load(distinct, COUNT))
-        while t <= count:
-            low, high = found, found
-            if t < count:
-                position, low = integer(tables, FIRST_POSITIONS * count + t), np.int64(0)
-                while low < high:
-                    middle = (low + high) >> 1
-                    if np.int64(load(starts + middle * 4, COUNT)) < position:
-                        low = middle + 1
-                    else:
-                        high = middle
-            else:
-                store(starts + found * 4, np.int32(size))
-            store(bounds + t * 8, low)
-            t += np.int64(cuda.gridDim.x) * THREADS
+        found, step = np.int64(load(distinct, COUNT)), np.int64(cuda.gridDim.x) * THREADS
+        write_bounds(t, step, tables, count, size, found, starts, bounds)
 
     return find_tables
+
+
+@kernel("iiiiiiiiiii", THREADS)
+def sort_tile() -> Any:
+    """``(tables, count, size, position_bits, key_bits, words, others, order, starts, rows, bounds)``: all of
+    the above for positions that fit a tile, by one block."""
+
+    def sort_tile(tables, count, size, position_bits, key_bits, words, others, order, starts, rows, bounds):
+        places = cuda.shared.array(PLACES, np.int32)
+        shared = cuda.shared.array(WARPS, np.int32)
+        thread, shift = np.int64(cuda.threadIdx.x), position_bits
+        i = thread
+        while i < size:
+            store(words + i * 8, word_of(tables, count, i, position_bits))
+            i += THREADS
+        cuda.syncthreads()
+        while shift < position_bits + key_bits:
+            move_tile(words, 0, size, shift, 0, True, others, places, shared)
+            words, others = others, words
+            shift += DIGIT_BITS
+        distinct = write_tile(words, 0, size, position_bits, np.int64(0), order, starts, rows, shared)
+        cuda.syncthreads()
+        write_bounds(thread, THREADS, tables, count, size, distinct, starts, bounds)
+
+    return sort_tile

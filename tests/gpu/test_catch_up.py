@@ -7,16 +7,26 @@ import numpy as np
 import pytest
 from devices import CUDA
 
+from fastopt.kernels import rules
 from fastopt.kernels.cpu import backend as cpu
-from fastopt.kernels.cuda.backend.basics import Basics
-from fastopt.kernels.cuda.backend.catch_up import CatchUp
+from fastopt.kernels.cuda import driver
+from fastopt.kernels.cuda.array import empty
+from fastopt.kernels.cuda.backend import Cuda, catch_up, counts
+from fastopt.kernels.cuda.backend.catch_up import CatchUpLaunch
 from fastopt.kernels.formats import (
+    BFLOAT16,
+    BFLOAT16_OF,
     BLOCK,
+    HALF_OF,
     PLAIN,
+    ROOT8,
+    SIGNED8,
+    SINGLE,
+    STOCHASTIC,
     Format,
 )
-from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
-from fastopt.kernels.work import Spec, StoredTable
+from fastopt.kernels.rule import L2, Adaptive, Decoupled, Linear, Loop, Rule, Scaled, Still
+from fastopt.kernels.work import CountFold, Spec, StoredTable
 
 OPTIONS = {
     "lr": 0.0, "momentum": 0.8, "dampening": 0.3, "nesterov": True, "lr_decay": 0.1, "momentum_decay": 0.2,
@@ -26,11 +36,7 @@ BASE = 5
 KEY = 123456789012345
 
 
-class Both(Basics, CatchUp):
-    """As much of a backend as is tested here."""
-
-
-DEVICE = Both(0, cpu)
+DEVICE = Cuda(0, cpu)
 
 
 @pytest.fixture(params=CUDA, autouse=True)
@@ -120,6 +126,11 @@ class Side:
         arrays = [array for pair in self.arrays for array in pair if array is not None]
         return [self.backend.to_host(array) for array in (*arrays, *self.row_state, self.last_step)]
 
+    def segments(self, indices: list[int], rows: int) -> Any:
+        """Those of a table's indices, which were sorted after those of another."""
+        others, own = (self.put(np.array(k)) for k in ([3, 1, 3], indices))
+        return self.backend.segments_of([(others, 5), (own, rows)])[1]
+
 
 def sides_of(case: Case, last_steps: np.ndarray) -> list[Side]:
     return [Side(backend, case, last_steps) for backend in (cpu, DEVICE)]
@@ -129,3 +140,240 @@ def missed_by(case: Case, rows: int) -> np.ndarray:
     """The last step of rows that have missed 0, 1, 7 or all steps."""
     now = BASE + case.steps
     return np.array([now - min((0, 1, 7, case.steps)[k % 4], case.steps) for k in range(rows)])
+
+
+RULES_MADE_UP_FOR = [
+    (rules.SGD, L2, Still),
+    (rules.MOMENTUM, L2, Linear),
+    (rules.ADAGRAD, Decoupled, Still),
+    (rules.RMSPROP, Scaled, Still),
+    (rules.RMSPROP_MOMENTUM, Decoupled, Linear),
+    (rules.ADAM, Scaled, Adaptive),
+    (rules.ADAM, Decoupled, Adaptive),
+    (rules.AMSGRAD, Decoupled, Adaptive),
+    (rules.RADAM, Decoupled, Adaptive),
+    (rules.NADAM, Scaled, Adaptive),
+    (rules.ROWWISE_ADAM, Decoupled, Adaptive),
+    (rules.ROWWISE_ADAGRAD, Decoupled, Still),
+    (rules.LION, Decoupled, Loop),
+    (rules.ADAM, L2, Loop),
+    (rules.RMSPROP_MOMENTUM, L2, Loop),
+]
+DIMS = 1, 5, 64, 130
+
+
+def assert_same(sides: list[Side], exact: bool = True) -> None:
+    for one, other in zip(sides[0].got(), sides[1].got(), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        if exact or one.dtype.kind != "f":
+            np.testing.assert_array_equal(other, one)
+        else:
+            np.testing.assert_allclose(
+                other, one, rtol=16 * np.finfo(one.dtype).eps, atol=4 * np.finfo(one.dtype).eps
+            )
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(Case(rule, decay, DIMS[k % 4]), kind) for k, (rule, decay, kind) in enumerate(RULES_MADE_UP_FOR)],
+    ids=str,
+)
+def test_rows_come_to_where_they_do_on_the_cpu(case, kind):
+    sides = sides_of(case, missed_by(case, 8))
+    before = sides[1].got()
+    for side in sides:
+        assert side.history.kind is kind
+        side.catch_up()
+    assert_same(sides)
+    got = sides[1].got()
+    np.testing.assert_array_equal(got[-1], BASE + case.steps)
+    for array, own in zip(got[:-1], before[:-1], strict=True):
+        np.testing.assert_array_equal(array[::4], own[::4])  # no step was missed
+    assert any((array[1::4] != own[1::4]).any() for array, own in zip(got[:-1], before[:-1], strict=True))
+
+
+MASTERS = BFLOAT16_OF, PLAIN, PLAIN, PLAIN
+CODES = HALF_OF, PLAIN, SIGNED8, ROOT8
+STORED = [
+    Case(rules.ADAM, Decoupled, 64, MASTERS),
+    Case(rules.ADAM, L2, 130, (BFLOAT16, PLAIN, STOCHASTIC, STOCHASTIC)),
+    Case(rules.ADAM, Decoupled, 300, CODES),
+    Case(rules.LION, Decoupled, 64, (PLAIN, PLAIN, SIGNED8)),
+    Case(rules.ADAM, Decoupled, 5, (PLAIN, PLAIN, STOCHASTIC, STOCHASTIC)),
+    Case(rules.ADAM, Decoupled, 64, together=True),
+    Case(rules.ADAM, Decoupled, 5, together=True),
+]
+
+
+@pytest.mark.parametrize("case", STORED, ids=str)
+def test_rows_may_be_stored_otherwise_than_they_are_computed_with(case):
+    sides = sides_of(case, missed_by(case, 8))
+    for side in sides:
+        side.catch_up()
+    assert_same(sides)
+
+
+DOUBLES = [
+    Case(rules.ADAM, Decoupled, 64, compute=np.float64),
+    Case(rules.MOMENTUM, L2, 5, compute=np.float64),
+    Case(rules.ADAM, Decoupled, 5, (PLAIN, PLAIN, SINGLE, SINGLE), np.float64),
+    Case(rules.ADAM, L2, 64, (PLAIN, PLAIN, SINGLE, SINGLE), np.float64),
+]
+
+
+@pytest.mark.parametrize("case", DOUBLES, ids=str)
+def test_float64_differs_by_the_logarithms_alone(case):
+    sides = sides_of(case, missed_by(case, 8))
+    for side in sides:
+        side.catch_up()
+    assert_same(sides, exact=False)
+
+
+LONG = [
+    Case(rules.ADAM, Decoupled, 64, steps=300),
+    Case(rules.MOMENTUM, L2, 5, steps=300),
+    Case(rules.ADAGRAD, Decoupled, 5, steps=300),
+    Case(rules.LION, Decoupled, 5, steps=300),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_hundreds_of_steps(case):
+    sides = sides_of(case, missed_by(case, 8))
+    for side in sides:
+        side.catch_up()
+    assert_same(sides)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(rules.ROWWISE_ADAM, L2, 70), Case(rules.LAMB, Decoupled, 130, (PLAIN, PLAIN, SIGNED8, ROOT8))],
+    ids=str,
+)
+def test_rules_that_look_at_the_whole_row_in_each_step(case):
+    """Sums over a row are taken in another order."""
+    sides = sides_of(case, missed_by(case, 8))
+    for side in sides:
+        assert side.history.kind is Loop
+        side.catch_up()
+    assert_same(sides, exact=False)
+
+
+ADAM = Case(rules.ADAM, Decoupled, 8)
+
+
+@pytest.mark.parametrize("blocks", [1, 2**20])
+def test_rows_of_segments_alone_catch_up(blocks, monkeypatch):
+    monkeypatch.setattr(catch_up, "MOST_BLOCKS", blocks)
+    sides = sides_of(ADAM, missed_by(ADAM, 12))
+    for side in sides:
+        side.catch_up(side.segments([9, 2, 11, 9, 0, 9, 3, 1, 1], 12))
+    assert_same(sides)
+    assert (sides[1].got()[-1] == BASE + 8).sum() == 8  # five that were named, and three that had missed none
+
+
+def test_indices_outside_the_table_name_no_row():
+    sides = sides_of(ADAM, missed_by(ADAM, 12))
+    sides[0].catch_up(sides[0].segments([9, 2], 12))
+    sides[1].catch_up(sides[1].segments([9, -1, 12, 2, 2**31], 12))
+    assert_same(sides)
+
+
+def test_an_update_may_follow_and_a_row_be_left_out():
+    [side] = sides_of(ADAM, missed_by(ADAM, 12))[1:]
+    before, now = side.got(), side.history.now
+    segments = side.segments([1, 8, 3, 2], 12)
+    row_steps = side.history.of_rows(side.last_step, 4, np.dtype(np.float32))
+    given = side.spec, side.stored, row_steps, now, segments
+    launch = CatchUpLaunch(0, *given, mark=now + 1, skipped=3)
+    DEVICE.run(launch.prepare())
+    got = side.got()
+    expected = before[-1].copy()
+    expected[[1, 8, 2]] = now + 1
+    np.testing.assert_array_equal(got[-1], expected)
+    for array, own in zip(got[:-1], before[:-1], strict=True):
+        changed = (array != own).any(axis=1)
+        np.testing.assert_array_equal(np.flatnonzero(changed), [1, 2])  # and row 8 had missed none
+
+
+@pytest.mark.parametrize("array", [0, 1, 2])
+def test_rows_need_not_be_aligned(array):
+    sides = sides_of(ADAM, missed_by(ADAM, 6))
+    own, _ = sides[1].arrays[array]
+    moved = empty(0, own.size + 1, own.dtype)[1:].reshape(own.shape)
+    moved[...] = own
+    sides[1].arrays[array] = moved, None
+    for side in sides:
+        side.catch_up()
+    assert_same(sides)
+
+
+@pytest.mark.parametrize("case", [ADAM, Case(rules.MOMENTUM, L2, 8), Case(rules.LION, Scaled, 8)], ids=str)
+def test_later_steps_are_known_too(case):
+    """A history goes on, beyond its first capacity, between the times that rows catch up."""
+    sides = sides_of(case, missed_by(case, 6))
+    for steps in (0, 1, 3, 70):
+        for side in sides:
+            side.advance(steps)
+            side.catch_up(side.segments([steps % 5, 5], 6))
+        assert_same(sides)
+
+
+def test_the_history_is_uploaded_once_for_a_step(monkeypatch):
+    [side] = sides_of(ADAM, missed_by(ADAM, 6))[1:]
+    side.catch_up()
+    first = side.history.of_rows(side.last_step, 6, np.dtype(np.float32))
+    monkeypatch.setattr(driver.driver(), "upload", None)
+    again = side.history.of_rows(side.last_step, 3, np.dtype(np.float32))
+    assert again.tabulated is first.tabulated and again.history is first.history
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(0, 8), (3, 0)])
+def test_nothing_is_launched_for_nothing(rows, dim):
+    case = Case(rules.ADAM, Decoupled, dim)
+    [side] = sides_of(case, missed_by(case, rows))[1:]
+    row_steps = side.history.of_rows(side.last_step, rows, np.dtype(np.float32))
+    assert not DEVICE.catch_up(side.spec, side.stored, row_steps, side.history.now, None).prepare()
+
+
+# Rows that count their own updates
+
+FOLD = CountFold(rules.ADAM, (("betas", (0.9, 0.999)), ("eps", 1e-8)))
+
+
+def numbers_at(row_steps: Any, count: int) -> np.ndarray:
+    """What is folded at a count, as kernels find it: in the last row whose count is not above it."""
+    history = row_steps.history.copy_to_host()
+    return history[np.searchsorted(history[:, 0], count, "right") - 1]
+
+
+def test_tables_of_counts_grow_and_are_kept():
+    backend = Cuda(0, cpu)
+    counted = DEVICE.from_host(np.array([0, 4, 1000]))
+    first = backend.counted_steps(counted, None, FOLD, 1000)
+    assert first.counts is counted and first.history.dtype == np.float64
+    equal = CountFold(rules.ADAM, (("betas", (0.9, 0.999)), ("eps", 1e-8)))
+    assert backend.counted_steps(counted, None, equal, 3).history is first.history
+    other = CountFold(rules.ADAM, (("betas", (0.8, 0.999)), ("eps", 1e-8)))
+    assert backend.counted_steps(counted, None, other, 3).history is not first.history
+    grown = backend.counted_steps(counted, None, FOLD, 1500)
+    assert len(first.history) < 1502 <= len(grown.history)
+    for row_steps, most in ((first, 1001), (grown, 1501)):
+        for count in (1, 2, 5, most):
+            np.testing.assert_array_equal(numbers_at(row_steps, count), FOLD(np.array([float(count)]))[0])
+
+
+def test_no_more_tables_are_kept_than_a_few(monkeypatch):
+    monkeypatch.setattr(counts, "MOST_FOLDS", 2)
+    backend, counted = Cuda(0, cpu), DEVICE.from_host(np.array([0]))
+    folds = [CountFold(rules.ADAM, (("betas", (beta, 0.999)), ("eps", 1e-8))) for beta in (0.1, 0.2, 0.3)]
+    tables = [backend.counted_steps(counted, None, folds[k], 5).history for k in (0, 1, 0, 2, 0, 1)]
+    assert tables[4] is tables[2] is tables[0] and tables[5] is not tables[1]
+
+
+def test_counts_beyond_any_table_are_looked_up():
+    held = np.array([7, 10**12, 0, 7, -3])
+    row_steps = DEVICE.counted_steps(DEVICE.from_host(held), None, FOLD, 10**12)
+    assert len(row_steps.history) == 3
+    for count in (1, 8, 10**12 + 1):
+        np.testing.assert_array_equal(numbers_at(row_steps, count), FOLD(np.array([float(count)]))[0])

@@ -66,7 +66,10 @@ def assert_segments(parts):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_segments_are_those_of_the_cpu(size, dtype):
+@pytest.mark.parametrize("alone", [launches.ALONE, 0], ids=["by one launch", "by many"])
+def test_segments_are_those_of_the_cpu(size, dtype, alone, monkeypatch):
+    """One launch sorts few indices."""
+    monkeypatch.setattr(launches, "ALONE", alone)
     rows = 70_000
     rng = np.random.default_rng(size)
     assert_segments([((rng.random(size) ** 3 * rows).astype(dtype), rows)])
@@ -104,7 +107,9 @@ TABLES = {
 
 
 @pytest.mark.parametrize("tables", TABLES)
-def test_segments_of_many_tables_at_once(tables):
+@pytest.mark.parametrize("alone", [launches.ALONE, 0], ids=["by one launch", "by many"])
+def test_segments_of_many_tables_at_once(tables, alone, monkeypatch):
+    monkeypatch.setattr(launches, "ALONE", alone)
     rng = np.random.default_rng(4)
     assert_segments([random_part(rng, *table) for table in TABLES[tables]])
 
@@ -177,6 +182,8 @@ def test_too_many_indices_at_once_are_told_of():
     many = DeviceArray(0, few.address, (2**31,), np.int32)
     with pytest.raises(ValueError, match=r"^2147483648 indices of .* split the batch$"):
         BACKEND.segments_of([(many, 10)])
+    with pytest.raises(ValueError, match=r"^all 2147483648 rows .* fastopt.IndexedSlices$"):
+        BACKEND.all_rows(2**31)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 300])

@@ -1,11 +1,13 @@
 """Rows of tables that catch up with the steps that they missed, and what is known of these steps."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from fastopt.kernels.cuda.array import empty, upload
+from fastopt.kernels.cuda.array import DeviceArray, empty, upload
+from fastopt.kernels.cuda.backend.counts import CountTables
 from fastopt.kernels.cuda.backend.history import History
 from fastopt.kernels.cuda.backend.tables import (
     of_row_steps,
@@ -22,7 +24,7 @@ from fastopt.kernels.cuda.row_vectors import RowVectors
 from fastopt.kernels.cuda.segments import DeviceSegments
 from fastopt.kernels.layout import table_row
 from fastopt.kernels.rule import Loop, Rule
-from fastopt.kernels.work import RowSteps, Spec, StoredTable
+from fastopt.kernels.work import CountFold, RowSteps, Spec, StoredTable
 
 MOST_BLOCKS = 2**20  # of a launch, each of which then takes several groups of rows
 BLOCKS_WITH_MEMORY = 8  # for each multiprocessor, where each warp needs memory
@@ -49,6 +51,16 @@ class CatchUp:
         """Have the rows of segments, or all, take the steps up to ``step`` that they missed."""
         return CatchUpLaunch(self.device, spec, stored, row_steps, step, segments, step)
 
+    def counted_steps(
+        self, counts: DeviceArray, segments: DeviceSegments, fold: CountFold, steps: int
+    ) -> RowSteps:
+        """What a launch needs where rows count their own updates; none has had more than ``steps``."""
+        return self._count_tables.of_rows(counts, fold, steps)
+
+    @functools.cached_property
+    def _count_tables(self) -> CountTables:
+        return CountTables(self.device)
+
 
 class CatchUpLaunch:
     """Rows take the steps up to ``step`` that they missed.
@@ -70,7 +82,7 @@ class CatchUpLaunch:
         skipped: int = -1,
     ) -> None:
         self._device, self._code, self._kind = device, code_of(spec), type(spec.mode)
-        rows, dim = stored.table.shape
+        rows, self._dim = stored.table.shape
         self._most = rows if segments is None else segments.positions
         columns = {**of_table(stored), **of_row_steps(row_steps), "step": step + 1, "skipped": skipped}
         bounds = 0
@@ -85,12 +97,12 @@ class CatchUpLaunch:
         place = self._table.address
         self._given = place, place + row.nbytes, bounds, rows, rows, int(aligned), mark
         whole = self._kind is Loop and takes_whole_rows(spec.rule)
-        self._of_warp = (1 + len(spec.rule.state_slots)) * dim * spec.compute.itemsize if whole else 0
+        self._of_warp = (1 + len(spec.rule.state_slots)) * self._dim * spec.compute.itemsize if whole else 0
         self._alive = stored, row_steps, segments
 
     def prepare(self) -> Sequence[Callable[[], object]]:
         """The call that does it, its machine code ready."""
-        if not self._most or not self._given:
+        if not self._most or not self._dim:
             return ()
         grid = min(-(-self._most // WARPS), MOST_BLOCKS)
         memory = 0

@@ -11,12 +11,13 @@ from fastopt.kernels.cuda.indices import MOST_PARTS, blocks_for
 from fastopt.kernels.cuda.segments import DeviceSegments
 
 MOST_BLOCKS = 2**20  # of a launch over tiles, each of which then takes several
+ALONE = sort.TILE  # positions, or fewer, that one launch sorts
 BITS = 64  # of the words that are sorted
 MOST_POSITIONS = 2**31  # int32 counts them
 
 
 class Indices:
-    """What is found of indices, and made of them."""
+    """What a backend finds of indices, and makes of them (see ``fastopt._core.backend``)."""
 
     device: int
 
@@ -75,6 +76,11 @@ class Indices:
 
     def all_rows(self, rows: int) -> tuple[DeviceArray, DeviceSegments]:
         """The indices that name every row once, in order, which need no sorting, and their segments."""
+        if rows >= MOST_POSITIONS:
+            raise ValueError(
+                f"all {rows} rows of a table are too many at once: expected fewer than {MOST_POSITIONS}, "
+                "give the rows that change as fastopt.IndexedSlices"
+            )
         indices = empty(self.device, rows, np.int64)
         order, starts = (empty(self.device, n, np.int32) for n in (max(rows, 1), rows + 1))
         bounds = empty(self.device, 2, np.int64)
@@ -150,22 +156,27 @@ def _sort(
     """Sort positions, and find segments and those of each table. What is needed meanwhile is given back at
     once: memory is used again by later work alone."""
     device, count = tables.device, tables.shape[1]
+    memory = empty(device, (2, size), np.uint64)
+    words, others = memory[0].address, memory[1].address
+    given = tables.address, count, size, position_bits
+    places = order.address, starts.address, rows.address
+    if size <= ALONE:
+        of_tile = *given, key_bits, words, others, *places, bounds.address
+        sort.sort_tile().ready(device, 1, *of_tile)()
+        return
     tiles = -(-size // sort.TILE)
     grid = min(tiles, MOST_BLOCKS)
-    memory = [empty(device, size, np.uint64) for _ in range(2)]
     counted = empty(device, sort.DIGITS * (tiles + 1), np.int32)
-    words, others = (own.address for own in memory)
     counts, totals = counted.address, counted.address + sort.DIGITS * tiles * 4
-    given = tables.address, count, size, position_bits, words
-    sort.pack().ready(device, blocks_for(size), *given)()
+    sort.make_words().ready(device, grid, *given, words, tiles, counts)()
     for shift in range(position_bits, position_bits + key_bits, sort.DIGIT_BITS):
-        sort.count_digits().ready(device, grid, words, size, shift, tiles, counts)()
+        if shift > position_bits:
+            sort.count_digits().ready(device, grid, words, size, shift, tiles, counts)()
         sort.add_up().ready(device, sort.DIGITS, counts, sort.DIGITS, tiles, totals)()
         sort.move_words().ready(device, grid, words, size, shift, tiles, counts, totals, others)()
         words, others = others, words
     sort.count_heads().ready(device, grid, words, size, position_bits, tiles, counts)()
     sort.add_up().ready(device, 1, counts, 1, tiles, totals)()
-    places = order.address, starts.address, rows.address
     sort.write_heads().ready(device, grid, words, size, position_bits, tiles, counts, *places)()
-    given = tables.address, count, size, totals, starts.address, bounds.address
-    sort.find_tables().ready(device, blocks_for(count + 1), *given)()
+    of_tables = tables.address, count, size, totals, starts.address, bounds.address
+    sort.find_tables().ready(device, blocks_for(count + 1), *of_tables)()

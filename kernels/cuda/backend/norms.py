@@ -102,8 +102,8 @@ class _RowSquares(_Part):
         super().__init__(device, compute, sum_squares_of_rows(compute), int(bases[-1]))
         if driver().capturing(device):
             raise ValueError(
-                "the norm of gradients by rows can't be captured in a CUDA graph, since the rows are others at "
-                "each step: take it outside the graph"
+                "the norm of gradients by rows can't be captured in a CUDA graph, since each step has other "
+                "rows: take it outside the graph"
             )
         table = np.array([row_of(gradient) for gradient in gradients], np.int64)
         self._table, self._bases = upload(device, table), upload(device, bases)
@@ -146,8 +146,8 @@ class Norm:
                 own = self._result[RESULT_FACTOR : RESULT_FACTOR + 1]
             elif self._captured:
                 raise ValueError(
-                    f"grad_scale and max_norm are {key}, after {[*self._factors]}: a norm that is captured in "
-                    "a CUDA graph limits gradients in one way; use the same for all"
+                    f"grad_scale and max_norm are {key}, after {[*self._factors]}: a norm that is captured "
+                    "in a CUDA graph limits gradients in one way; use the same for all"
                 )
             else:
                 own = empty(self._result.device, 1, np.float64)
