@@ -80,6 +80,7 @@ class Plan:
         self._squares: DenseSquares | None = None
         self._updates: list[DenseUpdate] | None = None  # kept from the first step on
         self._stepped = False  # whether a step was prepared with everything where it lies now
+        self._clipped = False  # whether one was with a factor of a norm that is on its way
         self.captured: CapturedStep | None = None
 
     @property
@@ -138,6 +139,8 @@ class Plan:
         compiled, and tables in files keep what is about to change.
         """
         kept = self._updates
+        if factor is not None:
+            self._clipped = True
         if kept is not None and not rows and self._parameters.all_plain:
             calls: list[Callable[[], object]] = []
             for update in kept:
@@ -205,7 +208,8 @@ class Plan:
             raise not_captured("some parameters do not lie on a device that captures")
         if settings.need_norm and len(backends) > 1:
             raise not_captured("the norm over several devices is waited for: leave out clip_norm")
-        if self._updates is None or not self._stepped or (settings.need_norm and self._squares is None):
+        ready = self._updates is not None and self._stepped
+        if not ready or (settings.clip_norm is not None and not self._clipped):
             raise not_captured("no step before it had its arrays, options and arguments")
 
     def capture(self, step: CapturedStep, factor: Factor) -> Calls:
