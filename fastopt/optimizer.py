@@ -196,7 +196,7 @@ class Optimizer:
         parameters.check_unchanged(self.param_groups, self)
         options = planner.options(self)
         plan, entries, rows = planner.plan(grads, options, zero_grads)
-        capturing = any(backend.capturing for backend in parameters.devices)
+        capturing = parameters.devices and any(backend.capturing for backend in parameters.devices)
         if capturing:
             plan.check_capture(settings, rows)
         info, scale, factor = _DONE, settings.grad_scale, None
@@ -211,7 +211,7 @@ class Optimizer:
                 if not math.isfinite(norm):
                     return StepInfo(scale * norm, skipped=True, nonfinite=plan.first_nonfinite(entries, rows))
             info, scale, factor = scaled(norm, scale, settings.clip_norm)
-        changed = plan.changed(entries, zero_grads)
+        changed = plan.written_with(entries) if zero_grads else plan.written
         if capturing:
             alive = CapturedStep(settings, changed, (info, factor))
             calls = plan.capture(alive, factor)

@@ -132,6 +132,8 @@ def test_steps_that_would_do_more_than_launch_are_not_captured(device):
     refused(device, optimizer, [*grads[:2], None], NEW)
     optimizer.step(grads)
     refused(device, optimizer, grads, NEW, clip_norm=1.0)
+    optimizer.step(grads, clip_norm=1.0, skip_nonfinite=True)
+    refused(device, optimizer, grads, NEW, clip_norm=1.0)
     optimizer.step(grads)
     refused(device, optimizer, grads, "skip_nonfinite waits", skip_nonfinite=True)
     optimizer.step(grads)

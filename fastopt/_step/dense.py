@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fastopt._core import state
-from fastopt._core.backend import Calls, DenseLaunch, Factor
+from fastopt._core.backend import DenseLaunch
 from fastopt._core.parameters import Parameter
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
 from fastopt.kernels.formats import Format
@@ -64,18 +64,8 @@ class DenseUpdate:
         """Take over the addresses of all the optimizer's parameters and gradients."""
         self.launch.place(parameters_at[self._indices], gradients_at[self._indices])
 
-    def prepare(self, conditions: Conditions, zero_grads: bool, factor: Factor = None) -> Calls:
-        """The calls of the next step, its numbers set and its machine code ready; ``factor``: of a norm that
-        is on its way (see Norm)."""
-        self._set_numbers(conditions)
-        return self.launch.prepare(zero_grads, factor)
-
-    def refresh(self, conditions: Conditions) -> Calls:
-        """The calls that bring the numbers of the next step to where a replay reads them."""
-        self._set_numbers(conditions)
-        return self.launch.refresh()
-
-    def _set_numbers(self, conditions: Conditions) -> None:
+    def set_numbers(self, conditions: Conditions) -> None:
+        """Set the launch's numbers and keys to those of the next step."""
         rates, scale, limit = conditions
         same = conditions == self._conditions  # and with them the numbers of weight decay
         self._conditions = None  # until all are set, since an error may come between

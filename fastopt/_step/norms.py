@@ -63,8 +63,8 @@ def known(norm: float | Norm) -> float:
 
 def unread_norm(dense: DenseSquares, addresses: np.ndarray, rows: Sequence[RowGradient]) -> float | Norm:
     """The same norm, on its way if all gradients lie with one backend that makes it without a wait."""
-    placed, tables = dense.placed(addresses), _tables(rows)
-    backends = dense.backends.union(backend for backend, _ in tables)
+    placed, tables = dense.placed(addresses), _tables(rows) if rows else {}
+    backends = dense.backends.union([backend for backend, _ in tables]) if tables else dense.backends
     if len(backends) == 1:
         (backend,) = backends
         norm = backend.norm(placed, [table for own in tables.values() for table in own])
@@ -72,7 +72,7 @@ def unread_norm(dense: DenseSquares, addresses: np.ndarray, rows: Sequence[RowGr
             return norm
     total, unit = _squares(placed, tables, 1.0), 1.0
     # Squares of float64 may have left its range; those of smaller types never do.
-    if dense.has_double or any(dtype == DTYPES[1] for _, dtype in tables):
+    if dense.has_double or (tables and any(dtype == DTYPES[1] for _, dtype in tables)):
         unit = unit_of(total)
         if unit != 1.0:
             total = _squares(placed, tables, 1.0 / unit)
@@ -91,8 +91,8 @@ def _tables(rows: Sequence[RowGradient]) -> Tables:
 
 def _squares(placed: Placed, tables: Tables, scale: float) -> float:
     """The sum of all squares, times ``scale**2``."""
-    total = sum(squares.sum(addresses, scale) for squares, addresses in placed)
-    return total + sum(backend.sum_squares_rows(own, scale) for (backend, _), own in tables.items())
+    total = sum([squares.sum(addresses, scale) for squares, addresses in placed])
+    return total + sum([backend.sum_squares_rows(own, scale) for (backend, _), own in tables.items()])
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

@@ -80,6 +80,7 @@ class Plan:
         self._squares: DenseSquares | None = None
         self._updates: list[DenseUpdate] | None = None  # kept from the first step on
         self._stepped = False  # whether a step was prepared with everything where it lies now
+        self._clipped = False  # whether one was with a factor of a norm that is on its way
         self.captured: CapturedStep | None = None
 
     @property
@@ -138,10 +139,13 @@ class Plan:
         compiled, and tables in files keep what is about to change.
         """
         kept = self._updates
+        if factor is not None:
+            self._clipped = True
         if kept is not None and not rows and self._parameters.all_plain:
             calls: list[Callable[[], object]] = []
             for update in kept:
-                calls += update.prepare(conditions, zero_grads, factor)
+                update.set_numbers(conditions)
+                calls += update.launch.prepare(zero_grads, factor)
             calls.append(self._count)
             self._stepped = True
             return calls, kept
@@ -157,7 +161,10 @@ class Plan:
             adopted.append(partial(setattr, self, "_stepped", True))
         ready = [ready_rows(update) for update in rows]
         launches = row_launches(ready, conditions, factor) if ready else []
-        calls = [call for update in kept for call in update.prepare(conditions, zero_grads, factor)]
+        calls = []
+        for update in kept:
+            update.set_numbers(conditions)
+            calls += update.launch.prepare(zero_grads, factor)
         calls += [call for launch in launches for call in launch.prepare()]
         for parameter, gradient, state, tracking in ready:
             if state is not parameter.state:
@@ -201,7 +208,8 @@ class Plan:
             raise not_captured("some parameters do not lie on a device that captures")
         if settings.need_norm and len(backends) > 1:
             raise not_captured("the norm over several devices is waited for: leave out clip_norm")
-        if self._updates is None or not self._stepped or (settings.need_norm and self._squares is None):
+        ready = self._updates is not None and self._stepped
+        if not ready or (settings.clip_norm is not None and not self._clipped):
             raise not_captured("no step before it had its arrays, options and arguments")
 
     def capture(self, step: CapturedStep, factor: Factor) -> Calls:
@@ -218,15 +226,16 @@ class Plan:
         assert self.captured is not None
         settings = self.captured.settings
         conditions = Conditions(rates, settings.grad_scale, settings.limit)
-        calls = [call for update in self._updates or () for call in update.refresh(conditions)]
+        calls: list[Callable[[], object]] = []
+        for update in self._updates or ():
+            update.set_numbers(conditions)
+            calls += update.launch.refresh()
         return [*calls, self._count]
 
     # Memory
 
-    def changed(self, entries: Sequence, zero_grads: bool) -> list:
-        """The values that a step writes with these gradients, but for parameters that are NumPy arrays."""
-        if not zero_grads:
-            return self.written
+    def written_with(self, entries: Sequence) -> list:
+        """``written``, and the values of gradients, which the step sets to zero."""
         return [*self.written, *(numbers_of(entry, "")[0] for entry in entries if entry is not None)]
 
     def check_apart(self, gradients: Gradients, rows: Sequence[RowUpdate], zero_grads: bool) -> None:
