@@ -25,3 +25,15 @@ def with_own_columns(table: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     own = np.zeros((len(sizes), ARRAY_SHARED), np.int64)
     own[:, ARRAY_SIZE] = sizes
     return np.concatenate([own, table], axis=1)
+
+
+# What kernels of rows read of a table: its own columns and then those of the CPU's kernels.
+(
+    ROWS_BOUNDS,  # address of int64: the table's first segment, and the one after its last
+    ROWS_TABLE_ROWS,  # the row of indices outside the table
+    ROWS_ALIGNED,  # whether rows and values allow loads and stores of whole vectors
+    ROWS_LANE_BITS,  # 2 to this are the lanes that take a row
+    ROWS_SLOTS,  # address of [slot, dim], sums of the gradients of many positions; or 0
+    ROWS_LIMIT,  # bits of a float64: the largest norm of a row's gradient
+    ROWS_SHARED,  # the first of the shared columns
+) = range(7)
