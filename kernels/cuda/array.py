@@ -161,11 +161,11 @@ class DeviceArray:
                 raise ValueError(f"an array of shape {target.shape} can't be set to one of {value.shape}")
             copy_all(target, value)
         else:
-            set_all(target, value, upload)
+            set_all(target, value)
 
     def fill(self, value: float) -> None:
         """Set each element to a number."""
-        set_all(self, value, upload)
+        set_all(self, value)
 
     def copy_to_host(self) -> np.ndarray:
         """A NumPy array of its own memory; waits for what is being done to this one."""

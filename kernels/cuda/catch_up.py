@@ -83,6 +83,7 @@ def catch_up_rows(code: Code, kind: type) -> Any:
     """
     h, _, like = prototypes(code)
     take = register_jitable(loop_over_steps(code) if kind is Loop else _all_at_once(code, kind))
+    _, store_row = row_slots(code)
 
     def catch_up_rows(table, numbers, bounds, count, rows, aligned, mark, memory, memory_size):
         lane, warp = lane_and_warp()
@@ -90,6 +91,8 @@ def catch_up_rows(code: Code, kind: type) -> Any:
         own_memory = memory + own * memory_size
         own_h = unpack(h, numbers_at(h, numbers, like), like)
         step, skipped = integer(table, TABLE_STEP) - 1, integer(table, TABLE_SKIPPED)
+        listed, first_row = integer(table, TABLE_ROWS), integer(table, TABLE_FIRST_ROW)
+        row_steps = integer(table, TABLE_ROW_STEPS)
         first, total = np.int64(0), count
         if bounds != 0:
             first = integer(bounds, 0)
@@ -97,14 +100,18 @@ def catch_up_rows(code: Code, kind: type) -> Any:
         while own < total:
             row = own
             if bounds != 0:
-                row = integer(integer(table, TABLE_ROWS), first + own) - integer(table, TABLE_FIRST_ROW)
+                row = integer(listed, first + own) - first_row
             if row < rows and row != skipped:
-                place = integer(table, TABLE_ROW_STEPS) + row * 8
+                place = row_steps + row * 8
                 taken = integer(place, 0)
                 if taken < step:
-                    take(own_h, table, row, taken, step, aligned != 0, lane, own_memory)
-                if taken < mark:
-                    meet()  # every lane has read which steps the row has taken
+                    new = take(own_h, table, row, taken, step, aligned != 0, lane, own_memory)
+                    meet()  # every lane has read what one of them writes, and no more needs the memory
+                    if lane == 0:
+                        store_row(table, row, new)
+                        store(place, mark)
+                elif taken < mark:
+                    meet()
                     if lane == 0:
                         store(place, mark)
             own += np.int64(cuda.gridDim.x) * WARPS
@@ -113,9 +120,10 @@ def catch_up_rows(code: Code, kind: type) -> Any:
 
 
 def _all_at_once(code: Code, kind: type) -> Callable:
-    """The function that has a row take the steps after ``first`` in one go."""
+    """The function that has a row take the steps after ``first`` in one go, and returns what becomes of its
+    state of one element a row."""
     mode, like, size, width = kind(), code.compute.type(0), code.compute.itemsize, coefficient_count(kind)
-    vectors, (load_row, store_row) = RowVectors(code.formats, code.compute), row_slots(code)
+    vectors, (load_row, _) = RowVectors(code.formats, code.compute), row_slots(code)
     lines = vectors.loads()
     for j, e in vectors.elements_of_lane():
         numbers = ", ".join(f"x{j}_{e}[{n}]" for n in range(len(vectors.own)))
@@ -134,8 +142,6 @@ def _all_at_once(code: Code, kind: type) -> Callable:
         while at < dim:
             take_run(table, row, aligned, at, dim, key, position, lane, k, h, row_values)
             at += run
-        meet()  # every lane has read the slots of the row
-        if lane == 0:
-            store_row(table, row, row_caught_up(k, h, *row_values))
+        return row_caught_up(k, h, *row_values)
 
     return all_at_once

@@ -42,7 +42,8 @@ def takes_whole_rows(rule: Rule) -> bool:
 
 
 def loop_over_steps(code: Code) -> Callable:
-    """The function that has a row take the steps after ``first`` up to ``last``."""
+    """The function that has a row take the steps after ``first`` up to ``last``, and returns what becomes of
+    its state of one element a row."""
     return _of_rows(code) if takes_whole_rows(RULES[code.h]) else _of_elements(code)
 
 
@@ -90,6 +91,7 @@ def _of_elements(code: Code) -> Callable:
         while at < dim:
             take_run(table, row, aligned, at, dim, key, position, lane, first, last)
             at += run
+        return ()
 
     return of_elements
 
@@ -100,17 +102,19 @@ def _of_elements(code: Code) -> Callable:
 def _of_rows(code: Code) -> Callable:
     vectors, rule, like = RowVectors(code.formats, code.compute), RULES[code.h], code.compute.type(0)
     size, run, numbers_of = code.compute.itemsize, vectors.run, _numbers_of(code)
-    places = [f"memory + ({n} * last + i{{0}} + {{1}}) * {size}" for n in range(len(vectors.own))]
-    opening, closing = vectors.loads(), vectors.loads()
+    arrays = len(vectors.own)
+    places = [f"memory + ({n} * last + i{{0}} + {{1}}) * {size}" for n in range(arrays)]
+    opening, closing = vectors.loads(), vectors.opening()
     for j, e in vectors.elements_of_lane():
         opening.append(f"if i{j} + {e} < last:")
         opening += [f"    store({p.format(j, e)}, x{j}_{e}[{n}])" for n, p in enumerate(places)]
         loads = (f"load({p.format(j, e)}, like)" for p in places)
-        closing += [f"if i{j} + {e} < last:", f"    x{j}_{e} = ({', '.join(loads)},)"]
+        closing += [f"x{j}_{e} = zeros", f"if i{j} + {e} < last:", f"    x{j}_{e} = ({', '.join(loads)},)"]
     open_run = vectors.function(["memory"], opening)
-    close_run = vectors.function(["memory"], [*closing, *vectors.stores_of_elements()], like=like)
+    closing += vectors.stores_of_elements()
+    close_run = vectors.function(["memory"], closing, like=like, zeros=(like,) * arrays)
     begin, rate, update = _begin_row(rule, like), _rate_row(rule, like), _update_row(rule, like)
-    load_row, store_row = row_slots(code)
+    load_row, _ = row_slots(code)
 
     def of_rows(h, table, row, first, last, aligned, lane, memory):
         dim, key = integer(table, TABLE_DIM), integer(table, TABLE_KEY)
@@ -131,9 +135,7 @@ def _of_rows(code: Code) -> Callable:
         while at < dim:
             close_run(table, row, aligned, at, dim, key, position, lane, memory)
             at += run
-        if lane == 0:
-            store_row(table, row, row_values)
-        meet()  # the memory is another row's from here on
+        return row_values
 
     return of_rows
 

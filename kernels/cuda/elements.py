@@ -146,10 +146,11 @@ def elements_of(members: Formats, like: np.dtype) -> Elements:
     stored = ", ".join(_outputs(members[:1], like)[1])
     write = define("write", "p", "new = (p,)", f"return ({stored},)", **names)
     functions = element, encode, read, close, write, find_direction
-    made: tuple[Any, ...] = tuple(map(register_jitable, functions))
-    factors: Any = tuple(members[k].factor for k in coded)
-    inverses: Any = tuple(members[k].inverse for k in coded)
-    return Elements(inputs, outputs, coded, *made, factors, inverses)
+    element, encode, read, close, write, find_direction = map(register_jitable, functions)
+    factors, inverses = (tuple(getattr(members[k], name) for k in coded) for name in ("factor", "inverse"))
+    return Elements(
+        inputs, outputs, coded, element, encode, read, close, write, find_direction, factors, inverses
+    )
 
 
 def _input(k: int, kind: Format, like: np.dtype) -> Place:

@@ -108,6 +108,18 @@ def store(context: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, dtype), generate
 
 
+@intrinsic
+def add_at(context: Any, address: Any, value: Any) -> Any:
+    """Add an int64 to the one at ``address``, which other threads may add to at the same time."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.PointerType(ir.IntType(64), GLOBAL))
+        builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
 @register_jitable
 def integer(table, column):
     """The int64 number in a column of a row of integers at the address ``table``."""

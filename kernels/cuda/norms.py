@@ -32,7 +32,7 @@ LANES = 512  # sums that grow side by side: lane l has the elements l, l + LANES
 THREADS = 128
 OWN = LANES // THREADS  # lanes of a thread
 ROUNDS = SUMMED // LANES
-VECTOR_BYTES = 16
+VECTOR_BYTES, WORD = 16, 4
 TOGETHER = {2: 8, 4: 8, 8: 4}  # by an element's bytes, rounds whose loads are on their way at the same time
 
 # What a norm has in memory of the device: float64 numbers, and then the sum of each part
@@ -92,54 +92,85 @@ def sum_squares(kind: Format, like: np.dtype) -> Any:
 def _adder_of_lanes(kind: Format, like: np.dtype) -> Callable:
     """``(addresses, bases, t, first, end, scale, thread, shared)``: set ``shared`` to the sums of the lanes
     of the block of elements from ``first`` on, which begins in array ``t``; there are ``end`` elements."""
-    zero, size = kind.zero(like), kind.itemsize(like)
-    rounds = TOGETHER[size]
-    count = min(OWN, VECTOR_BYTES // size)  # elements of a vector
-    lanes = range(OWN)
+    size = kind.itemsize(like)
+    return define(
+        "add_lanes",
+        "addresses, bases, t, first, end, scale, thread, shared",
+        "base, following = integer(bases, t), integer(bases, t + 1)",
+        f"{' = '.join(f's{e}' for e in range(OWN))} = np.float64(0)",
+        f"at = integer(addresses, t) + (first - base) * {size}",
+        "if first + SUMMED > following:",
+        *(f"    {line}" for line in _of_several(size)),
+        f"elif at & {min(OWN * size, VECTOR_BYTES) - 1} == 0:",
+        *(f"    {line}" for line in _by_vectors(size)),
+        "else:",
+        *(f"    {line}" for line in _one_by_one(size)),
+        np=np,
+        integer=integer,
+        load=load,
+        load_vector=load_vector,
+        decode=kind.decode,
+        zero=kind.zero(like),
+        word=np.uint32(0),
+        SUMMED=SUMMED,
+    )
 
-    def squares(values: list[list[str]]) -> list[str]:
-        """Lines that add the squares of elements, of each round those of each lane."""
-        return [
-            line
-            for own in values
-            for e, value in enumerate(own)
-            for line in (f"x = np.float64(decode({value})) * scale", f"s{e} += x * x")
-        ]
 
-    # Lanes next to each other, by vectors
+def _by_vectors(size: int) -> list[str]:
+    """Lines that add up a block of one array: the lanes of a thread are next to each other. Elements of 16
+    bits come in words."""
+    packed = size < WORD
+    kind, count = ("word", OWN * size // WORD) if packed else ("zero", min(OWN, VECTOR_BYTES // size))
+    elements = OWN if packed else count  # of a vector
     vectors = [
-        f"v{r}_{e} = load_vector(at + {(r * LANES + e) * size}, zero, {count})"
-        for r in range(rounds)
-        for e in range(0, OWN, count)
+        f"v{r}_{e} = load_vector(at + {(r * LANES + e) * size}, {kind}, {count})"
+        for r in range(TOGETHER[size])
+        for e in range(0, OWN, elements)
     ]
-    values = [[f"v{r}_{e - e % count}[{e % count}]" for e in lanes] for r in range(rounds)]
-    by_vectors = [
-        f"at += thread * {OWN * size}",
-        f"for _ in range({ROUNDS // rounds}):",
-        *(f"    {line}" for line in [*vectors, *squares(values), f"at += {rounds * LANES * size}"]),
-        *(f"shared[thread * {OWN} + {e}] = s{e}" for e in lanes),
+    values = [
+        [_element(f"v{r}_{e - e % elements}", e % elements, packed) for e in range(OWN)]
+        for r in range(TOGETHER[size])
     ]
-    # Lanes THREADS apart
-    singles = [
+    to_shared = [f"shared[thread * {OWN} + {e}] = s{e}" for e in range(OWN)]
+    return [f"at += thread * {OWN * size}", *_rounds(size, vectors, values), *to_shared]
+
+
+def _element(vector: str, e: int, packed: bool) -> str:
+    """The expression of element ``e`` of a vector, of words with two each if ``packed``."""
+    return f"np.uint16({vector}[{e >> 1}] >> np.uint32({e % 2 * 16}))" if packed else f"{vector}[{e}]"
+
+
+def _one_by_one(size: int) -> list[str]:
+    """Lines that add up a block of one array: the lanes of a thread are THREADS apart, so that neighbours
+    read elements next to each other."""
+    loads = [
         f"v{r}_{e} = load(at + {(r * LANES + e * THREADS) * size}, zero)"
-        for r in range(rounds)
-        for e in lanes
+        for r in range(TOGETHER[size])
+        for e in range(OWN)
     ]
-    values = [[f"v{r}_{e}" for e in lanes] for r in range(rounds)]
-    spread = [f"shared[thread + {e * THREADS}] = s{e}" for e in lanes]
-    one_by_one = [
-        f"at += thread * {size}",
-        f"for _ in range({ROUNDS // rounds}):",
-        *(f"    {line}" for line in [*singles, *squares(values), f"at += {rounds * LANES * size}"]),
-        *spread,
-    ]
-    of_several = [
-        "last = min(first + SUMMED, end)",
-        "i = first + thread",
-        f"for _ in range({ROUNDS}):",
-    ]
-    for e in lanes:
-        of_several += [
+    values = [[f"v{r}_{e}" for e in range(OWN)] for r in range(TOGETHER[size])]
+    return [f"at += thread * {size}", *_rounds(size, loads, values), *_SPREAD]
+
+
+_SPREAD = [f"shared[thread + {e * THREADS}] = s{e}" for e in range(OWN)]
+
+
+def _rounds(size: int, loads: list[str], values: list[list[str]]) -> list[str]:
+    """A loop over the rounds of a block: what it loads, and the elements, of each round and lane, the squares
+    of which it adds."""
+    lines = [*loads]
+    for own in values:
+        for e, value in enumerate(own):
+            lines += [f"x = np.float64(decode({value})) * scale", f"s{e} += x * x"]
+    lines.append(f"at += {len(values) * LANES * size}")
+    return [f"for _ in range({ROUNDS // len(values)}):", *(f"    {line}" for line in lines)]
+
+
+def _of_several(size: int) -> list[str]:
+    """Lines that add up a block in which arrays end."""
+    lines = ["last = min(first + SUMMED, end)", "i = first + thread", f"for _ in range({ROUNDS}):"]
+    for e in range(OWN):
+        lines += [
             "    if i < last:",
             "        while i >= following:",
             "            t += 1",
@@ -149,26 +180,7 @@ def _adder_of_lanes(kind: Format, like: np.dtype) -> Callable:
             f"        s{e} += x * x",
             f"    i += {THREADS}",
         ]
-    return define(
-        "add_lanes",
-        "addresses, bases, t, first, end, scale, thread, shared",
-        "base, following = integer(bases, t), integer(bases, t + 1)",
-        f"{' = '.join(f's{e}' for e in lanes)} = np.float64(0)",
-        f"at = integer(addresses, t) + (first - base) * {size}",
-        "if first + SUMMED > following:",
-        *(f"    {line}" for line in [*of_several, *spread]),
-        f"elif at & {count * size - 1} == 0:",
-        *(f"    {line}" for line in by_vectors),
-        "else:",
-        *(f"    {line}" for line in one_by_one),
-        np=np,
-        integer=integer,
-        load=load,
-        load_vector=load_vector,
-        decode=kind.decode,
-        zero=zero,
-        SUMMED=SUMMED,
-    )
+    return [*lines, *_SPREAD]
 
 
 def _adder_of_lane() -> Callable:

@@ -19,6 +19,7 @@ from fastopt.kernels.cuda.dense import array_of
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.memory import WARP, integer, load, load_vector, store
 from fastopt.kernels.cuda.norms import is_done, scale_of
+from fastopt.kernels.cuda.segments import DeviceSegments
 from fastopt.kernels.cuda.sums import THREADS, block_sum
 from fastopt.kernels.source import define
 from fastopt.kernels.work import TableGradient
@@ -49,9 +50,15 @@ AHEAD = 4  # positions whose values are on their way at the same time
 _INDEX, _DOUBLE = np.int32(0), np.float64(0)
 
 
+def segments_of(gradient: TableGradient) -> DeviceSegments:
+    """The segments of a gradient, which are a device's."""
+    own: Any = gradient.segments
+    return own
+
+
 def row_of(gradient: TableGradient) -> list[int]:
     """What kernels read of a gradient."""
-    own, values = gradient.segments, gradient.values
+    own, values = segments_of(gradient), gradient.values
     length = VECTOR_BYTES // values.itemsize
     dim = values.shape[1]
     whole = values.address % VECTOR_BYTES == 0 and dim % length == 0

@@ -1,11 +1,14 @@
 """Rows on a CUDA device catch up as those on the CPU do."""
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from devices import CUDA
+from devices import CUDA, INTERPRETED
+from ptx.fault import Fault
+from ptx.machine import Module
 
 from fastopt.kernels import rules
 from fastopt.kernels.cpu import backend as cpu
@@ -13,6 +16,8 @@ from fastopt.kernels.cuda import driver
 from fastopt.kernels.cuda.array import empty
 from fastopt.kernels.cuda.backend import Cuda, catch_up, counts
 from fastopt.kernels.cuda.backend.catch_up import CatchUpLaunch
+from fastopt.kernels.cuda.catch_up import catch_up_rows
+from fastopt.kernels.cuda.elements import code_of
 from fastopt.kernels.formats import (
     BFLOAT16,
     BFLOAT16_OF,
@@ -326,6 +331,34 @@ def test_the_history_is_uploaded_once_for_a_step(monkeypatch):
     monkeypatch.setattr(driver.driver(), "upload", None)
     again = side.history.of_rows(side.last_step, 3, np.dtype(np.float32))
     assert again.tabulated is first.tabulated and again.history is first.history
+
+
+@pytest.mark.parametrize("device", [INTERPRETED], indirect=True)
+@pytest.mark.parametrize(("decay", "needed"), [(Decoupled, [True, True]), (L2, [True, True, True, False])])
+def test_rows_race_without_a_barrier(decay, needed):
+    """The last of those of the kind Loop orders what those before it do."""
+    case = Case(rules.ROWWISE_ADAM, decay, 70)
+
+    def launch():
+        [side] = sides_of(case, missed_by(case, 8))[1:]
+        row_steps, now = side.history.of_rows(side.last_step, 8, np.dtype(np.float32)), side.history.now
+        made = CatchUpLaunch(0, side.spec, side.stored, row_steps, now, None, mark=now + 1)
+        [call] = made.prepare()
+        return made, side.spec, call.args  # of the interpreter: a kernel, a grid, threads and arguments
+
+    alive, spec, _ = launch()
+    text, _ = catch_up_rows(code_of(spec), type(spec.mode)).code((9, 0))
+    found = []
+    for barrier in re.finditer(r"bar\.warp\.sync[^;]*;", text):
+        alive, _, (_, *given) = launch()
+        module = Module(text[: barrier.start()] + text[barrier.end() :])
+        try:
+            driver.driver().launcher(0, module, *given)()
+            found.append(False)
+        except Fault as fault:
+            found.append(str(fault).startswith("racecheck"))
+    assert found == needed
+    del alive
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(0, 8), (3, 0)])

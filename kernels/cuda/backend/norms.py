@@ -18,7 +18,7 @@ from fastopt.kernels.cuda.norms import (
     find_factor,
     sum_squares,
 )
-from fastopt.kernels.cuda.row_norms import SEGMENTS, row_of, sum_squares_of_rows
+from fastopt.kernels.cuda.row_norms import SEGMENTS, row_of, segments_of, sum_squares_of_rows
 from fastopt.kernels.formats import Format
 from fastopt.kernels.work import TableGradient
 
@@ -93,21 +93,24 @@ class Squares(_Part):
 
 
 class _RowSquares(_Part):
-    """Sums of squares of the gradients of rows, of values of one dtype."""
+    """Sums of squares of the gradients of rows, of values of one dtype.
+
+    Raises:
+        ValueError: work is being captured in a graph.
+    """
 
     def __init__(self, device: int, gradients: Sequence[TableGradient]) -> None:
-        compute = gradients[0].values.dtype
-        blocks = [-(-gradient.segments.positions // SEGMENTS) for gradient in gradients]
-        bases = np.cumsum([0, *blocks], dtype=np.int64)
-        super().__init__(device, compute, sum_squares_of_rows(compute), int(bases[-1]))
         if driver().capturing(device):
             raise ValueError(
                 "the norm of gradients by rows can't be captured in a CUDA graph, since each step has other "
                 "rows: take it outside the graph"
             )
+        compute = gradients[0].values.dtype
+        blocks = [-(-segments_of(gradient).positions // SEGMENTS) for gradient in gradients]
+        bases = np.cumsum([0, *blocks], dtype=np.int64)
+        super().__init__(device, compute, sum_squares_of_rows(compute), int(bases[-1]))
         table = np.array([row_of(gradient) for gradient in gradients], np.int64)
         self._table, self._bases = upload(device, table), upload(device, bases)
-        self._alive = gradients
 
     def _given(self) -> tuple[int, int, int]:
         return self._table.address, self._bases.address, len(self._table)
@@ -201,6 +204,9 @@ def _sum(device: int, dense: Sequence[Squares], rows: Sequence[_RowSquares], sca
     return float(result[RESULT_TOTAL : RESULT_TOTAL + 1].copy_to_host()[0])
 
 
+PlacedSquares = tuple[Squares, np.ndarray]  # with the addresses of their arrays
+
+
 class Norms:
     """Sums of squares and norms of a backend (see ``fastopt._core.backend``)."""
 
@@ -214,7 +220,7 @@ class Norms:
         """The sum of squares of the gradients of all rows, times ``scale**2``; waits for it."""
         return _sum(self.device, [], [_RowSquares(self.device, gradients)], scale)
 
-    def norm(self, squares: Sequence[tuple[Squares, np.ndarray]], gradients: Sequence[TableGradient]) -> Norm:
+    def norm(self, squares: Sequence[PlacedSquares], gradients: Sequence[TableGradient]) -> Norm:
         """The norm of dense gradients and of gradients by rows, on its way."""
         for own, addresses in squares:
             own.place(addresses)

@@ -1,0 +1,95 @@
+"""What gradients of bags of rows need of positions: the bag of each, factors, and values in another order."""
+
+from typing import Any
+
+import numpy as np
+from numba.extending import register_jitable
+
+from fastopt.kernels.cuda.indices import place_of
+from fastopt.kernels.cuda.launch import kernel
+from fastopt.kernels.cuda.memory import add_at, integer, load, store
+from fastopt.kernels.cuda.sort import index_at
+from fastopt.kernels.cuda.sums import THREADS
+
+_COUNT = np.int32(0)
+
+
+@register_jitable
+def bag_of(offsets, bags, k):
+    """The last bag that begins at or before position ``k``, or the first one: always one that there is."""
+    low, end = np.int64(0), bags
+    while end - low > 1:
+        middle = (low + end) >> 1
+        if integer(offsets, middle) <= k:
+            low = middle
+        else:
+            end = middle
+    return low
+
+
+@kernel("iiii", THREADS)
+def find_bags() -> Any:
+    """``(offsets, bags, size, found)``: the bag of each of ``size`` positions, int32, however long bags
+    are."""
+
+    def find_bags(offsets, bags, size, found):
+        k, step = place_of()
+        while k < size:
+            store(found + k * 4, np.int32(bag_of(offsets, bags, k)))
+            k += step
+
+    return find_bags
+
+
+@kernel("iiiiiii", THREADS)
+def count_padding() -> Any:
+    """``(found, indices, stride, itemsize, size, padding, counts)``: how many positions of each bag have the
+    row ``padding``, int64, added to ``counts``. Whole numbers: in any order the same."""
+
+    def count_padding(found, indices, stride, itemsize, size, padding, counts):
+        k, step = place_of()
+        while k < size:
+            if index_at(indices, stride, itemsize, k) == padding:
+                add_at(counts + np.int64(load(found + k * 4, _COUNT)) * 8, np.int64(1))
+            k += step
+
+    return count_padding
+
+
+@kernel("iiiii", THREADS)
+def divide_scales(dtype: np.dtype) -> Any:
+    """``(offsets, found, size, counts, scales)``: divide the scale of each position by how many rows its bag
+    has but for those counted, if there are any ``counts``."""
+    like, itemsize = dtype.type(0), dtype.itemsize
+    cast = dtype.type
+
+    def divide_scales(offsets, found, size, counts, scales):
+        k, step = place_of()
+        while k < size:
+            bag = np.int64(load(found + k * 4, _COUNT))
+            first, last = integer(offsets, bag), integer(offsets, bag + 1)
+            members = min(max(last, np.int64(0)), size) - min(max(first, np.int64(0)), size)
+            if counts:
+                members -= integer(counts, bag)
+            if members > 1:
+                place = scales + k * itemsize
+                store(place, load(place, like) / cast(members))
+            k += step
+
+    return divide_scales
+
+
+@kernel("iiiii", THREADS)
+def take(itemsize: int) -> Any:
+    """``(values, order, first_position, size, out)``: ``out[j] = values[order[j] - first_position]``,
+    whatever elements of so many bytes stand for."""
+    zero = np.dtype(f"u{itemsize}").type(0)
+
+    def take(values, order, first_position, size, out):
+        j, step = place_of()
+        while j < size:
+            position = np.int64(load(order + j * 4, _COUNT)) - first_position
+            store(out + j * itemsize, load(values + position * itemsize, zero))
+            j += step
+
+    return take
