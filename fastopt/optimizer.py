@@ -232,7 +232,7 @@ class Optimizer:
         into the graph and updates nothing; it has to be like an ordinary step before it, with dense gradients
         on devices. Call this before each replay: learning rates, schedules and counts go on as in ordinary
         steps, while its arguments stay. As long as the graph is replayed, the optimizer has to live, and
-        parameters and gradients have to stay where they are.
+        parameters and gradients stay where they are: clear those by ``zero_grads``, not by setting them anew.
 
         Raises:
             RuntimeError: no step was captured, or arrays, options or kinds of gradients changed since.

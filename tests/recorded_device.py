@@ -8,21 +8,25 @@ import math
 
 from fastopt._core import arrays, parameters
 from fastopt._core.backend import host
+from fastopt._step import norms
 from fastopt.kernels.element import NORM_EPS
 
 
 class Norm:
     """A norm that is found when its launch comes, and read when somebody asks."""
 
-    def __init__(self, device, squares):
+    def __init__(self, device, squares, gradients):
         self.reads = 0
-        self._sum = lambda: sum(own.sum(addresses, 1.0) for own, addresses in squares)
+        self._squares, self._gradients = squares, gradients
         self._found = None
         self._device = device
         device.launch(self._find)
 
     def _find(self):
-        self._found = math.sqrt(self._sum())
+        total = sum(squares.sum(addresses, 1.0) for squares, addresses in self._squares)
+        if self._gradients:
+            total += host().sum_squares_rows(self._gradients, 1.0)
+        self._found = math.sqrt(total)
 
     def value(self):
         assert not self._device.capturing
@@ -72,6 +76,24 @@ class Launch:
             self._inner.set_keys(self._keys)
 
 
+class RowsLaunch:
+    """An update of rows whose gradients are scaled by a factor that is known when its launch comes."""
+
+    def __init__(self, spec, works, factor):
+        self._spec, self._works, self._factor = spec, works, factor
+
+    def prepare(self):
+        return [self._update]
+
+    def _update(self):
+        at, works = len(self._spec.h), []
+        for work in self._works:
+            numbers = list(work.numbers)
+            numbers[at] *= self._factor()
+            works.append(work._replace(numbers=tuple(numbers)))
+        host().run(host().update_rows(self._spec, works).prepare())
+
+
 class Device:
     """What the host offers, with graphs, and norms on their way."""
 
@@ -89,9 +111,11 @@ class Device:
         return Launch(self, spec, works, classes)
 
     def norm(self, squares, gradients):
-        assert not gradients
-        self.norms.append(Norm(self, squares))
+        self.norms.append(Norm(self, squares, gradients))
         return self.norms[-1]
+
+    def update_rows(self, spec, works, factor=None):
+        return host().update_rows(spec, works) if factor is None else RowsLaunch(spec, works, factor)
 
     def launch(self, call):
         if self.capturing:
@@ -117,4 +141,5 @@ def put_on_devices(monkeypatch, number_of=lambda array: 0, devices=(0,)):
     made = {number: Device(number) for number in devices}
     monkeypatch.setattr(arrays, "device_of", number_of)
     monkeypatch.setattr(parameters, "backend_at", lambda number: made.get(number, host()))
+    monkeypatch.setattr(norms, "backend_of", lambda array: made.get(number_of(array), host()))
     return made

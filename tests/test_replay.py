@@ -99,6 +99,23 @@ def test_norms_are_read_when_they_are_asked_for(device):
     assert again == (pytest.approx(1.0), False, False, None)
 
 
+def test_gradients_by_rows_are_clipped_by_the_norm_on_its_way(monkeypatch):
+    def trained():
+        params = some_arrays()
+        optimizer = fastopt.Adam(params, lr=0.1)
+        for step in range(3):
+            grads = gradients_of(step)
+            grads[1] = fastopt.IndexedSlices(np.array([2, 0, 2, 2]), np.repeat(grads[1][:2], 2, axis=0))
+            info = optimizer.step(grads, clip_norm=2.0, grad_scale=0.5)
+            assert info.clipped
+        return params, info.norm
+
+    want = trained()
+    device = put_on_devices(monkeypatch)[0]
+    np.testing.assert_equal(trained(), want)
+    assert [norm.reads for norm in device.norms] == [1, 1, 2]
+
+
 def test_a_norm_over_two_devices_is_that_of_all(monkeypatch):
     put_on_devices(monkeypatch, lambda array: array.size % 2, devices=(0, 1))
     params = [np.zeros(2), np.zeros(1)]
