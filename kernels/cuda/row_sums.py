@@ -1,10 +1,10 @@
 """The gradient of a row: the sum of the rows of values that its segment names, in the order of positions.
 
-A lane adds up the columns that it works on, the values of several positions on their way at the same time: the
-additions, and so the bits, are those of the CPU. Only a long segment, that of a popular row, is not left to
-one warp: first, the slots of SLOT sorted positions that it covers wholly are summed up, each by a warp; the
-sum is then that of its head, of the slots' sums and of its tail. So the order of additions follows from the
-segment alone, whatever the grid.
+A lane adds up the columns that it works on, the values of several positions on their way at the same time:
+the additions, and so the bits, are those of the CPU. Only a long segment, that of a popular row, is not left
+to one warp: first, the slots of SLOT sorted positions that it covers wholly are summed up, each by a warp;
+the sum is then that of its head, of the slots' sums and of its tail. So the order of additions follows from
+the segment alone, whatever the grid.
 """
 
 from collections.abc import Callable

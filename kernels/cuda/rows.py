@@ -39,7 +39,6 @@ from fastopt.kernels.cuda.memory import (
     integer,
     lane_and_warp,
     load,
-    load_each,
     meet,
     numbers_at,
     store,
