@@ -6,6 +6,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from fastopt.kernels.cuda.indices import place_of
+from fastopt.kernels.cuda.integers import unchanged
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.memory import add_at, integer, load, store
 from fastopt.kernels.cuda.sort import index_at
@@ -36,7 +37,7 @@ def find_bags() -> Any:
         k, step = place_of()
         while k < size:
             store(found + k * 4, np.int32(bag_of(offsets, bags, k)))
-            k += step
+            k += unchanged(step)
 
     return find_bags
 
@@ -51,7 +52,7 @@ def count_padding() -> Any:
         while k < size:
             if index_at(indices, stride, itemsize, k) == padding:
                 add_at(counts + np.int64(load(found + k * 4, _COUNT)) * 8, np.int64(1))
-            k += step
+            k += unchanged(step)
 
     return count_padding
 
@@ -74,7 +75,7 @@ def divide_scales(dtype: np.dtype) -> Any:
             if members > 1:
                 place = scales + k * itemsize
                 store(place, load(place, like) / cast(members))
-            k += step
+            k += unchanged(step)
 
     return divide_scales
 
@@ -90,6 +91,6 @@ def take(itemsize: int) -> Any:
         while j < size:
             position = np.int64(load(order + j * 4, _COUNT)) - first_position
             store(out + j * itemsize, load(values + position * itemsize, zero))
-            j += step
+            j += unchanged(step)
 
     return take

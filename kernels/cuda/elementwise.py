@@ -12,6 +12,7 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
+from fastopt.kernels.cuda.integers import unchanged
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.memory import load, load_vector, store, store_vector
 from fastopt.kernels.formats import float_of_bfloat16, same, to_half, to_nearest_bfloat16
@@ -115,7 +116,7 @@ def fill(itemsize: int) -> Any:
         if row < rows:
             while i < width:
                 store(to + row * stride + i * step, number)
-                i += further
+                i += unchanged(further)
 
     return fill
 
@@ -142,8 +143,9 @@ def copy(source: np.dtype, dtype: np.dtype) -> Any:
         "    while i < width:",
         "        x = load(begin + i * from_step, zero)",
         f"        store(to + i * step, {value})",
-        "        i += further",
+        "        i += unchanged(further)",
         np=np,
+        unchanged=unchanged,
         place_of=place_of,
         load=load,
         store=store,

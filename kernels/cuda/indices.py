@@ -6,6 +6,7 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
+from fastopt.kernels.cuda.integers import unchanged
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.memory import WARP, integer, load, store
 from fastopt.kernels.cuda.sort import index_at
@@ -56,7 +57,7 @@ def find_bounds() -> Any:
         while i < size:
             x = index_at(indices, stride, itemsize, i)
             low, high = min(low, x), min(high, ~x)
-            i += step
+            i += unchanged(step)
         low, high = block_min(low), block_min(high)
         if np.int64(cuda.threadIdx.x) == 0:
             own = found + np.int64(cuda.blockIdx.x) * 16
@@ -80,7 +81,7 @@ def check_offsets() -> Any:
         while i + 1 < size:
             if integer(offsets, i) > integer(offsets, i + 1):
                 falls_at = min(falls_at, i)
-            i += step
+            i += unchanged(step)
         falls_at = block_min(falls_at)
         if np.int64(cuda.threadIdx.x) == 0:
             store(found + (2 + np.int64(cuda.blockIdx.x)) * 8, falls_at)
@@ -97,7 +98,7 @@ def copy_offsets() -> Any:
         i, step = place_of()
         while i < count:
             store(out + i * 8, index_at(offsets, stride, itemsize, i) if i < given else size)
-            i += step
+            i += unchanged(step)
 
     return copy_offsets
 
@@ -110,7 +111,7 @@ def make_multiples() -> Any:
         i, step = place_of()
         while i < count:
             store(out + i * 8, i * width)
-            i += step
+            i += unchanged(step)
 
     return make_multiples
 
@@ -130,7 +131,7 @@ def name_all() -> Any:
                 store(bounds, np.int64(0))
                 store(bounds + 8, rows)
             store(starts + i * 4, np.int32(i))
-            i += step
+            i += unchanged(step)
 
     return name_all
 
@@ -159,7 +160,7 @@ def subtract_number() -> Any:
         i, step = place_of()
         while i < count:
             store(out + i * 8, integer(rows, i) - first_row)
-            i += step
+            i += unchanged(step)
 
     return subtract_number
 
@@ -174,6 +175,6 @@ def subtract_neighbours() -> Any:
         while i < count:
             start, end = load(starts + i * 4, zero), load(starts + (i + 1) * 4, zero)
             store(out + i * 4, np.int32(end - start))
-            i += step
+            i += unchanged(step)
 
     return subtract_neighbours
