@@ -86,7 +86,7 @@ class TableGradient(NamedTuple):
     """
 
     values: Array
-    segments: Segments
+    segments: Any  # Segments, or those of a device
     source: Array | None = None
     weights: Array | None = None
     winners: Array | None = None

@@ -162,7 +162,11 @@ REFUSED = [
         TypeError,
         r"grads\[1\] has dtype int64: expected float32, float64, float16 or bfloat16",
     ),
-    ([1.0, 2.0], TypeError, r"grads\[1\]\[0\] is a float: expected a NumPy array or a torch CPU tensor"),
+    (
+        [1.0, 2.0],
+        TypeError,
+        r"grads\[1\]\[0\] is a float: expected a NumPy array, a torch tensor or a CUDA array",
+    ),
     ("x", TypeError, r"grads\[1\] is a str"),
     (np.ones((4, 4))[:, ::2], ValueError, r"grads\[1\] has strides .* expected a C-contiguous"),
     (read_only(np.ones(3)), ValueError, r"grads\[1\] is read-only"),

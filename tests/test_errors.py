@@ -60,11 +60,11 @@ PARAMETERS = [
     (misaligned(3), ValueError, "is not aligned to its 8-byte elements"),
     (read_only(np.ones(3)), ValueError, "is read-only: expected an array to update in place"),
     (np.ma.ones(3), TypeError, "is a masked array, whose mask would be lost"),
-    (np.float64(1.0), TypeError, "is a float64: expected a NumPy array or a torch CPU tensor"),
+    (np.float64(1.0), TypeError, "is a float64: expected a NumPy array, a torch tensor or a CUDA array"),
     (1.0, TypeError, "is a float: expected a NumPy array"),
     (None, TypeError, "is a NoneType"),
     ("ab", TypeError, "is a str"),
-    (OnTheGPU(), TypeError, "is a CUDA array: expected an array in the CPU's memory"),
+    (OnTheGPU(), RuntimeError, "lies on a CUDA device: "),
 ]
 
 
@@ -306,7 +306,7 @@ GRADIENTS = [
     (0, [1.0, 1.0, 1.0], TypeError, "is a list: expected a NumPy array"),
     (0, 1.0, TypeError, "is a float"),
     (0, {"a": np.ones(3)}, TypeError, "is a dict"),
-    (0, OnTheGPU(), TypeError, "is a CUDA array"),
+    (0, OnTheGPU(), RuntimeError, "lies on a CUDA device: "),
     (0, rows(ONE, np.ones((1, 3))), ValueError, r"IndexedSlices but params\[0\] has shape \(3,\)"),
     (2, rows(ONE, np.ones((1, 2))), ValueError, "expected a 2-D parameter, pass a dense gradient"),
     (1, rows(np.array([4]), np.ones((1, 2))), ValueError, r"indices holds 4: .* in \[0, 4\)"),

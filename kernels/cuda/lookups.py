@@ -50,7 +50,7 @@ def clamped(position, size):
 def gather(size: int) -> Any:
     """``(table, rows, words, indices, stride, itemsize, count, lane_bits, out)``: copy the rows that indices
     name, of ``words`` words of ``size`` bytes each; zeros for an index outside the table."""
-    zero = WORDS[size](0)
+    zero: Any = WORDS[size](0)
     length = size // zero.itemsize
     each = range(AHEAD)
     lines = [

@@ -134,7 +134,8 @@ def _update_of_row(code: Code, mode: type, limits: bool) -> Callable:
     positions from ``first`` up to ``last``. A row below 0 is none: its lanes come along."""
     rule, like = RULES[code.h], code.compute.type(0)
     vectors = RowVectors(code.formats, code.compute)
-    update, names = _final_pass(vectors, code.compute), {}
+    update = _final_pass(vectors, code.compute)
+    names: dict[str, Any] = {}
     lines = [
         f"slots, aligned = integer(own, {ROWS_SLOTS}), integer(own, {ROWS_ALIGNED}) != 0",
         f"dim, key = integer(table, {TABLE_DIM}), integer(table, {TABLE_KEY})",

@@ -4,8 +4,16 @@ from collections.abc import Iterator
 
 from fastopt.kernels.cuda.launch import Kernel
 from gpu.dense_kernels import dense_kernels
+from gpu.lookups_kernels import lookups_kernels
+from gpu.norms_kernels import norms_kernels
+from gpu.positions_kernels import positions_kernels
+from gpu.sort_kernels import sort_kernels
 
 
 def every_kernel() -> Iterator[tuple[str, str, Kernel]]:
     """Of each kernel a name, the bytes that it moves for an element, and the kernel."""
     yield from dense_kernels()
+    yield from lookups_kernels()
+    yield from norms_kernels()
+    yield from positions_kernels()
+    yield from sort_kernels()
