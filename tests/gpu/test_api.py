@@ -43,8 +43,8 @@ class Run(NamedTuple):
 
 
 def runs() -> list[Run]:
-    """Every pair of a rule and a kind of gradient, the formats in turn; with HYPOTHESIS_PROFILE=thorough every
-    combination."""
+    """Every pair of a rule and a kind of gradient, the formats in turn; with HYPOTHESIS_PROFILE=thorough
+    every combination."""
     if os.environ.get("HYPOTHESIS_PROFILE") == "thorough":
         every = itertools.product(OPTIMIZERS, GRADIENTS, FORMATS)
         return [Run(optimizer, gradient, *own) for optimizer, gradient, own in every]
@@ -122,7 +122,7 @@ def test_training_on_a_device_is_that_on_the_cpu(device, run):
             trained(run, on.put)
         return
     got, got_state = trained(run, on.put)
-    # Where missed steps and an update round a row one after the other, it is rounded once more than on the CPU.
+    # Where a row takes missed steps and then an update, it is rounded once more than on the CPU.
     exact = run.optimizer not in SUMS and run.gradient != "dense_rows"
     for one, other in zip(got, want, strict=True):
         assert_like(on.get(one), other, exact)
