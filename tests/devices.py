@@ -13,6 +13,13 @@ from fastopt.kernels.cuda import driver
 from fastopt.kernels.cuda.array import DeviceArray, upload
 
 
+def bits(array: np.ndarray) -> np.ndarray:
+    """The bits of an array as bytes, every NaN with the same: processors make NaNs of different bits."""
+    if array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16:
+        array = np.where(np.isnan(array), array.dtype.type(np.nan), array)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
 class Cpu:
     """The host, whose arrays are NumPy's."""
 

@@ -15,7 +15,8 @@ def test_all_numbers_of_16_bits_are_widened(device, dtype):
         expected = array.astype(np.float32)
     got = device.get(device.backend.widen(device.put(array)))
     assert_same([got], [expected])
-    np.testing.assert_array_equal(np.signbit(got), np.signbit(expected))
+    numbers = ~np.isnan(expected)  # whose signs mean something
+    np.testing.assert_array_equal(np.signbit(got[numbers]), np.signbit(expected[numbers]))
     assert device.get(device.backend.widen(device.put(array[:0]))).shape == (0, 256)
 
 

@@ -180,7 +180,7 @@ def test_rows_that_count_their_own_updates(device, rng):
         TableGradient(device.put(values), segments(device, indices, 10)),
         (lr, *adam_numbers(3)[1:], *c),
         step=3,
-        row_steps=RowSteps(on_device, history),
+        row_steps=RowSteps(on_device, device.put(history)),
     )
     spec = adam_spec(Scaled, mode=PerRow())
     launch = device.backend.update_rows(spec, [work])

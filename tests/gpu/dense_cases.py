@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from devices import bits
 
 from fastopt.kernels.cpu import backend as cpu
 from fastopt.kernels.cuda.array import empty, upload
@@ -180,4 +181,4 @@ def assert_same_bits(got: list[list[np.ndarray]], want: list[list[np.ndarray]]) 
     for one, other in zip(got, want, strict=True):
         for x, y in zip(one, other, strict=True):
             assert x.dtype == y.dtype and x.shape == y.shape
-            np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
+            np.testing.assert_array_equal(bits(x), bits(y))

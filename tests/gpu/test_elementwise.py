@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from devices import CUDA
+from devices import CUDA, bits
 
 from fastopt.kernels.cpu import backend as cpu
 from fastopt.kernels.cuda.array import DeviceArray, empty, upload
@@ -36,10 +36,6 @@ def numbers(size, dtype):
     special = np.array([np.nan, np.inf, -np.inf, -0.0, 6e4, -6e4, 1e-7])[:size]
     values[rng.permutation(size)[: special.size]] = special
     return values.astype(dtype)
-
-
-def bits(array):
-    return array.view(f"u{array.dtype.itemsize}")
 
 
 def over(array, view):
