@@ -91,7 +91,7 @@ def dense(
     calls: dict[str, Callable[[], Any]] = {"fastopt": lambda: opt.step(grads, **step)}
     if peer is not None:
         theirs, _ = parameters(shapes, dtype)
-        fused = getattr(torch.optim, peer)(theirs, lr=1e-3, fused=True)
+        fused = getattr(torch.optim, peer)(theirs, lr=1e-3, fused=True, **(own or {}))
 
         def torch_step() -> None:
             if "clip_norm" in step:
