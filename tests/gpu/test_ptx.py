@@ -21,8 +21,8 @@ ON_ALL = "dense: Adam, float32", "dense: Adam, 8-bit state"  # of the others, ea
 
 
 def compiled_for() -> list:
-    """Every EACH-th kernel, each for one compute capability in turn; with HYPOTHESIS_PROFILE=thorough all, for
-    all."""
+    """Every EACH-th kernel, each for one compute capability in turn; with HYPOTHESIS_PROFILE=thorough all,
+    for all."""
     found = []
     for i, name in enumerate(KERNELS):
         if not THOROUGH and i % EACH and name not in ON_ALL:
