@@ -11,6 +11,7 @@ import pathlib, pickle, signal
 from typing import NamedTuple
 import llvmlite.binding
 from numba.core import base
+from fastopt.kernels import keyed_files
 from fastopt.kernels.cpu import cache, jit
 
 class Interrupt(Exception):
@@ -89,7 +90,7 @@ LOADING = {
     "in a callback of LLVM": f"at({ENGINE}, '_find_module_ptr')",
     "at the end of a callback": f"at({ENGINE}, '_find_module_ptr', after=True)",
     "while it is read": "at(pathlib.Path, 'read_bytes')",
-    "when it is read": "at(cache.pickle, 'loads', after=True)",
+    "when it is read": "at(keyed_files.pickle, 'loads', after=True)",
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastopt
-from fastopt._step import rows
+from fastopt._core.backend import host
 from fastopt.gradients import pooling
 from fastopt.tables import mapped, undo_log
 from fastopt.tables.open import open_table
@@ -349,7 +349,7 @@ def test_rows_are_kept_before_a_step_reads_them(tmp_path, kind, monkeypatch):
         opt.step(fastopt.IndexedSlices(np.arange(3), np.ones((3, 4), np.float32)))
         opt.flush()
         read = []
-        for module, name in ((pooling.Bags, "pool_max"), (rows, "folded_by_count")):
+        for module, name in ((pooling.Bags, "pool_max"), (host(), "counted_steps")):
             monkeypatch.setattr(module, name, lambda *_: read.append(1))
 
         def full(*_):
