@@ -131,6 +131,7 @@ class Lent:
 
     def __init__(self, driver: Interpreted, array: np.ndarray, device: int = 0) -> None:
         self.host = array
+        self.shape, self.dtype = array.shape, array.dtype
         self._driver = driver
         self._address = driver.lend(array, device)
 

@@ -34,6 +34,9 @@ def test_example_runs_on_interpreted_kernels(device, monkeypatch):
         tensor=lambda values, device: lend(np.array(values)),
         as_tensor=lambda array, device: array,
         Tensor=type("Tensor", (), {}),  # of which nothing is an instance
+        nn=SimpleNamespace(Parameter=type("Parameter", (), {})),
+        strided=None,
+        **dict.fromkeys(("float16", "bfloat16", "float32", "float64")),
         cuda=SimpleNamespace(is_initialized=lambda: False),
     )
     monkeypatch.setitem(sys.modules, "torch", stand_in)
