@@ -1,5 +1,6 @@
 """What a launch is told, whatever the device: the code it needs, and the arrays it works on."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -108,6 +109,26 @@ class StoredTable(NamedTuple):
     position: int
     key: int
 
+    def columns(self, address: Callable[[Array], int]) -> dict[str, int]:
+        """Columns of ``fastopt.kernels.layout``; ``address``: what finds where an array lies."""
+        columns = {
+            "parameter": address(self.table),
+            "dim": self.table.shape[1],
+            "position": self.position,
+            "key": self.key,
+        }
+        if self.state:
+            first, _ = self.state[0]
+            columns["state_stride"] = first.strides[0] // first.itemsize
+        if self.master is not None:
+            columns["master"] = address(self.master)
+        return columns
+
+    def places(self, address: Callable[[Array], int]) -> list[int]:
+        """Two addresses of each state array: of its elements, and of the scales of their codes or 0."""
+        pairs = [*self.state, *((array, None) for array in self.row_state)]
+        return [0 if array is None else address(array) for pair in pairs for array in pair]
+
 
 class RowSteps(NamedTuple):
     """How far each row is, and what is to be known of other steps.
@@ -124,6 +145,22 @@ class RowSteps(NamedTuple):
     window: int = 0
     tabulated: Array | None = None
     tabulated_from: int = 0
+
+    def columns(self, address: Callable[[Array], int]) -> dict[str, int]:
+        """Columns of ``fastopt.kernels.layout``; ``address``: what finds where an array lies."""
+        columns = {
+            "row_steps": address(self.counts),
+            "history": address(self.history),
+            "history_rows": self.history.shape[0],
+            "history_columns": self.history.shape[1],
+            "history_base": self.base,
+            "history_window": self.window,
+        }
+        if self.tabulated is not None:
+            columns["tabulated"] = address(self.tabulated)
+            columns["tabulated_columns"] = self.tabulated.shape[1]
+            columns["tabulated_from"] = self.tabulated_from
+        return columns
 
 
 class CountFold(NamedTuple):

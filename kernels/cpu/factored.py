@@ -29,7 +29,7 @@ from fastopt.kernels.cpu.runs import (
 from fastopt.kernels.element import decayed, scaled, trust_ratio, unpack
 from fastopt.kernels.intrinsics import view
 from fastopt.kernels.magnitude import unit_of
-from fastopt.kernels.rules.adafactor import adafactor_direction
+from fastopt.kernels.rules.adafactor import adafactor_direction, share_of
 from fastopt.kernels.rules.lerp import lerp
 
 TILE_ROWS, TILE_COLUMNS = 32, 4_096  # rows long enough for the processor to fetch ahead
@@ -176,13 +176,6 @@ def average(h, like, sums, count, moments):
 
 
 @helper
-def share_of(h, like, moment, mean):
-    """A row's share of its matrix's moments."""
-    mean = cast(like, mean)
-    return moment / (h.smallest_mean if mean < h.smallest_mean else mean)
-
-
-@helper
 def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var, col_var, means,
                 p_unit, u_unit, sums):  # fmt: skip
     """The squares of the update over its unit; and those of the parameter, which have been added up in the
@@ -200,7 +193,7 @@ def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var,
         u_lanes[:] = 0.0
         for row in range(top, bottom):
             own_row = matrix * shape[1] + row
-            share = share_of(h, like, row_var[own_row], means[matrix])
+            share = share_of(h, row_var[own_row], cast(like, means[matrix]))
             for column in range(left, right, LANES):
                 width = min(LANES, right - column)
                 at = own_row * shape[2] + column
@@ -236,7 +229,7 @@ def take_step(
         columns = col_var[matrix * shape[2] :]
         for row in range(top, bottom):
             own_row = matrix * shape[1] + row
-            share = share_of(h, like, row_var[own_row], means[matrix])
+            share = share_of(h, row_var[own_row], cast(like, means[matrix]))
             for column in range(left, right, LANES):
                 width = min(LANES, right - column)
                 at = own_row * shape[2] + column

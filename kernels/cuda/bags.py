@@ -3,29 +3,15 @@
 from typing import Any
 
 import numpy as np
-from numba.extending import register_jitable
 
 from fastopt.kernels.cuda.indices import place_of
 from fastopt.kernels.cuda.integers import unchanged
 from fastopt.kernels.cuda.launch import kernel
-from fastopt.kernels.cuda.memory import add_at, integer, load, store
+from fastopt.kernels.cuda.memory import add_at, integer, last_at_most, load, store
 from fastopt.kernels.cuda.sort import index_at
 from fastopt.kernels.cuda.sums import THREADS
 
 _COUNT = np.int32(0)
-
-
-@register_jitable
-def bag_of(offsets, bags, k):
-    """The last bag that begins at or before position ``k``, or the first one: always one that there is."""
-    low, end = np.int64(0), bags
-    while end - low > 1:
-        middle = (low + end) >> 1
-        if integer(offsets, middle) <= k:
-            low = middle
-        else:
-            end = middle
-    return low
 
 
 @kernel("iiii", THREADS)
@@ -36,7 +22,7 @@ def find_bags() -> Any:
     def find_bags(offsets, bags, size, found):
         k, step = place_of()
         while k < size:
-            store(found + k * 4, np.int32(bag_of(offsets, bags, k)))
+            store(found + k * 4, np.int32(last_at_most(offsets, bags, k)))
             k += unchanged(step)
 
     return find_bags

@@ -19,7 +19,15 @@ from numba.extending import register_jitable
 from fastopt.kernels.cuda.elements import Code, prototypes
 from fastopt.kernels.cuda.launch import Kernel, kernel
 from fastopt.kernels.cuda.layout import ARRAY_ALIGNED, ARRAY_SHARED, ARRAY_SIZE, array_columns
-from fastopt.kernels.cuda.memory import WARP, integer, lane_and_warp, meet, numbers_at, warp_max
+from fastopt.kernels.cuda.memory import (
+    WARP,
+    integer,
+    lane_and_warp,
+    last_at_most,
+    meet,
+    numbers_at,
+    warp_max,
+)
 from fastopt.kernels.cuda.vectors import Vectors
 from fastopt.kernels.element import unpack
 from fastopt.kernels.formats import BLOCK, larger, scale_from
@@ -30,19 +38,6 @@ from fastopt.kernels.source import define
 THREADS = 256
 WARPS = THREADS // WARP
 SMALLEST_CHUNK = WARPS * BLOCK  # elements that a block of threads takes at a time, a multiple of every run
-
-
-@register_jitable
-def array_of(bases, arrays, number):
-    """The last array whose first number, in the int64 ``bases``, is ``number`` or less."""
-    low, high = np.int64(0), arrays
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if integer(bases, middle) <= number:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def update_arrays(code: Code) -> Kernel:
@@ -69,7 +64,7 @@ def _update_source(code: Code) -> Callable:
         block = np.int64(cuda.blockIdx.x)
         chunks = integer(bases, arrays)
         while block < chunks:
-            t = array_of(bases, arrays, block)
+            t = last_at_most(bases, arrays, block)
             row = table + t * columns * 8
             first = (block - integer(bases, t)) * chunk
             last = min(first + chunk, integer(row, ARRAY_SIZE))

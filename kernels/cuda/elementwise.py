@@ -13,6 +13,7 @@ from numba import cuda
 from numba.extending import register_jitable
 
 from fastopt.kernels.cuda.integers import unchanged
+from fastopt.kernels.cuda.lanes import VECTOR_BYTES
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.memory import load, load_vector, store, store_vector
 from fastopt.kernels.formats import float_of_bfloat16, same, to_half, to_nearest_bfloat16
@@ -22,7 +23,6 @@ from fastopt.kernels.source import define
 THREAD_BITS = 8
 THREADS = 1 << THREAD_BITS
 MOST_BLOCKS = 2048  # of a row, then each goes on with elements further on
-VECTOR_BYTES = 16
 _HALF, _BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 _DECODE = {_HALF: float_of_half, _BFLOAT16: float_of_bfloat16}
 _ENCODE = {_HALF: to_half, _BFLOAT16: to_nearest_bfloat16}

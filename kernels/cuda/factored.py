@@ -35,7 +35,7 @@ from fastopt.kernels.cuda.sums import THREADS, WARPS, block_sum
 from fastopt.kernels.cuda.vectors import Vectors
 from fastopt.kernels.element import decayed, scaled, trust_ratio, unpack
 from fastopt.kernels.magnitude import unit_of
-from fastopt.kernels.rules.adafactor import adafactor_direction
+from fastopt.kernels.rules.adafactor import adafactor_direction, share_of
 from fastopt.kernels.rules.lerp import lerp
 from fastopt.kernels.source import define
 
@@ -52,12 +52,6 @@ def tile_at(tile, rows, columns, height, bands, stripes):
     top, left = band_of_matrix * height, stripe * STRIPE
     bottom, right = min(top + height, rows), min(left + STRIPE, columns)
     return matrix, band, matrix * stripes + stripe, top, bottom, left, right
-
-
-@register_jitable
-def share_of(h, moment, mean):
-    """A row's share of its matrix's moments."""
-    return moment / (h.smallest_mean if mean < h.smallest_mean else mean)
 
 
 # Squares of the parameter and the gradient

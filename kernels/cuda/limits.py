@@ -14,9 +14,9 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
+from fastopt.kernels.cuda.lanes import group_sum
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.memory import (
-    ALL_LANES,
     WARP,
     integer,
     lane_and_warp,
@@ -30,17 +30,6 @@ from fastopt.kernels.source import define
 THREADS = 256
 WARPS = THREADS // WARP
 _DOUBLE = np.float64(0)
-
-
-@register_jitable
-def sum_over(x, lanes):
-    """The sum over so many neighbouring lanes, a power of two, with the same bits in each. All lanes of the
-    warp have to come."""
-    distance = lanes >> 1
-    while distance:
-        x += cuda.shfl_xor_sync(ALL_LANES, x, distance)
-        distance >>= 1
-    return x
 
 
 @kernel("iiiiiiiif", THREADS)
@@ -67,10 +56,10 @@ def limit_norms(dtype: np.dtype, length: int) -> Any:
             here = own < last and row != left_out
             place = table + row * dim * itemsize
             last_element = dim if here else np.int64(0)
-            total = sum_over(squares(place, member, last_element, lanes, 1.0), lanes)
+            total = group_sum(squares(place, member, last_element, lanes, 1.0), bits)
             unit = unit_of(total) if here else 1.0
             if warp_max(np.uint32(unit != 1.0)):
-                again = sum_over(squares(place, member, last_element, lanes, unit), lanes)
+                again = group_sum(squares(place, member, last_element, lanes, unit), bits)
                 total = total if unit == 1.0 else again
             norm = math.sqrt(total)
             if norm * unit > max_norm:

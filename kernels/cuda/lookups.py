@@ -14,6 +14,7 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
+from fastopt.kernels.cuda.lanes import VECTOR_BYTES
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.memory import ALL_LANES, WARP, integer, load, load_vector, store, store_vector
 from fastopt.kernels.cuda.sort import index_at
@@ -21,7 +22,6 @@ from fastopt.kernels.formats import Format
 from fastopt.kernels.source import define
 
 THREADS = 128
-VECTOR_BYTES = 16
 AHEAD = 4  # rows of a bag, or positions of a warp, that are on their way at the same time
 WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.uint64}  # by bytes, what a row is copied by
 

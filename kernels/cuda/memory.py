@@ -126,6 +126,19 @@ def integer(table, column):
     return load(table + column * 8, np.int64(0))
 
 
+@register_jitable
+def last_at_most(numbers, count, x):
+    """The last of ``count`` ascending int64 numbers at an address that is ``x`` or less, else the first."""
+    low, end = np.int64(0), count
+    while end - low > 1:
+        middle = (low + end) >> 1
+        if integer(numbers, middle) <= x:
+            low = middle
+        else:
+            end = middle
+    return low
+
+
 def numbers_at(prototype, address, like):
     """As many numbers, of the type of ``like``, as the named tuple ``prototype`` has fields."""
     raise NotImplementedError("kernels for the GPU run compiled alone")

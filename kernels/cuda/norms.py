@@ -19,9 +19,18 @@ from numba import cuda
 from numba.extending import register_jitable
 
 from fastopt.kernels.cuda import sums
-from fastopt.kernels.cuda.dense import array_of
+from fastopt.kernels.cuda.lanes import VECTOR_BYTES
 from fastopt.kernels.cuda.launch import kernel
-from fastopt.kernels.cuda.memory import ALL_LANES, WARP, integer, lane_and_warp, load, load_vector, store
+from fastopt.kernels.cuda.memory import (
+    ALL_LANES,
+    WARP,
+    integer,
+    lane_and_warp,
+    last_at_most,
+    load,
+    load_vector,
+    store,
+)
 from fastopt.kernels.element import NORM_EPS
 from fastopt.kernels.formats import Format
 from fastopt.kernels.magnitude import unit_of
@@ -32,7 +41,7 @@ LANES = 512  # sums that grow side by side: lane l has the elements l, l + LANES
 THREADS = 128
 OWN = LANES // THREADS  # lanes of a thread
 ROUNDS = SUMMED // LANES
-VECTOR_BYTES, WORD = 16, 4
+WORD = 4
 TOGETHER = {2: 8, 4: 8, 8: 4}  # by an element's bytes, rounds whose loads are on their way at the same time
 
 # What a norm has in memory of the device: float64 numbers, and then the sum of each part
@@ -74,7 +83,7 @@ def sum_squares(kind: Format, like: np.dtype) -> Any:
         block = blocks if is_done(unit) else np.int64(cuda.blockIdx.x)
         while block < blocks:
             first = block * SUMMED
-            t = array_of(bases, arrays, first)
+            t = last_at_most(bases, arrays, first)
             add_lanes(addresses, bases, t, first, integer(bases, arrays), own, warp * WARP + lane, shared)
             cuda.syncthreads()
             if warp == 0:

@@ -15,9 +15,15 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
-from fastopt.kernels.cuda.dense import array_of
+from fastopt.kernels.cuda.lanes import VECTOR_BYTES, lane_bits, vector_length
 from fastopt.kernels.cuda.launch import kernel
-from fastopt.kernels.cuda.memory import WARP, integer, load, load_vector, store
+from fastopt.kernels.cuda.memory import (
+    integer,
+    last_at_most,
+    load,
+    load_vector,
+    store,
+)
 from fastopt.kernels.cuda.norms import is_done, scale_of
 from fastopt.kernels.cuda.segments import DeviceSegments
 from fastopt.kernels.cuda.sums import THREADS, block_sum
@@ -44,7 +50,6 @@ SEGMENTS = 64  # whose squares are summed up apart
     ROW_LANE_BITS,  # 2 to this are the lanes that take a segment
 ) = range(15)
 COLUMNS = 15
-VECTOR_BYTES = 16
 AHEAD = 4  # positions whose values are on their way at the same time
 
 _INDEX, _DOUBLE = np.int32(0), np.float64(0)
@@ -59,10 +64,8 @@ def segments_of(gradient: TableGradient) -> DeviceSegments:
 def row_of(gradient: TableGradient) -> list[int]:
     """What kernels read of a gradient."""
     own, values = segments_of(gradient), gradient.values
-    length = VECTOR_BYTES // values.itemsize
     dim = values.shape[1]
-    whole = values.address % VECTOR_BYTES == 0 and dim % length == 0
-    vectors = dim // length if whole else dim
+    length = vector_length(values.itemsize, dim, values.address)
 
     def place(array: Any) -> int:
         return 0 if array is None else array.address
@@ -73,12 +76,12 @@ def row_of(gradient: TableGradient) -> list[int]:
         *map(place, (gradient.source, gradient.weights, gradient.winners)),
         gradient.skipped,
         *map(place, (own.order, own.starts, own.rows)),
-        own.bounds.address + own.table * own.bounds.itemsize,
+        own.own_bounds,
         own.first_row,
         own.first_position,
         own.table_rows,
-        int(whole),
-        (min(vectors, WARP) - 1).bit_length(),
+        int(length > 1),
+        lane_bits(dim // length),
     ]
 
 
@@ -98,7 +101,7 @@ def sum_squares_of_rows(like: np.dtype) -> Any:
         own = scale_of(scale, unit)
         block = blocks if is_done(unit) else np.int64(cuda.blockIdx.x)
         while block < blocks:
-            t = array_of(bases, gradients, block)
+            t = last_at_most(bases, gradients, block)
             row = table + t * COLUMNS * 8
             bounds, bits = integer(row, ROW_BOUNDS), integer(row, ROW_LANE_BITS)
             segment = integer(bounds, 0) + (block - integer(bases, t)) * SEGMENTS

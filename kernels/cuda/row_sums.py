@@ -14,10 +14,18 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
-from fastopt.kernels.cuda.dense import array_of
+from fastopt.kernels.cuda.lanes import VECTOR_BYTES
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.layout import ROWS_ALIGNED, ROWS_BOUNDS, ROWS_SHARED, ROWS_SLOTS
-from fastopt.kernels.cuda.memory import WARP, integer, lane_and_warp, load, load_vector, store
+from fastopt.kernels.cuda.memory import (
+    WARP,
+    integer,
+    lane_and_warp,
+    last_at_most,
+    load,
+    load_vector,
+    store,
+)
 from fastopt.kernels.layout import (
     TABLE_DIM,
     TABLE_FIRST_POSITION,
@@ -38,7 +46,6 @@ SLOT_BITS = 7
 SLOT = 1 << SLOT_BITS  # sorted positions
 LONG = 2 * SLOT  # positions of a segment, above which it is summed up by slots
 TOGETHER = 4, 2, 1  # positions whose values are on their way at the same time
-VECTOR_BYTES = 16
 
 _INDEX = np.int32(0)
 _PLACES = {
@@ -151,7 +158,7 @@ def sum_slots(like: np.dtype) -> Any:
         lane, warp = lane_and_warp()
         own = np.int64(cuda.blockIdx.x) * WARPS + warp
         while own < slots:
-            t = array_of(bases, count, own)
+            t = last_at_most(bases, count, own)
             slot, row = own - integer(bases, t), tables + t * columns * 8
             table = row + ROWS_SHARED * 8
             dim, first = integer(table, TABLE_DIM), integer(table, TABLE_FIRST_POSITION) + slot * SLOT

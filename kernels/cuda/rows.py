@@ -21,8 +21,9 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
-from fastopt.kernels.cuda.dense import array_of, coding
+from fastopt.kernels.cuda.dense import coding
 from fastopt.kernels.cuda.elements import Code, prototypes
+from fastopt.kernels.cuda.lanes import group_sum, lane_bits
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.layout import (
     ROWS_ALIGNED,
@@ -34,10 +35,9 @@ from fastopt.kernels.cuda.layout import (
     ROWS_TABLE_ROWS,
 )
 from fastopt.kernels.cuda.memory import (
-    ALL_LANES,
-    WARP,
     integer,
     lane_and_warp,
+    last_at_most,
     load,
     meet,
     numbers_at,
@@ -68,16 +68,6 @@ WARP_BITS = 5
 _DOUBLE = np.float64(0)
 
 
-@register_jitable
-def group_sum(x, bits):
-    """The sum over the ``2**bits`` lanes of a group, with the same bits in each. All lanes have to come."""
-    for distance in (16, 8, 4, 2, 1):
-        y = cuda.shfl_xor_sync(ALL_LANES, x, distance)
-        if distance >> bits == 0:
-            x += y
-    return x
-
-
 @kernel("iiiii", THREADS)
 def update_rows(code: Code, mode: type, limits: bool) -> Any:
     """``(tables, columns, bases, count, numbers)``: update the rows of tables.
@@ -95,7 +85,7 @@ def update_rows(code: Code, mode: type, limits: bool) -> Any:
         lane, warp = lane_and_warp()
         block = np.int64(cuda.blockIdx.x)
         while block < integer(bases, count):
-            t = array_of(bases, count, block)
+            t = last_at_most(bases, count, block)
             own, place = tables + t * columns * 8, numbers + t * width * size
             table = own + ROWS_SHARED * 8
             own_h = unpack(h, numbers_at(h, place, like), like)
@@ -126,7 +116,7 @@ def lanes_of(vectors: RowVectors, dim: int) -> int:
     """2 to this are the lanes that take a row of ``dim`` elements."""
     if vectors.elements.coded:
         return WARP_BITS
-    return (min(-(-dim // vectors.length), WARP) - 1).bit_length()
+    return lane_bits(-(-dim // vectors.length))
 
 
 def _update_of_row(code: Code, mode: type, limits: bool) -> Callable:

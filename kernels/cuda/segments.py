@@ -31,3 +31,8 @@ class DeviceSegments(NamedTuple):
     first_position: int
     positions: int
     table_rows: int
+
+    @property
+    def own_bounds(self) -> int:
+        """The address of the table's two numbers of ``bounds``."""
+        return self.bounds.address + self.table * self.bounds.itemsize

@@ -18,9 +18,17 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
-from fastopt.kernels.cuda.dense import array_of
 from fastopt.kernels.cuda.launch import kernel
-from fastopt.kernels.cuda.memory import ALL_LANES, WARP, integer, lane_and_warp, load, meet, store
+from fastopt.kernels.cuda.memory import (
+    ALL_LANES,
+    WARP,
+    integer,
+    lane_and_warp,
+    last_at_most,
+    load,
+    meet,
+    store,
+)
 from fastopt.kernels.cuda.sums import THREADS, WARPS
 
 DIGIT_BITS = 8
@@ -92,7 +100,7 @@ def block_before(x, shared):
 def word_of(tables, count, i, position_bits):
     """The key of position ``i`` above the position: the table's first row plus the index or, if that is
     outside the table, plus the number of its rows."""
-    t, column = array_of(tables, count, i), count * 8
+    t, column = last_at_most(tables, count, i), count * 8
     own = tables + t * 8
     first, address = load(own + FIRST_POSITIONS * column, NUMBER), load(own + ADDRESSES * column, NUMBER)
     stride, itemsize = load(own + STRIDES * column, NUMBER), load(own + ITEMSIZES * column, NUMBER)

@@ -18,11 +18,17 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
-from fastopt.kernels.cuda.dense import array_of
 from fastopt.kernels.cuda.elements import Code, prototypes
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.layout import ARRAY_ALIGNED, ARRAY_SHARED, ARRAY_SIZE, array_columns
-from fastopt.kernels.cuda.memory import integer, lane_and_warp, load, numbers_at, store
+from fastopt.kernels.cuda.memory import (
+    integer,
+    lane_and_warp,
+    last_at_most,
+    load,
+    numbers_at,
+    store,
+)
 from fastopt.kernels.cuda.sums import THREADS, WARPS, block_sum
 from fastopt.kernels.cuda.vectors import Vectors
 from fastopt.kernels.element import trust_ratio, unpack
@@ -56,7 +62,7 @@ def sum_directions(code: Code) -> Any:
         lane, warp = lane_and_warp()
         block = np.int64(cuda.blockIdx.x)
         while block < integer(bases, arrays):
-            t = array_of(bases, arrays, block)
+            t = last_at_most(bases, arrays, block)
             p_unit = u_unit = one
             if again:
                 p_unit, u_unit = load(units + t * 16, one), load(units + t * 16 + 8, one)

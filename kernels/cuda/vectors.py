@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from fastopt.kernels.cuda.elements import Formats, Place, elements_of
+from fastopt.kernels.cuda.lanes import VECTOR_BYTES
 from fastopt.kernels.cuda.layout import PLACES
 from fastopt.kernels.cuda.memory import WARP, integer, load, load_vector, store, store_vector
 from fastopt.kernels.formats import BLOCK
 
 WORD = 4  # bytes
-VECTOR_BYTES = 16
 OF_BLOCK = f"(at >> {BLOCK.bit_length() - 1}) * 4"  # bytes of the scales before that of element ``at``
 MOST_OF_A_VECTOR = 8  # elements: more of them would not fit into the registers of a thread
 

@@ -42,6 +42,12 @@ def adafactor_direction(h, g, variance):
 
 
 @register_jitable
+def share_of(h, moment, mean):
+    """A row's share R_i / max(mean(R), eps1) of its matrix's moments."""
+    return moment / (h.smallest_mean if mean < h.smallest_mean else mean)
+
+
+@register_jitable
 def adafactor(h, p, g, variance):
     """Adafactor of a vector: v = beta2_t * v + (1 - beta2_t) * g^2, with beta2_t = 1 - t^beta2_decay."""
     variance = lerp(variance, g * g, h.one_minus_decay, h.decay)

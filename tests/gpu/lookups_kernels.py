@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fastopt.kernels.cuda import lookups
+from fastopt.kernels.cuda.lanes import VECTOR_BYTES
 from fastopt.kernels.cuda.launch import Kernel
 from fastopt.kernels.formats import BFLOAT16, HALF, PLAIN
 
@@ -20,7 +21,7 @@ def lookups_kernels() -> Iterator[tuple[str, str, Kernel]]:
         yield f"lookups: gather by {size} bytes", "twice its own", lookups.gather(size)
     for name, (kind, like) in READ.items():
         size = kind.itemsize(like)
-        for length in (lookups.VECTOR_BYTES // size, 1):
+        for length in (VECTOR_BYTES // size, 1):
             own = f"{name}, {length} at a time"
             yield f"lookups: pool {own}", str(size), lookups.pool(kind, like, length)
             yield f"lookups: maximum {own}", str(size), lookups.pool_max(kind, like, length)

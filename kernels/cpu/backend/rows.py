@@ -61,8 +61,8 @@ def catch_up(
     spec: Spec, stored: StoredTable, row_steps: RowSteps, step: int, segments: Segments | None
 ) -> RowsLaunch:
     """Have rows, those of ``segments`` or all, take the steps up to ``step`` that they missed."""
-    columns = {**_of_table(stored), **_of_row_steps(row_steps), "step": step + 1}
-    row = np.array(table_row(_places(stored), columns), np.int64)
+    columns = {**stored.columns(address), **row_steps.columns(address), "step": step + 1}
+    row = np.array(table_row(stored.places(address), columns), np.int64)
     count, dim = stored.table.shape
     listed = np.empty(0, np.int64) if segments is None else distinct_rows(segments)
     count = count if segments is None else listed.size
@@ -94,10 +94,10 @@ def _work_of(gradient: TableGradient) -> int:
 
 
 def _row_of_work(work: TableWork) -> list[int]:
-    columns = {**_of_gradient(work.gradient), **_of_table(work.stored), "step": work.step}
+    columns = {**_of_gradient(work.gradient), **work.stored.columns(address), "step": work.step}
     if work.row_steps is not None:
-        columns.update(_of_row_steps(work.row_steps))
-    return table_row(_places(work.stored), columns)
+        columns.update(work.row_steps.columns(address))
+    return table_row(work.stored.places(address), columns)
 
 
 def _of_gradient(gradient: TableGradient) -> dict[str, int]:
@@ -121,47 +121,6 @@ def _of_gradient(gradient: TableGradient) -> dict[str, int]:
         columns["weights"] = address(gradient.weights)
     if gradient.winners is not None:
         columns["winners"] = address(gradient.winners)
-    return columns
-
-
-def _of_table(stored: StoredTable) -> dict[str, int]:
-    columns = {
-        "parameter": address(stored.table),
-        "dim": stored.table.shape[1],
-        "position": stored.position,
-        "key": stored.key,
-    }
-    if stored.state:
-        first, _ = stored.state[0]
-        columns["state_stride"] = first.strides[0] // first.itemsize
-    if stored.master is not None:
-        columns["master"] = address(stored.master)
-    return columns
-
-
-def _places(stored: StoredTable) -> list[int]:
-    """Two addresses of each state array: of its elements, and of the scales of their codes or 0."""
-    places = []
-    for array, scales in stored.state:
-        places += [address(array), 0 if scales is None else address(scales)]
-    for array in stored.row_state:
-        places += [address(array), 0]
-    return places
-
-
-def _of_row_steps(row_steps: RowSteps) -> dict[str, int]:
-    columns = {
-        "row_steps": address(row_steps.counts),
-        "history": address(row_steps.history),
-        "history_rows": row_steps.history.shape[0],
-        "history_columns": row_steps.history.shape[1],
-        "history_base": row_steps.base,
-        "history_window": row_steps.window,
-    }
-    if row_steps.tabulated is not None:
-        columns["tabulated"] = address(row_steps.tabulated)
-        columns["tabulated_columns"] = row_steps.tabulated.shape[1]
-        columns["tabulated_from"] = row_steps.tabulated_from
     return columns
 
 

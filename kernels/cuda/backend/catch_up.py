@@ -9,13 +9,8 @@ import numpy as np
 from fastopt.kernels.cuda.array import DeviceArray, empty, upload
 from fastopt.kernels.cuda.backend.counts import CountTables
 from fastopt.kernels.cuda.backend.history import History
-from fastopt.kernels.cuda.backend.tables import (
-    of_row_steps,
-    of_segments,
-    of_table,
-    places_of,
-    rows_aligned,
-)
+from fastopt.kernels.cuda.backend.placed import place
+from fastopt.kernels.cuda.backend.tables import of_segments, rows_aligned
 from fastopt.kernels.cuda.catch_up import WARPS, catch_up_rows
 from fastopt.kernels.cuda.catch_up_loop import takes_whole_rows
 from fastopt.kernels.cuda.driver import driver
@@ -84,18 +79,18 @@ class CatchUpLaunch:
         self._device, self._code, self._kind = device, code_of(spec), type(spec.mode)
         rows, self._dim = stored.table.shape
         self._most = rows if segments is None else segments.positions
-        columns = {**of_table(stored), **of_row_steps(row_steps), "step": step + 1, "skipped": skipped}
+        columns = {**stored.columns(place), **row_steps.columns(place), "step": step + 1, "skipped": skipped}
         bounds = 0
         if segments is not None:
             columns |= of_segments(segments)
-            bounds = segments.bounds.address + segments.table * segments.bounds.itemsize
-        row = np.array(table_row(places_of(stored), columns), np.int64)
+            bounds = segments.own_bounds
+        row = np.array(table_row(stored.places(place), columns), np.int64)
         h, _ = spec.typed
         numbers = np.array(h, spec.compute)
         self._table = upload(device, np.concatenate([row.view(np.uint8), numbers.view(np.uint8)]))
         aligned = rows_aligned(RowVectors(spec.formats, spec.compute), stored)
-        place = self._table.address
-        self._given = place, place + row.nbytes, bounds, rows, rows, int(aligned), mark
+        own = self._table.address
+        self._given = own, own + row.nbytes, bounds, rows, rows, int(aligned), mark
         whole = self._kind is Loop and takes_whole_rows(spec.rule)
         self._of_warp = (1 + len(spec.rule.state_slots)) * self._dim * spec.compute.itemsize if whole else 0
         self._alive = stored, row_steps, segments

@@ -6,8 +6,8 @@ import numpy as np
 
 from fastopt.kernels.cuda import lookups
 from fastopt.kernels.cuda.array import DeviceArray, empty, zeros
-from fastopt.kernels.cuda.lookups import AHEAD, THREADS, VECTOR_BYTES
-from fastopt.kernels.cuda.memory import WARP
+from fastopt.kernels.cuda.lanes import VECTOR_BYTES, lane_bits, vector_length
+from fastopt.kernels.cuda.lookups import AHEAD, THREADS
 from fastopt.kernels.formats import BFLOAT16, HALF, PLAIN, Format
 
 MOST_BLOCKS = 2**20  # of a launch, each of which then takes several shares
@@ -20,18 +20,6 @@ def _read_as(table: DeviceArray) -> tuple[Format, np.dtype]:
     """The format of a table, and the dtype that its rows are read as."""
     small = _SMALL.get(table.dtype)
     return (PLAIN, table.dtype) if small is None else (small, _SINGLE)
-
-
-def _vector(itemsize: int, dim: int, *addresses: int) -> int:
-    """How many elements of rows a lane takes at a time: as many as 16 bytes hold, if all rows begin with a
-    whole vector."""
-    length = VECTOR_BYTES // itemsize
-    return 1 if dim % length or any(address % VECTOR_BYTES for address in addresses) else length
-
-
-def _lane_bits(vectors: int) -> int:
-    """2 to this are the lanes that take a row of so many vectors."""
-    return (min(vectors, WARP) - 1).bit_length()
 
 
 def _grid(shares: int, lane_bits: int) -> int:
@@ -55,7 +43,7 @@ class Lookups:
         if out.size:
             stride = dim * table.itemsize
             size = math.gcd(VECTOR_BYTES, table.address, out.address, stride)  # of the largest words
-            bits = _lane_bits(stride // size)
+            bits = lane_bits(stride // size)
             given = table.address, rows, stride // size, *_indices(indices), indices.size, bits, out.address
             grid = _grid(-(-indices.size // AHEAD), bits)
             lookups.gather(size).ready(self.device, grid, *given)()
@@ -75,8 +63,8 @@ class Lookups:
         bags, (rows, dim) = offsets.size - 1, table.shape
         out = empty(self.device, (bags, dim), table.dtype)
         if out.size:
-            length = _vector(table.itemsize, dim, table.address)
-            bits = _lane_bits(dim // length)
+            length = vector_length(table.itemsize, dim, table.address)
+            bits = lane_bits(dim // length)
             given = table.address, rows, dim, *_indices(indices), indices.size, offsets.address, bags
             how = 0 if weights is None else weights.address, int(mean), max(padding, -1), bits, out.address
             own = lookups.pool(*_read_as(table), length)
@@ -91,8 +79,8 @@ class Lookups:
         out = empty(self.device, (bags, dim), table.dtype)
         winners = empty(self.device, (bags, dim), np.int32)
         if out.size:
-            length = _vector(table.itemsize, dim, table.address)
-            bits = _lane_bits(dim // length)
+            length = vector_length(table.itemsize, dim, table.address)
+            bits = lane_bits(dim // length)
             given = table.address, rows, dim, *_indices(indices), indices.size, offsets.address, bags
             how = max(padding, -1), bits, out.address, winners.address
             own = lookups.pool_max(*_read_as(table), length)
@@ -116,8 +104,8 @@ class Lookups:
             return zeros(self.device, indices.size, like)
         out = empty(self.device, indices.size, like)
         if out.size:
-            length = _vector(table.itemsize, dim, table.address, grad_output.address)
-            bits = _lane_bits(dim // length)
+            length = vector_length(table.itemsize, dim, table.address, grad_output.address)
+            bits = lane_bits(dim // length)
             given = table.address, rows, dim, *_indices(indices), indices.size
             bags = bags_of.address, len(grad_output), 0 if scales is None else scales.address
             how = max(padding, -1), bits, grad_output.address, out.address

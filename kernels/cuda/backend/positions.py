@@ -6,12 +6,12 @@ from fastopt.kernels.cuda import bags
 from fastopt.kernels.cuda.array import DeviceArray, empty, zeros
 from fastopt.kernels.cuda.coalesce import coalesce
 from fastopt.kernels.cuda.indices import blocks_for
+from fastopt.kernels.cuda.lanes import lane_bits, vector_length
 from fastopt.kernels.cuda.limits import WARPS, limit_norms
 from fastopt.kernels.cuda.memory import WARP
 from fastopt.kernels.cuda.segments import DeviceSegments
 
 MOST_BLOCKS = 2048  # of a launch over rows, each of which then takes several groups of them
-VECTOR_BYTES = 16
 
 
 class Positions:
@@ -63,10 +63,11 @@ class Positions:
         """Scale those of the rows of segments whose norm is above ``max_norm`` down to it."""
         if not segments.positions or not table.size:
             return
-        length, bits = _lanes(table)
+        length = vector_length(table.itemsize, table.shape[1], table.address)
+        bits = lane_bits(table.shape[1] // length)
         per_block = WARPS * WARP >> bits
         blocks = min(-(-segments.positions // per_block), MOST_BLOCKS)
-        named = segments.rows.address, _bounds(segments), segments.first_row, segments.table_rows
+        named = segments.rows.address, segments.own_bounds, segments.first_row, segments.table_rows
         given = table.address, table.shape[1], bits, *named, blocks * per_block, float(max_norm)
         limit_norms(table.dtype, length).ready(self.device, blocks, *given)()
 
@@ -74,23 +75,10 @@ class Positions:
         """Put the sum of a segment's values in the place of its first, and zeros in those of the others."""
         if not segments.positions or not values.size:
             return
-        length, bits = _lanes(values)
+        length = vector_length(values.itemsize, values.shape[1], values.address)
+        bits = lane_bits(values.shape[1] // length)
         per_block = WARPS * WARP >> bits
         blocks = min(-(-segments.positions // per_block), MOST_BLOCKS)
-        named = segments.order.address, segments.starts.address, _bounds(segments), segments.first_position
+        named = segments.order.address, segments.starts.address, segments.own_bounds, segments.first_position
         given = values.address, values.shape[1], bits, *named
         coalesce(values.dtype, length).ready(self.device, blocks, *given)()
-
-
-def _lanes(array: DeviceArray) -> tuple[int, int]:
-    """How many elements of a row of a C-contiguous array are read at once, and 2 to the power of what are the
-    lanes that take one."""
-    length, dim = VECTOR_BYTES // array.itemsize, array.shape[1]
-    if array.address % VECTOR_BYTES or dim % length:
-        length = 1
-    return length, (min(dim // length, WARP) - 1).bit_length()
-
-
-def _bounds(segments: DeviceSegments) -> int:
-    """The address of which segments are the table's."""
-    return segments.bounds.address + segments.table * segments.bounds.itemsize

@@ -8,10 +8,10 @@ import numpy as np
 from fastopt.kernels.cuda.array import empty, upload
 from fastopt.kernels.cuda.backend.catch_up import MOST_BLOCKS, CatchUpLaunch
 from fastopt.kernels.cuda.backend.placed import place
-from fastopt.kernels.cuda.backend.tables import of_row_steps, of_segments, of_table, places_of, rows_aligned
+from fastopt.kernels.cuda.backend.tables import of_segments, rows_aligned
 from fastopt.kernels.cuda.elements import code_of
-from fastopt.kernels.cuda.layout import ROWS_SHARED
-from fastopt.kernels.cuda.row_sums import LONG, SLOT, THREADS, VECTOR_BYTES, WARPS, sum_slots
+from fastopt.kernels.cuda.lanes import VECTOR_BYTES
+from fastopt.kernels.cuda.row_sums import LONG, SLOT, THREADS, WARPS, sum_slots
 from fastopt.kernels.cuda.row_vectors import RowVectors
 from fastopt.kernels.cuda.rows import ROUNDS, lanes_of, update_rows
 from fastopt.kernels.cuda.settings import Settings
@@ -113,7 +113,7 @@ def _row_of(work: TableWork, vectors: RowVectors, lane_bits: int, sums: int) -> 
     """What kernels are told of a table (see layout.py)."""
     stored, gradient, segments = work.stored, work.gradient, work.gradient.segments
     columns = {
-        **of_table(stored),
+        **stored.columns(place),
         **of_segments(segments),
         "values": place(gradient.values),
         "order": place(segments.order),
@@ -129,10 +129,15 @@ def _row_of(work: TableWork, vectors: RowVectors, lane_bits: int, sums: int) -> 
     else:
         columns |= {"source": place(gradient.source), "source_origin": segments.first_position}
     if work.row_steps is not None:
-        columns |= of_row_steps(work.row_steps)
-    own = [0] * ROWS_SHARED
+        columns |= work.row_steps.columns(place)
     aligned = rows_aligned(vectors, stored) and place(gradient.values) % VECTOR_BYTES == 0
     limit = int(np.float64(work.limit).view(np.int64))
-    bounds = segments.bounds.address + segments.table * segments.bounds.itemsize
-    own = [bounds, segments.table_rows, int(aligned), lane_bits, sums if _slots(gradient) else 0, limit]
-    return [*own, *table_row(places_of(stored), columns)]
+    own = [
+        segments.own_bounds,
+        segments.table_rows,
+        int(aligned),
+        lane_bits,
+        sums if _slots(gradient) else 0,
+        limit,
+    ]
+    return [*own, *table_row(stored.places(place), columns)]
