@@ -23,15 +23,15 @@ THREADS = {(7, 5): 1024, (8, 0): 2048, (9, 0): 2048, (10, 0): 2048}  # that a mu
 PTXAS = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "ptxas")
 
 
-def assembled(kernel: Kernel, cc: tuple[int, int]) -> str:
-    """What ptxas says of a kernel.
+def assembled(kernel: Kernel, text: str, cc: tuple[int, int]) -> str:
+    """What ptxas says of a kernel, the PTX of which is ``text``.
 
     Raises:
         RuntimeError: it refuses it.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
-        source.write_text(kernel.code(cc)[0])
+        source.write_text(text)
         limit = [] if kernel.most_registers is None else [f"-maxrregcount={kernel.most_registers}"]
         command = [PTXAS, "-v", f"-arch=sm_{cc[0]}{cc[1]}", *limit, "-o", Path(folder, "cubin"), source]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -56,7 +56,7 @@ def lines() -> Iterator[list[str]]:
     for name, bytes_an_element, kernel in every_kernel():
         cells = []
         for cc in CAPABILITIES:
-            own = registers(assembled(kernel, cc))
+            own = registers(assembled(kernel, kernel.code(cc)[0], cc))
             cells.append(f"{own} ({occupancy(own, kernel.threads, cc):.0%})")
         yield [name, bytes_an_element, *cells]
 

@@ -1,8 +1,13 @@
 import os
+import signal
 
 import numba
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A shell lets what it runs in the background ignore SIGINT, which tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Kernels compile at their first use, so no example has a deadline and the first may be slow.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}

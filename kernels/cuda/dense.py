@@ -106,9 +106,15 @@ def _update_of_run(vectors: Vectors) -> Callable:
     if elements.coded:
         lines += coding(vectors)
     names = {**vectors.names, "element": elements.element, "encode": elements.encode, "meet": meet}
-    names |= {"larger": larger, "scale_from": scale_from, "warp_max": warp_max}
+    names |= {"larger_if": larger_if, "scale_from": scale_from, "warp_max": warp_max}
     arguments = "h, c, row, aligned, at, last, key, position, lane, zero_grads"
     return define("update_run", arguments, *lines, "return None", **names)
+
+
+@register_jitable
+def larger_if(counts, largest, x):
+    """What :func:`larger` gives for the number ``x``, if that counts."""
+    return larger(largest, x) if counts else largest
 
 
 def coding(vectors: Vectors) -> list[str]:
@@ -118,9 +124,8 @@ def coding(vectors: Vectors) -> list[str]:
     lines = [f"l{k} = np.uint32(0)" for k in coded]
     for j in range(vectors.count):
         for e in range(vectors.length):
-            lines.append(f"if i{j} + {e} < last:")
             found = zip(numbers, coded, strict=True)
-            lines += [f"    l{k} = larger(l{k}, n{j}_{e}[{m}])" for m, k in found]
+            lines += [f"l{k} = larger_if(i{j} + {e} < last, l{k}, n{j}_{e}[{m}])" for m, k in found]
     for k in coded:
         lines += [f"z{k} = scale_from(warp_max(l{k}))", f"w{k} = inverse{k}(z{k})"]
     lines += ["meet()", "if lane == 0:"]  # every lane has read the scales that the first one writes

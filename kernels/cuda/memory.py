@@ -121,6 +121,20 @@ def add_at(context: Any, address: Any, value: Any) -> Any:
 
 
 @register_jitable
+def load_if(inside, address, zero):
+    """The same where it is ``inside``, else ``zero``: a branch of its own, which costs the compiler less than
+    one in the middle of a long function."""
+    return load(address, zero) if inside else zero
+
+
+@register_jitable
+def store_if(inside, address, value):
+    """Store a number where it is ``inside``."""
+    if inside:
+        store(address, value)
+
+
+@register_jitable
 def integer(table, column):
     """The int64 number in a column of a row of integers at the address ``table``."""
     return load(table + column * 8, np.int64(0))

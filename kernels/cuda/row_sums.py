@@ -7,6 +7,7 @@ the sum is then that of its head, of the slots' sums and of its tail. So the ord
 the segment alone, whatever the grid.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastopt.kernels.cuda.memory import (
     lane_and_warp,
     last_at_most,
     load,
+    load_if,
     load_vector,
     store,
 )
@@ -67,6 +69,13 @@ def bounds_of(table, segment):
     return np.int64(load(place, _INDEX)), np.int64(load(place + 4, _INDEX))
 
 
+@register_jitable
+def added_if(counts, total, x):
+    """A sum with the number ``x``, if that counts."""
+    return total + x if counts else total
+
+
+@functools.cache  # all kernels call the same one, which is compiled once
 def gradient_of(like: np.dtype, length: int, whole: bool) -> Callable:
     """``(table, j, last, d, end, slots)``: a tuple, the sum over the sorted positions from ``j`` up to
     ``last`` of ``length`` columns from ``d`` on.
@@ -79,15 +88,14 @@ def gradient_of(like: np.dtype, length: int, whole: bool) -> Callable:
     def values_at(place: str, name: str) -> list[str]:
         if whole:
             return [f"{name} = load_vector({place}, zero, {length})"]
-        each = (f"load({place} + {e * size}, zero) if d + {e} < end else zero" for e in columns)
+        each = (f"load_if(d + {e} < end, {place} + {e * size}, zero)" for e in columns)
         return [f"{name} = ({', '.join(each)},)"]
 
     def add(count: int) -> list[str]:
         """Lines that add the values of ``count`` positions from ``j`` on."""
         lines = [f"a{u} = np.int64(load(source + (j + {u}) * 4, index)) - base" for u in range(count)]
         lines += [
-            f"w{u} = load(weights + (j + {u} - origin) * {size}, zero) if weights else one"
-            for u in range(count)
+            f"w{u} = load_if(weights != 0, weights + (j + {u} - origin) * {size}, one)" for u in range(count)
         ]
         for u in range(count):
             lines += values_at(f"values + (a{u} * dim + d) * {size}", f"v{u}")
@@ -99,15 +107,15 @@ def gradient_of(like: np.dtype, length: int, whole: bool) -> Callable:
     won += ["p = np.int64(load(order + j * 4, index)) - origin"]
     won += values_at(f"values + (a * dim + d) * {size}", "v")
     for e in columns:
-        inside = "" if whole else f"d + {e} < end and "
-        won.append(f"if {inside}load(winners + (a * dim + d + {e}) * 4, index) == p:")
-        won.append(f"    g{e} = g{e} + v[{e}]")
+        inside = "True" if whole else f"d + {e} < end"
+        winner = f"load_if({inside}, winners + (a * dim + d + {e}) * 4, none)"
+        won.append(f"g{e} = added_if({winner} == p, g{e}, v[{e}])")
     most, *fewer = TOGETHER
     ranges = [f"while j + {most} <= stop:", *(f"    {line}" for line in [*add(most), f"j += {most}"])]
     for count in fewer:
         ranges += [f"if j + {count} <= stop:", *(f"    {line}" for line in [*add(count), f"j += {count}"])]
     slot = f"slots + (s * dim + d) * {size}"
-    return define(
+    gradient = define(
         "gradient",
         "table, j, last, d, end, slots",
         *(f"{name} = integer(table, {column})" for name, column in _PLACES.items()),
@@ -132,14 +140,18 @@ def gradient_of(like: np.dtype, length: int, whole: bool) -> Callable:
         "        s += 1",
         "    j, stop = resume, last",
         f"return ({''.join(f'g{e}, ' for e in columns)})",
+        added_if=added_if,
         load=load,
+        load_if=load_if,
         load_vector=load_vector,
         integer=integer,
         np=np,
         index=_INDEX,
+        none=np.int32(-1),
         zero=like.type(0),
         one=like.type(1),
     )
+    return register_jitable(gradient)
 
 
 @kernel("iiiii", THREADS)
@@ -150,7 +162,7 @@ def sum_slots(like: np.dtype) -> Any:
     that of all; slots: how many there are.
     """
     length, size = VECTOR_BYTES // like.itemsize, like.itemsize
-    whole, part = (register_jitable(gradient_of(like, length, own)) for own in (True, False))
+    whole, part = (gradient_of(like, length, own) for own in (True, False))
     lines = [f"if d + {e} < dim: store(place + {e * size}, g[{e}])" for e in range(length)]
     store_sum = register_jitable(define("store_sum", "place, d, dim, g", *lines, "return None", store=store))
 

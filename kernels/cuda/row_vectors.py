@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from fastopt.kernels.cuda.dense import coding
+from fastopt.kernels.cuda.dense import coding, larger_if
 from fastopt.kernels.cuda.elements import Code, Formats, Place
 from fastopt.kernels.cuda.memory import integer, load, meet, store, warp_max
 from fastopt.kernels.cuda.vectors import OF_BLOCK, Vectors
-from fastopt.kernels.formats import blocks_of, larger, scale_from
+from fastopt.kernels.formats import blocks_of, scale_from
 from fastopt.kernels.layout import (
     TABLE_DIM,
     TABLE_MASTER,
@@ -40,7 +40,7 @@ class RowVectors(Vectors):
         self.names |= {"open_element": open_element, "close_element": self.elements.close}
         self.names |= {"blocks_of": blocks_of, "nothing": (members[1].zero(like),) * self.length}
         self.names |= {"encode": self.elements.encode, "meet": meet, "warp_max": warp_max}
-        self.names |= {"larger": larger, "scale_from": scale_from}
+        self.names |= {"larger_if": larger_if, "scale_from": scale_from}
 
     def column(self, place: Place) -> int:
         if place.array == 0:

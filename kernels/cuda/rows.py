@@ -182,7 +182,7 @@ def _pass(
 ) -> Callable:
     """A function of a part of a row, with these arguments before those of every pass, in which the lines
     find the row's elements and, as its array 1, their gradient."""
-    whole, part = (register_jitable(gradient_of(like, vectors.length, own)) for own in (True, False))
+    whole, part = (gradient_of(like, vectors.length, own) for own in (True, False))
     opening = vectors.opening()
     for j in range(vectors.count):
         opening += vectors.reads(j, vectors.own)

@@ -9,11 +9,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numba.extending import register_jitable
 
 from fastopt.kernels.cuda.elements import Formats, Place, elements_of
 from fastopt.kernels.cuda.lanes import VECTOR_BYTES
 from fastopt.kernels.cuda.layout import PLACES
-from fastopt.kernels.cuda.memory import WARP, integer, load, load_vector, store, store_vector
+from fastopt.kernels.cuda.memory import (
+    WARP,
+    integer,
+    load,
+    load_if,
+    load_vector,
+    store,
+    store_if,
+    store_vector,
+)
 from fastopt.kernels.formats import BLOCK
 
 WORD = 4  # bytes
@@ -35,14 +45,39 @@ def packed(place: Place, values: Sequence[str]) -> str:
     """The expression of a vector of these values."""
     if not is_packed(place, len(values)):
         return f"({', '.join(values)},)"
-    per_word, words = WORD // place.itemsize, []
-    for first in range(0, len(values), per_word):
-        parts = (
-            f"np.uint32(np.uint32({value}) << np.uint32({8 * place.itemsize * k}))"
-            for k, value in enumerate(values[first : first + per_word])
-        )
-        words.append(f"np.uint32({' | '.join(parts)})")
+    per_word = WORD // place.itemsize
+    words = (
+        f"word_of_{per_word}({', '.join(values[first : first + per_word])})"
+        for first in range(0, len(values), per_word)
+    )
     return f"({', '.join(words)},)"
+
+
+@register_jitable
+def word_of_2(a, b):
+    """A word of two numbers of 16 bits, the first in its low half."""
+    return np.uint32(np.uint32(a) | np.uint32(np.uint32(b) << np.uint32(16)))
+
+
+@register_jitable
+def word_of_4(a, b, c, d):
+    """A word of four numbers of 8 bits, the first in its low byte."""
+    return word_of_2(
+        np.uint32(a) | np.uint32(np.uint32(b) << np.uint32(8)),
+        np.uint32(c) | np.uint32(np.uint32(d) << np.uint32(8)),
+    )
+
+
+@register_jitable
+def half_of(word, k):
+    """Number ``k`` of the two in a word."""
+    return np.uint16(np.uint32(word >> np.uint32(16 * k)))
+
+
+@register_jitable
+def quarter_of(word, k):
+    """Number ``k`` of the four in a word."""
+    return np.uint8(np.uint32(word >> np.uint32(8 * k)))
 
 
 class Vectors:
@@ -69,6 +104,8 @@ class Vectors:
         self.run = run or (BLOCK if self.elements.coded else of_warp)
         self.count = self.run // of_warp
         self.names: dict[str, Any] = {"np": np, "integer": integer, "load": load, "store": store}
+        self.names |= {"load_if": load_if, "store_if": store_if, "word_of_2": word_of_2}
+        self.names |= {"word_of_4": word_of_4, "half_of": half_of, "quarter_of": quarter_of}
         self.names |= {"load_vector": load_vector, "store_vector": store_vector}
         self.names |= {f"zero_{_name(place)}": place.zero for place in self._places}
         coded = zip(self.elements.coded, self.elements.factors, self.elements.inverses, strict=True)
@@ -112,8 +149,7 @@ class Vectors:
                 continue
             target, zero = f"    v{j}_{place.array} = ", f"zero_{_name(place)}"
             each = [
-                f"(load({_address(place, j, e)}, {zero}) if i{j} + {e} < last else {zero})"
-                for e in range(self.length)
+                f"load_if(i{j} + {e} < last, {_address(place, j, e)}, {zero})" for e in range(self.length)
             ]
             part.append(target + packed(place, each))
             kind, count = zero, self.length
@@ -137,10 +173,9 @@ class Vectors:
             lines.append(f"{vector} = {packed(place, each)}")
             whole.append(f"    store_vector({_address(place, j)}, {vector})")
         for e in range(self.length):
-            part.append(f"    if i{j} + {e} < last:")
             for m, place in places:
                 number = self._element(place, f"{values}{j}of{m}", e)
-                part.append(f"        store({_address(place, j, e)}, {number})")
+                part.append(f"    store_if(i{j} + {e} < last, {_address(place, j, e)}, {number})")
         return [*lines, f"if whole{j}:", *whole, "else:", *part]
 
     def clearing(self, j: int) -> list[str]:
@@ -148,7 +183,7 @@ class Vectors:
         place = self.elements.inputs[1]
         zero = f"zero_{_name(place)}"
         part = (
-            f"    if i{j} + {e} < last: store({_address(place, j, e)}, {zero})" for e in range(self.length)
+            f"    store_if(i{j} + {e} < last, {_address(place, j, e)}, {zero})" for e in range(self.length)
         )
         whole = f"    store_vector({_address(place, j)}, {packed(place, [zero] * self.length)})"
         return [f"if whole{j}:", whole, "else:", *part]
@@ -157,8 +192,9 @@ class Vectors:
         """The expression of an element of a vector."""
         if not is_packed(place, self.length):
             return f"{vector}[{e}]"
-        word, byte = divmod(e * place.itemsize, WORD)
-        return f"np.{type(place.zero).__name__}(np.uint32({vector}[{word}] >> np.uint32({8 * byte})))"
+        per_word = WORD // place.itemsize
+        part = {2: "half_of", 4: "quarter_of"}[per_word]
+        return f"{part}({vector}[{e // per_word}], {e % per_word})"
 
 
 def _name(place: Place) -> str:

@@ -49,7 +49,7 @@ def test_kernels_are_lean(name, cc):
         assert [one for one in found if one.startswith("fma.rn.f")] == []  # rounded twice, as on the CPU
     if name.startswith("dense: ") and "float64" not in name:
         assert [one for one in found if "f64" in one] == []
-    report = assembled(KERNELS[name], cc)
+    report = assembled(KERNELS[name], text, cc)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
     assert registers(report) <= MOST_REGISTERS
 

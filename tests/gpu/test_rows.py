@@ -443,6 +443,28 @@ def test_rows_take_the_steps_that_they_missed_first(rule):
     np.testing.assert_array_equal(sides[1].got()[-1], last_step)
 
 
+def test_missed_steps_and_the_update_round_with_different_random_bits():
+    """Both are rounded; the first with those of the complement of the update's key."""
+    case = Case(rules.ADAM, Scaled, (64,), (PLAIN, PLAIN, STOCHASTIC, STOCHASTIC))
+    together, apart, same = (Side(DEVICE, case) for _ in range(3))
+    for side, key in ((together, None), (apart, ~KEY), (same, KEY)):
+        last_step = side.put(np.full(ROWS, 1))
+        history = DEVICE.History(case.rule, case.decay, dict(OPTIONS), 0)
+        for _ in range(5):
+            DEVICE.run(history.advance(0.03))
+        row_steps = history.of_rows(last_step, len(INDICES), np.dtype(np.float32))
+        spec = case.spec(6, mode=history.kind())
+        [work] = side.works(spec, row_steps)
+        if key is not None:
+            given = work.stored._replace(key=key), row_steps, 5, side.gradients[0].segments
+            launch = DEVICE.catch_up(spec, *given)
+            DEVICE.run(launch.prepare())
+        launch = DEVICE.update_rows(spec, [work._replace(step=6)])
+        DEVICE.run(launch.prepare())
+    assert_same([together, apart])
+    assert any((one != other).any() for one, other in zip(together.got(), same.got(), strict=True))
+
+
 def test_nothing_is_launched_for_nothing():
     for case, indices in ((Case(rules.ADAM, L2, (0,)), [[1]]), (Case(rules.ADAM, L2, (4,)), [[]])):
         side = Side(DEVICE, case, [np.array(own, np.int64) for own in indices])
