@@ -27,7 +27,7 @@ from fastopt.kernels.cuda.memory import (
     numbers_at,
     store,
 )
-from fastopt.kernels.cuda.row_vectors import RowVectors, row_slots
+from fastopt.kernels.cuda.row_vectors import row_slots, row_vectors
 from fastopt.kernels.element import unpack
 from fastopt.kernels.intrinsics import view_2d
 from fastopt.kernels.layout import (
@@ -123,7 +123,7 @@ def _all_at_once(code: Code, kind: type) -> Callable:
     """The function that has a row take the steps after ``first`` in one go, and returns what becomes of its
     state of one element a row."""
     mode, like, size, width = kind(), code.compute.type(0), code.compute.itemsize, coefficient_count(kind)
-    vectors, (load_row, _) = RowVectors(code.formats, code.compute), row_slots(code)
+    vectors, (load_row, _) = row_vectors(code.formats, code.compute), row_slots(code)
     lines = vectors.loads()
     for j, e in vectors.elements_of_lane():
         numbers = ", ".join(f"x{j}_{e}[{n}]" for n in range(len(vectors.own)))

@@ -13,7 +13,7 @@ from numba.extending import register_jitable
 
 from fastopt.kernels.cuda.elements import Code, prototypes
 from fastopt.kernels.cuda.memory import WARP, integer, load, load_each, meet, store, warp_sum
-from fastopt.kernels.cuda.row_vectors import RowVectors, row_slots
+from fastopt.kernels.cuda.row_vectors import row_slots, row_vectors
 from fastopt.kernels.element import (
     direction,
     regularise,
@@ -75,7 +75,7 @@ def _step(function: str, h_and_c: str, numbers: str, slots: int, row_values: str
 
 
 def _of_elements(code: Code) -> Callable:
-    vectors, slots = RowVectors(code.formats, code.compute), len(RULES[code.h].state_slots)
+    vectors, slots = row_vectors(code.formats, code.compute), len(RULES[code.h].state_slots)
     lines = [*vectors.loads(), "for step in range(first + 1, final + 1):"]
     lines.append("    own_h, own_c = numbers_of(table, step)")
     for j, e in vectors.elements_of_lane():
@@ -100,7 +100,7 @@ def _of_elements(code: Code) -> Callable:
 
 
 def _of_rows(code: Code) -> Callable:
-    vectors, rule, like = RowVectors(code.formats, code.compute), RULES[code.h], code.compute.type(0)
+    vectors, rule, like = row_vectors(code.formats, code.compute), RULES[code.h], code.compute.type(0)
     size, run, numbers_of = code.compute.itemsize, vectors.run, _numbers_of(code)
     arrays = len(vectors.own)
     places = [f"memory + ({n} * last + i{{0}} + {{1}}) * {size}" for n in range(arrays)]

@@ -1,5 +1,6 @@
 """Source of how the lanes of a warp read and write a row of a table and of its state."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,6 +85,9 @@ class RowVectors(Vectors):
         last, key, position, lane``."""
         given = ", ".join(["table, row, aligned, at, last, key, position, lane", *arguments])
         return register_jitable(define("of_run", given, *lines, "return None", **self.names, **names))
+
+
+row_vectors = functools.cache(RowVectors)  # the functions of formats are defined, and compiled, once
 
 
 def _open_element(read: Callable, own: Sequence[int], like: np.dtype) -> Callable:

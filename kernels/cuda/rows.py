@@ -45,7 +45,7 @@ from fastopt.kernels.cuda.memory import (
     warp_max,
 )
 from fastopt.kernels.cuda.row_sums import THREADS, bounds_of, gradient_of
-from fastopt.kernels.cuda.row_vectors import RowVectors, row_slots
+from fastopt.kernels.cuda.row_vectors import RowVectors, row_slots, row_vectors
 from fastopt.kernels.element import NORM_EPS, regularise, rescaled, trust_ratio, unpack
 from fastopt.kernels.layout import (
     TABLE_DIM,
@@ -123,7 +123,7 @@ def _update_of_row(code: Code, mode: type, limits: bool) -> Callable:
     """``(h, c, own, table, row, first, last, lane, bits)``: update a row with the gradient of the sorted
     positions from ``first`` up to ``last``. A row below 0 is none: its lanes come along."""
     rule, like = RULES[code.h], code.compute.type(0)
-    vectors = RowVectors(code.formats, code.compute)
+    vectors = row_vectors(code.formats, code.compute)
     update = _final_pass(vectors, code.compute)
     names: dict[str, Any] = {}
     lines = [

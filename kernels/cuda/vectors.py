@@ -5,6 +5,7 @@ Elements of 8 and 16 bits are kept in words, as they come: a register for each w
 many.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,6 +113,7 @@ class Vectors:
         for k, factor, inverse in coded:
             self.names |= {f"factor{k}": factor, f"inverse{k}": inverse}
 
+    @functools.cached_property
     def aligned(self) -> dict[int, int]:
         """By column of layout.py, to how many bytes addresses have to be aligned for whole vectors."""
         return {self.column(place): self.length * place.itemsize for place in self._places}

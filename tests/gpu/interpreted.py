@@ -45,6 +45,11 @@ class Interpreted:
         if self._lent.pop(address, None):
             self.memory.remove(address)
 
+    @property
+    def owned(self) -> list[int]:
+        """The addresses of memory that was allocated, and not freed."""
+        return list(self._owned)
+
     def version(self) -> str:
         return "interpreted"
 

@@ -98,6 +98,23 @@ def trained(run: Run, put: Any) -> tuple[list[Any], dict]:
     return params, opt.state_dict()
 
 
+@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_later_steps_make_no_kernels(device, kind, monkeypatch):
+    """Each source that is made is one more function of Numba's, which it never forgets."""
+    run, step = Run("adam", kind, "float32", None, False), fastopt.Adam.step
+
+    def guarded(opt: Any, *given: Any, **options: Any) -> Any:
+        if opt.steps == 0:
+            return step(opt, *given, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr("builtins.exec", lambda *_: pytest.fail("source was made"))
+            return step(opt, *given, **options)
+
+    monkeypatch.setattr(fastopt.Adam, "step", guarded)
+    trained(run, device().put)
+
+
 def assert_like(got: np.ndarray, want: np.ndarray, exact: bool, spacing: float) -> None:
     """The same bits, or, of sums in another order, numbers nearby, ``spacing`` being that of the numbers that
     are rounded; of codes, one may be rounded the other way."""

@@ -15,7 +15,7 @@ from fastopt.kernels.cuda.catch_up import WARPS, catch_up_rows
 from fastopt.kernels.cuda.catch_up_loop import takes_whole_rows
 from fastopt.kernels.cuda.driver import driver
 from fastopt.kernels.cuda.elements import code_of
-from fastopt.kernels.cuda.row_vectors import RowVectors
+from fastopt.kernels.cuda.row_vectors import row_vectors
 from fastopt.kernels.cuda.segments import DeviceSegments
 from fastopt.kernels.layout import table_row
 from fastopt.kernels.rule import Loop, Rule
@@ -88,7 +88,7 @@ class CatchUpLaunch:
         h, _ = spec.typed
         numbers = np.array(h, spec.compute)
         self._table = upload(device, np.concatenate([row.view(np.uint8), numbers.view(np.uint8)]))
-        aligned = rows_aligned(RowVectors(spec.formats, spec.compute), stored)
+        aligned = rows_aligned(row_vectors(spec.formats, spec.compute), row.tolist())
         own = self._table.address
         self._given = own, own + row.nbytes, bounds, rows, rows, int(aligned), mark
         whole = self._kind is Loop and takes_whole_rows(spec.rule)

@@ -66,7 +66,7 @@ class PlacedLaunch:
         if np.array_equal(places, given):
             return
         places[...] = given
-        widths = self._vectors.aligned()
+        widths = self._vectors.aligned
         aligned = self._table[:, [*widths]] % [*widths.values()] == 0
         self._table[:, ARRAY_ALIGNED] = aligned.all(axis=1) & (self._row % self._vectors.length == 0)
         self._moved = True

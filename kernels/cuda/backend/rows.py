@@ -12,7 +12,7 @@ from fastopt.kernels.cuda.backend.tables import of_segments, rows_aligned
 from fastopt.kernels.cuda.elements import code_of
 from fastopt.kernels.cuda.lanes import VECTOR_BYTES
 from fastopt.kernels.cuda.row_sums import LONG, SLOT, THREADS, WARPS, sum_slots
-from fastopt.kernels.cuda.row_vectors import RowVectors
+from fastopt.kernels.cuda.row_vectors import RowVectors, row_vectors
 from fastopt.kernels.cuda.rows import ROUNDS, lanes_of, update_rows
 from fastopt.kernels.cuda.settings import Settings
 from fastopt.kernels.layout import table_row
@@ -44,7 +44,7 @@ class RowsLaunch:
         if not self._works:
             return ()
         device, spec, works = self._device, self._spec, self._works
-        code, vectors = code_of(spec), RowVectors(spec.formats, spec.compute)
+        code, vectors = code_of(spec), row_vectors(spec.formats, spec.compute)
         settings = Settings(device, code, len(works))
         settings.host[...] = [work.numbers for work in works]
         settings.upload()
@@ -131,7 +131,8 @@ def _row_of(work: TableWork, vectors: RowVectors, lane_bits: int, sums: int) -> 
         columns |= {"source": place(gradient.source), "source_origin": segments.first_position}
     if work.row_steps is not None:
         columns |= work.row_steps.columns(place)
-    aligned = rows_aligned(vectors, stored) and place(gradient.values) % VECTOR_BYTES == 0
+    shared = table_row(stored.places(place), columns)
+    aligned = rows_aligned(vectors, shared) and columns["values"] % VECTOR_BYTES == 0
     limit = int(np.float64(work.limit).view(np.int64))
     own = [
         segments.own_bounds,
@@ -141,4 +142,4 @@ def _row_of(work: TableWork, vectors: RowVectors, lane_bits: int, sums: int) -> 
         sums if _slots(gradient) else 0,
         limit,
     ]
-    return [*own, *table_row(stored.places(place), columns)]
+    return [*own, *shared]

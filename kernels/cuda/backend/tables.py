@@ -1,10 +1,11 @@
 """What kernels are told of a table on a device: its columns of ``fastopt.kernels.layout``."""
 
+from collections.abc import Sequence
+
 from fastopt.kernels.cuda.backend.placed import place
 from fastopt.kernels.cuda.row_vectors import RowVectors
 from fastopt.kernels.cuda.segments import DeviceSegments
-from fastopt.kernels.layout import table_row
-from fastopt.kernels.work import StoredTable
+from fastopt.kernels.layout import TABLE_DIM, TABLE_STATE_STRIDE
 
 
 def of_segments(segments: DeviceSegments) -> dict[str, int]:
@@ -12,10 +13,8 @@ def of_segments(segments: DeviceSegments) -> dict[str, int]:
     return {"rows": place(segments.rows), "first_row": segments.first_row}
 
 
-def rows_aligned(vectors: RowVectors, stored: StoredTable) -> bool:
-    """Whether each row allows loads and stores of whole vectors."""
-    columns = stored.columns(place)
-    row = table_row(stored.places(place), columns)
-    addresses = all(row[column] % size == 0 for column, size in vectors.aligned().items())
-    strides = columns["dim"], columns.get("state_stride", 0)
+def rows_aligned(vectors: RowVectors, table: Sequence[int]) -> bool:
+    """Whether each row of a table, which has these columns, allows loads and stores of whole vectors."""
+    addresses = all(table[column] % size == 0 for column, size in vectors.aligned.items())
+    strides = table[TABLE_DIM], table[TABLE_STATE_STRIDE]
     return addresses and all(stride % vectors.length == 0 for stride in strides)
