@@ -1,7 +1,7 @@
 """How fast are updates on this machine's GPU? ``python bench/gpu.py [part of a name]``.
 
 Each line has the time that the bytes of an update take at the bandwidth of a copy, measured here, beside
-the time measured, and torch's in turns with it. Times are of CUDA events, medians of ROUNDS turns. Before
+the time measured, and in turns with it torch's, and FBGEMM's where it is installed. Times are of CUDA events, medians of ROUNDS turns. Before
 each call the second-level cache is filled with other data, and the device is kept busy until the host has
 launched all of the call, so that the host's time is not in it; the host's is a line of its own.
 """
@@ -148,6 +148,34 @@ def table_case(rows: int, dim: int, count: int, kind: str, optimizer: str, state
     return Case(f"{optimizer}, {rows:,} x {dim}, {count:,} {kind} indices", calls, moved)
 
 
+def fbgemm_calls(
+    indices: list[torch.Tensor], offsets: torch.Tensor, outputs: list[torch.Tensor], rows: int
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    """FBGEMM's forward, and its backward with Adam, over a table for each of ``indices``, which all have bags
+    of the same offsets; nothing where it is not installed."""
+    try:
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            EmbeddingLocation,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+    except ImportError:
+        return {}, {}
+    table = rows, outputs[0].shape[1], EmbeddingLocation.DEVICE, ComputeDevice.CUDA
+    operator = SplitTableBatchedEmbeddingBagsCodegen(
+        [table] * len(indices), optimizer=EmbOptimType.ADAM, learning_rate=1e-3
+    )
+    # One list of the indices of all tables, one after the other, and outputs side by side.
+    firsts = [offsets + k * len(own) for k, own in enumerate(indices)]
+    together = torch.cat(indices), torch.cat([*firsts, firsts[-1][:1] + len(indices[-1])])
+    grad_output, looked_up = torch.cat(outputs, dim=1), operator(*together)
+    return (
+        {"FBGEMM": lambda: operator(*together)},
+        {"FBGEMM": lambda: looked_up.backward(grad_output, retain_graph=True)},
+    )
+
+
 def bags_case() -> tuple[Case, Case]:
     """10 tables of 1.68 M rows of 128, 1.05 M power-law lookups in all: forward, and backward with Adam.
 
@@ -168,14 +196,15 @@ def bags_case() -> tuple[Case, Case]:
         for weight, own in zip(weights, indices, strict=True):
             fastopt.embedding_bag(weight, own, offsets, mode="sum", check_indices=False)
 
+    forwards, backwards = fbgemm_calls(indices, offsets, outputs, rows)
     lookups = tables * bags * pooled
     distinct = sum(len(torch.unique(own)) for own in indices)
     read = lookups * (8 + 4 * dim) + tables * bags * 4 * dim
     updated = lookups * (8 + 4 * dim) + distinct * 4 * dim * 6
     name = f"10 tables of {rows:,} x {dim}, {lookups:,} lookups in bags"
     return (
-        Case(f"{name}: forward", {"fastopt": forward}, read),
-        Case(f"{name}: backward and Adam", {"fastopt": lambda: opt.step(grads)}, updated),
+        Case(f"{name}: forward", {"fastopt": forward, **forwards}, read),
+        Case(f"{name}: backward and Adam", {"fastopt": lambda: opt.step(grads), **backwards}, updated),
     )
 
 
