@@ -1,9 +1,10 @@
 """How fast are updates on this machine's GPU? ``python bench/gpu.py [part of a name]``.
 
 Each line has the time that the bytes of an update take at the bandwidth of a copy, measured here, beside
-the time measured, and in turns with it torch's, and FBGEMM's where it is installed. Times are of CUDA events, medians of ROUNDS turns. Before
-each call the second-level cache is filled with other data, and the device is kept busy until the host has
-launched all of the call, so that the host's time is not in it; the host's is a line of its own.
+the time measured, and in turns with it torch's, and FBGEMM's where it is installed. Times are of CUDA events,
+medians of ROUNDS turns. Before each call the second-level cache is filled with other data, and the device is
+kept busy until the host has launched all of the call, so that the host's time is not in it; the host's is a
+line of its own.
 """
 
 import json

@@ -54,9 +54,9 @@ def occupancy(own: int, threads: int, cc: tuple[int, int]) -> float:
 
 def lines() -> Iterator[list[str]]:
     for name, bytes_an_element, kernel in every_kernel():
-        cells = []
-        for cc in CAPABILITIES:
-            own = registers(assembled(kernel, kernel.code(cc)[0], cc))
+        cells, (texts, _) = [], kernel.code(*CAPABILITIES)
+        for cc, text in zip(CAPABILITIES, texts, strict=True):
+            own = registers(assembled(kernel, text, cc))
             cells.append(f"{own} ({occupancy(own, kernel.threads, cc):.0%})")
         yield [name, bytes_an_element, *cells]
 

@@ -2,7 +2,7 @@
 that need not be there."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -41,9 +41,11 @@ hold(_lock)
 KINDS = {int: types.int64, float: types.float64}  # of kernels' arguments
 
 
-def ptx(kernel: Callable, arguments: tuple[type, ...], cc: tuple[int, int]) -> tuple[str, str]:
-    """PTX of ``kernel``, and its name there, for arguments that are int or float and a GPU of compute
-    capability ``cc``.
+def ptx(
+    kernel: Callable, arguments: tuple[type, ...], ccs: Sequence[tuple[int, int]]
+) -> tuple[list[str], str]:
+    """PTX of ``kernel`` for GPUs of each of these compute capabilities, and its name there, for arguments
+    that are int or float.
 
     Products and sums are rounded apart, as on the CPU: without this switch they become one instruction with
     one rounding, and other bits.
@@ -53,13 +55,13 @@ def ptx(kernel: Callable, arguments: tuple[type, ...], cc: tuple[int, int]) -> t
         # The functions that a kernel calls are compiled for the current device, and without a driver there is
         # none.
         current_device = dispatcher.get_current_device
-        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=ccs[0])
         try:
             library, _ = compiler._compile_pyfunc_with_fixup(
-                kernel, signature, device=False, cc=cc, abi="numba"
+                kernel, signature, device=False, cc=ccs[0], abi="numba"
             )
             library._nvvm_options["fma"] = False
-            return library.get_asm_str(cc=cc), library._entry_name
+            return [library.get_asm_str(cc=cc) for cc in ccs], library._entry_name
         finally:
             dispatcher.get_current_device = current_device
 

@@ -42,9 +42,9 @@ class Kernel:
             kernel = self._loaded[device] = self._load(device)
         return driver().launcher(device, kernel, grid, self.threads, arguments)
 
-    def code(self, cc: tuple[int, int]) -> tuple[str, str]:
-        """Its PTX for a compute capability, and its name there."""
-        return ptx(self._make(*self._what), self.kinds, cc)
+    def code(self, *ccs: tuple[int, int]) -> tuple[list[str], str]:
+        """Its PTX for each of these compute capabilities, and its name there."""
+        return ptx(self._make(*self._what), self.kinds, ccs)
 
     @deferred()
     def _load(self, device: int) -> Any:
@@ -54,7 +54,7 @@ class Kernel:
         key = files.key(self._what, cc, self.kinds, self.most_registers, own.code)
         found = files.load(key)
         if found is None:
-            text, name = self.code(cc)
+            [text], name = self.code(cc)
             found = own.translate(text, cc, self.most_registers), name
             files.save(key, found)
         return own.load(device, *found)

@@ -347,7 +347,7 @@ def test_rows_race_without_a_barrier(decay, needed):
         return made, side.spec, call.args  # of the interpreter: a kernel, a grid, threads and arguments
 
     alive, spec, _ = launch()
-    text, _ = catch_up_rows(code_of(spec), type(spec.mode)).code((9, 0))
+    [text], _ = catch_up_rows(code_of(spec), type(spec.mode)).code((9, 0))
     found = []
     for barrier in re.finditer(r"bar\.warp\.sync[^;]*;", text):
         alive, _, (_, *given) = launch()
