@@ -189,7 +189,8 @@ class TableWork(NamedTuple):
     """A table's share of a sparse update.
 
     numbers: float64 hyperparameters of the rule, then of the weight decay. limit: the largest norm of a row's
-    gradient. step: the number of this update of the table, 1 for the first.
+    gradient. step: the number of this update of the table, 1 for the first. missed_key: of the
+    random bits with which missed steps are rounded, where they are stored before the update.
     """
 
     stored: StoredTable
@@ -198,3 +199,4 @@ class TableWork(NamedTuple):
     limit: float
     step: int
     row_steps: RowSteps | None
+    missed_key: int

@@ -190,8 +190,12 @@ class Parameter:
             tuple(own[slot] for slot in rule.row_slots),
             own.get(MASTER),
             self.first,
-            random_key(self.group.checked["seed"], step) if self.rounds_at_random else 0,
+            self.random_key(step),
         )
+
+    def random_key(self, step: int) -> int:
+        """The key of the random bits of a step, 0 if there are none."""
+        return random_key(self.group.checked["seed"], step) if self.rounds_at_random else 0
 
 
 class Snapshot(NamedTuple):

@@ -42,6 +42,11 @@ def tracked(parameter: Parameter) -> Tracking:
     return Tracking(group.rule, group.decay, group.checked, parameter.step, last_step)
 
 
+def missed_steps_of(parameter: Parameter) -> int:
+    """The number of the step whose random bits missed steps are rounded with: no update has it."""
+    return -parameter.step - 1
+
+
 def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
     """Let rows, those that ``indices`` name or all, take the steps that they have missed.
 
@@ -62,8 +67,7 @@ def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
             (parameter.own_format, formats.PLAIN, *parameter.state_formats),
             tracking.history.kind(),
         )
-        # The random numbers differ from those of the update of that step.
-        stored = parameter.stored_table(parameter.state, -parameter.step - 1)
+        stored = parameter.stored_table(parameter.state, missed_steps_of(parameter))
         count = parameter.rows if segments is None else segments.rows.size
         row_steps = tracking.history.of_rows(tracking.last_step, count, compute)
         launch = parameter.backend.catch_up(spec, stored, row_steps, parameter.step, segments)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fastopt._core.backend import Backend, Factor, Launch
 from fastopt._core.missed import ROW_STEPS, Tracking, fold_of
 from fastopt._core.parameters import Parameter
-from fastopt._step.catch_up import catch_up, tracked
+from fastopt._step.catch_up import catch_up, missed_steps_of, tracked
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
 from fastopt.gradients.protocol import RowGradient
 from fastopt.kernels.formats import PLAIN
@@ -89,4 +89,5 @@ def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
     spec = Spec(h, c, compute, (parameter.own_format, PLAIN, *parameter.state_formats), mode)
     limit = options["clip_row_norm"]
     limit = math.inf if limit is None else limit
-    return spec, TableWork(parameter.stored_table(state, step), by_row, numbers, limit, step, row_steps)
+    stored, missed_key = parameter.stored_table(state, step), parameter.random_key(missed_steps_of(parameter))
+    return spec, TableWork(stored, by_row, numbers, limit, step, row_steps, missed_key)

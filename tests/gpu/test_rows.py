@@ -33,7 +33,7 @@ OPTIONS = {
     "lr": 0.03, "momentum": 0.8, "dampening": 0.3, "nesterov": True, "lr_decay": 0.1, "momentum_decay": 0.2,
     "alpha": 0.9, "betas": (0.8, 0.95), "beta": 0.8, "weight_decay": 0.125, "eps": 1e-3,
 }  # fmt: skip
-KEY = 123456789012345
+KEY, MISSED_KEY = 123456789012345, 987654321098765
 
 
 class Device(Cuda, Rows):
@@ -135,7 +135,8 @@ class Side:
         for t, ((table, *state), row_state) in enumerate(self.tables):
             stored = StoredTable(table[0], tuple(state), tuple(row_state), table[1], 2**33 - 77 + t, KEY + t)
             numbers = (*spec.h, *spec.c)
-            works.append(TableWork(stored, self.gradients[t], numbers, self.case.limit, 4 + t, row_steps))
+            given = stored, self.gradients[t], numbers, self.case.limit
+            works.append(TableWork(*given, 4 + t, row_steps, MISSED_KEY))
         return works
 
     def run(self, spec: Spec | None = None, row_steps: Any = None, **given: Any) -> None:
@@ -444,10 +445,10 @@ def test_rows_take_the_steps_that_they_missed_first(rule):
 
 
 def test_missed_steps_and_the_update_round_with_different_random_bits():
-    """Both are rounded; the first with those of the complement of the update's key."""
+    """Both are rounded, each with the bits of its own key."""
     case = Case(rules.ADAM, Scaled, (64,), (PLAIN, PLAIN, STOCHASTIC, STOCHASTIC))
     together, apart, same = (Side(DEVICE, case) for _ in range(3))
-    for side, key in ((together, None), (apart, ~KEY), (same, KEY)):
+    for side, key in ((together, None), (apart, MISSED_KEY), (same, KEY)):
         last_step = side.put(np.full(ROWS, 1))
         history = DEVICE.History(case.rule, case.decay, dict(OPTIONS), 0)
         for _ in range(5):

@@ -99,7 +99,7 @@ def _late(device: int, spec: Spec, work: TableWork) -> CatchUpLaunch:
     own = spec._replace(h=type(spec.h)(*h))
     assert work.row_steps is not None
     gradient, step = work.gradient, work.step
-    stored = work.stored._replace(key=~work.stored.key)  # the update rounds once more, with other random bits
+    stored = work.stored._replace(key=work.missed_key)
     given = own, stored, work.row_steps, step - 1, gradient.segments, step, gradient.skipped
     return CatchUpLaunch(device, *given)
 
