@@ -18,6 +18,7 @@ import numpy as np
 from numba import cuda
 from numba.extending import register_jitable
 
+from fastopt.kernels.cuda.integers import unchanged
 from fastopt.kernels.cuda.launch import kernel
 from fastopt.kernels.cuda.memory import (
     ALL_LANES,
@@ -333,7 +334,7 @@ def write_bounds(t, step, tables, count, size, distinct, starts, bounds):
                 else:
                     high = middle
         store(bounds + t * 8, low)
-        t += step
+        t += unchanged(step)
 
 
 @kernel("iiiiiiii", THREADS)
