@@ -13,16 +13,17 @@ steps that are finished.
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any
 
 from fastopt._core.options import plain
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A function of the step that returns a factor, and that can be multiplied by a number, its ``scale``."""
+    """A function of the step that returns a factor, and that can be multiplied by a number, its ``scale``,
+    or by another schedule."""
 
     scale: float = field(default=1.0, kw_only=True)
     __array_ufunc__ = None  # so that arrays leave the product to it
@@ -34,7 +35,9 @@ class Schedule:
     def __call__(self, step: int) -> float:
         return self.scale * self.factor(step)
 
-    def __mul__(self, scale: Any) -> Self:
+    def __mul__(self, scale: Any) -> "Schedule":
+        if isinstance(scale, Schedule):
+            return product([self, scale])
         scale = plain(scale)
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
             return NotImplemented
@@ -138,7 +141,11 @@ class linear_warmup(Schedule):
 @dataclass(frozen=True, repr=False)
 class warmup_cosine(Schedule):
     """The factor is that of :class:`linear_warmup` for ``warmup`` steps, then that of :class:`cosine` until
-    step ``total``."""
+    step ``total``.
+
+    It is 1 at the steps ``warmup - 1``, the last of the warmup, and ``warmup``, from which the cosine falls;
+    at step ``total`` and later it is ``final``. With ``warmup=0`` it is 1 at step 0 alone.
+    """
 
     warmup: int
     total: int
@@ -153,6 +160,87 @@ class warmup_cosine(Schedule):
         if step < self.warmup:
             return _warmup(step, self.warmup)
         return _cosine((step - self.warmup) / (self.total - self.warmup), self.final)
+
+
+@dataclass(frozen=True, repr=False)
+class inverse_sqrt(Schedule):
+    """The factor is ``(step + 1) / warmup`` for ``warmup`` steps, then ``sqrt(warmup / (step + 1))``: 1 at
+    step ``warmup - 1``. ``warmup=1`` leaves the warmup out.
+
+    This is equation 3 of Vaswani et al. 2017, "Attention Is All You Need", relative to its peak.
+    """
+
+    warmup: int
+
+    def __post_init__(self) -> None:
+        _check(self.warmup >= 1, "warmup", self.warmup, "at least 1 step")
+
+    def factor(self, step: int) -> float:
+        return min((step + 1) / self.warmup, math.sqrt(self.warmup / (step + 1)))
+
+
+@dataclass(frozen=True, repr=False)
+class polynomial(Schedule):
+    """The factor falls as ``(1 - step / total) ** power`` from 1 at step 0 to ``final`` at step ``total``,
+    and stays there; with ``final=0`` as that of torch's PolynomialLR."""
+
+    total: int
+    power: float = 1.0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.total >= 1, "total", self.total, "at least 1 step")
+        _check(self.power > 0, "power", self.power, "more than 0")
+        _check(self.final >= 0, "final", self.final, "at least 0")
+
+    def factor(self, step: int) -> float:
+        return self.final + (1.0 - self.final) * (1.0 - min(step / self.total, 1.0)) ** self.power
+
+
+@dataclass(frozen=True, repr=False)
+class one_cycle(Schedule):
+    """The factor rises along half a cosine from ``1 / div_factor`` at step 0 to 1 at step ``pct_start * total
+    - 1``, and falls along another to ``1 / div_factor / final_div_factor`` at step ``total - 1``, where it
+    stays; as that of torch's OneCycleLR, relative to ``max_lr``.
+
+    This is Smith & Topin 2017, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning
+    Rates", with cosines in the place of lines.
+    """
+
+    total: int
+    pct_start: float = 0.3
+    div_factor: float = 25.0
+    final_div_factor: float = 1e4
+
+    def __post_init__(self) -> None:
+        _check(self.total >= 2, "total", self.total, "at least 2 steps")
+        _check(0 <= self.pct_start <= 1, "pct_start", self.pct_start, "a share, from 0 to 1")
+        _check(self.div_factor > 0, "div_factor", self.div_factor, "more than 0")
+        _check(self.final_div_factor > 0, "final_div_factor", self.final_div_factor, "more than 0")
+
+    def factor(self, step: int) -> float:
+        first, last, peak = 1.0 / self.div_factor, self.total - 1, self.pct_start * self.total - 1
+        if step <= peak and peak > 0:
+            return first + (1.0 - first) * (1.0 - _cosine(step / peak, 0.0))
+        fallen = (step - peak) / (last - peak) if last > peak else 1.0
+        return _cosine(fallen, first / self.final_div_factor)
+
+
+@dataclass(frozen=True, repr=False)
+class product(Schedule):
+    """The factor is the product of those of ``schedules``, each a schedule or any function of the step;
+    ``linear_warmup(100) * exponential(0.999)`` is ``product([linear_warmup(100), exponential(0.999)])``."""
+
+    schedules: Sequence[Callable[[int], float]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedules", tuple(self.schedules))
+        for k, own in enumerate(self.schedules):
+            if not callable(own):
+                raise TypeError(f"schedules[{k}] is {own!r}: expected a schedule or a function of the step")
+
+    def factor(self, step: int) -> float:
+        return math.prod(own(step) for own in self.schedules)
 
 
 def _warmup(step: int, warmup: int) -> float:
