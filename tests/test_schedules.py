@@ -37,7 +37,7 @@ from fastopt import schedules as s
         (s.one_cycle(2, 0.5, 4.0, 10.0), [1, 0.025, 0.025]),
         (s.one_cycle(3, 1.0, 4.0, 10.0), [0.25, 0.625, 1, 0.025]),
         (s.linear_warmup(4) * s.exponential(0.5), [0.25, 0.25, 0.1875, 0.125, 0.0625]),
-        (s.product([s.exponential(0.5), lambda step: step]), [0, 0.5, 0.5, 0.375]),
+        (s.product([s.exponential(0.5), float]), [0, 0.5, 0.5, 0.375]),
         (s.product([]), [1, 1]),
     ],
     ids=repr,
