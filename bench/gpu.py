@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from draws import draw
+from fbgemm import embedding_bags
 from rich.console import Console
 from rich.table import Table
 
@@ -155,18 +156,9 @@ def fbgemm_calls(
     """FBGEMM's forward, and its backward with Adam, over a table for each of ``indices``, which all have bags
     of the same offsets; nothing where it is not installed."""
     try:
-        from fbgemm_gpu.split_embedding_configs import EmbOptimType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            EmbeddingLocation,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
+        operator = embedding_bags(len(indices), rows, outputs[0].shape[1], "ADAM", "cuda")
     except ImportError:
         return {}, {}
-    table = rows, outputs[0].shape[1], EmbeddingLocation.DEVICE, ComputeDevice.CUDA
-    operator = SplitTableBatchedEmbeddingBagsCodegen(
-        [table] * len(indices), optimizer=EmbOptimType.ADAM, learning_rate=1e-3
-    )
     # One list of the indices of all tables, one after the other, and outputs side by side.
     firsts = [offsets + k * len(own) for k, own in enumerate(indices)]
     together = torch.cat(indices), torch.cat([*firsts, firsts[-1][:1] + len(indices[-1])])

@@ -7,6 +7,7 @@ fbgemm-gpu-cpu==1.8.0``, which goes with torch 2.13.
 import numpy as np
 import pytest
 from draws import draw, update_bytes
+from fbgemm import embedding_bags
 
 import fastopt
 
@@ -21,19 +22,9 @@ def bags(rng: np.random.Generator, kind: str, pooled: int) -> tuple[np.ndarray, 
 
 
 def fbgemm(dim: int, optimizer: str):
-    """One table with EXACT_ROWWISE_ADAGRAD in the CPU's memory."""
+    """FBGEMM's operator over one table in the CPU's memory."""
     pytest.importorskip("fbgemm_gpu")
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-        ComputeDevice,
-        EmbeddingLocation,
-        SplitTableBatchedEmbeddingBagsCodegen,
-    )
-
-    table = ROWS, dim, EmbeddingLocation.HOST, ComputeDevice.CPU
-    return SplitTableBatchedEmbeddingBagsCodegen(
-        [table], optimizer=getattr(EmbOptimType, optimizer), learning_rate=0.01
-    )
+    return embedding_bags(1, ROWS, dim, optimizer, "cpu")
 
 
 @pytest.mark.parametrize(("dim", "pooled", "kind"), CELLS)

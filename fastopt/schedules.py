@@ -35,10 +35,10 @@ class Schedule:
     def __call__(self, step: int) -> float:
         return self.scale * self.factor(step)
 
-    def __mul__(self, scale: Any) -> "Schedule":
-        if isinstance(scale, Schedule):
-            return product([self, scale])
-        scale = plain(scale)
+    def __mul__(self, other: Any) -> "Schedule":
+        if isinstance(other, Schedule):
+            return product([self, other])
+        scale = plain(other)
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
             return NotImplemented
         return replace(self, scale=self.scale * float(scale))

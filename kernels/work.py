@@ -190,7 +190,8 @@ class TableWork(NamedTuple):
 
     numbers: float64 hyperparameters of the rule, then of the weight decay. limit: the largest norm of a row's
     gradient. step: the number of this update of the table, 1 for the first. missed_key: of the
-    random bits with which missed steps are rounded, where they are stored before the update.
+    random bits with which missed steps are rounded, where they are stored before the update; 0 where no row
+    has missed any.
     """
 
     stored: StoredTable

@@ -42,7 +42,7 @@ def tracked(parameter: Parameter) -> Tracking:
     return Tracking(group.rule, group.decay, group.checked, parameter.step, last_step)
 
 
-def missed_steps_of(parameter: Parameter) -> int:
+def step_of_catch_up(parameter: Parameter) -> int:
     """The number of the step whose random bits missed steps are rounded with: no update has it."""
     return -parameter.step - 1
 
@@ -67,7 +67,7 @@ def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
             (parameter.own_format, formats.PLAIN, *parameter.state_formats),
             tracking.history.kind(),
         )
-        stored = parameter.stored_table(parameter.state, missed_steps_of(parameter))
+        stored = parameter.stored_table(parameter.state, step_of_catch_up(parameter))
         count = parameter.rows if segments is None else segments.rows.size
         row_steps = tracking.history.of_rows(tracking.last_step, count, compute)
         launch = parameter.backend.catch_up(spec, stored, row_steps, parameter.step, segments)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fastopt._core.backend import Backend, Factor, Launch
 from fastopt._core.missed import ROW_STEPS, Tracking, fold_of
 from fastopt._core.parameters import Parameter
-from fastopt._step.catch_up import catch_up, missed_steps_of, tracked
+from fastopt._step.catch_up import catch_up, step_of_catch_up, tracked
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
 from fastopt.gradients.protocol import RowGradient
 from fastopt.kernels.formats import PLAIN
@@ -77,7 +77,7 @@ def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
     c = decay_numbers(group, options, group.decay, lr, conditions.scale, conditions.limit, compute)
     by_row = gradient.by_row()
     mode: Any = Lazy()
-    row_steps, numbers = None, (*h, *c)
+    row_steps, missed_key, numbers = None, 0, (*h, *c)
     if ROW_STEPS in state:
         mode, numbers = PerRow(), (lr, *h[1:], *c)
         fold = fold_of(group.rule, options)
@@ -86,8 +86,9 @@ def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
         history = tracking.history
         mode = history.kind()
         row_steps = history.of_rows(tracking.last_step, by_row.segments.rows.size, compute)
+        missed_key = parameter.random_key(step_of_catch_up(parameter))
     spec = Spec(h, c, compute, (parameter.own_format, PLAIN, *parameter.state_formats), mode)
     limit = options["clip_row_norm"]
     limit = math.inf if limit is None else limit
-    stored, missed_key = parameter.stored_table(state, step), parameter.random_key(missed_steps_of(parameter))
+    stored = parameter.stored_table(state, step)
     return spec, TableWork(stored, by_row, numbers, limit, step, row_steps, missed_key)

@@ -27,8 +27,10 @@ from fastopt.kernels.cuda.memory import (
     integer,
     lane_and_warp,
     load,
+    load_if,
     numbers_at,
     store,
+    store_if,
     warp_sum,
 )
 from fastopt.kernels.cuda.sums import THREADS, WARPS, block_sum
@@ -137,19 +139,19 @@ def _store_columns(vectors: Vectors) -> Callable:
     """The function that stores the float64 numbers of a lane's columns."""
     lines = []
     for k, (line, _) in enumerate(_columns(vectors)):
-        lines += [line, "if column < right:", f"    store(to + column * 8, values[{k}])"]
-    return define("store_columns", "to, left, right, lane, values", *lines, "return None", store=store)
+        lines += [line, f"store_if(column < right, to + column * 8, values[{k}])"]
+    return define("store_columns", "to, left, right, lane, values", *lines, "return None", store_if=store_if)
 
 
 def _load_columns(vectors: Vectors, like: np.dtype) -> Callable:
     """The function that loads the moments of a lane's columns, 0 beyond the last."""
     lines, names = [], []
     for line, name in _columns(vectors):
-        lines += [line, f"{name} = load(begin + column * {like.itemsize}, zero) if column < right else zero"]
+        lines += [line, f"{name} = load_if(column < right, begin + column * {like.itemsize}, zero)"]
         names.append(name)
     result = f"return ({', '.join(names)})"
     given = "begin, left, right, lane"
-    return define("load_columns", given, *lines, result, load=load, zero=like.type(0))
+    return define("load_columns", given, *lines, result, load_if=load_if, zero=like.type(0))
 
 
 # Moments

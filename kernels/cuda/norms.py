@@ -28,6 +28,7 @@ from fastopt.kernels.cuda.memory import (
     lane_and_warp,
     last_at_most,
     load,
+    load_if,
     load_vector,
     store,
 )
@@ -237,10 +238,7 @@ def add_partials() -> Any:
 def _adder_of_partials() -> Callable:
     """``(partials, count, thread)``: the sum of a thread's partial sums."""
     apart = sums.THREADS
-    loads = [
-        f"x{k} = load(at + {k * apart * 8}, zero) if i + {k * apart} < count else zero"
-        for k in range(UNROLLED)
-    ]
+    loads = [f"x{k} = load_if(i + {k * apart} < count, at + {k * apart * 8}, zero)" for k in range(UNROLLED)]
     return define(
         "add_up",
         "partials, count, thread",
@@ -252,7 +250,7 @@ def _adder_of_partials() -> Callable:
         *(f"    total += x{k}" for k in range(UNROLLED)),
         f"    i += {UNROLLED * apart}",
         "return total",
-        load=load,
+        load_if=load_if,
         zero=_DOUBLE,
     )
 

@@ -21,6 +21,7 @@ from fastopt.kernels.cuda.memory import (
     integer,
     last_at_most,
     load,
+    load_if,
     load_vector,
     store,
 )
@@ -151,8 +152,7 @@ def _adder_of_columns(like: np.dtype, length: int) -> Callable:
             for u in range(count)
         ]
         lines += [
-            f"w{u} = load(weights + (j + {u} - origin) * {size}, zero) if weights else one"
-            for u in range(count)
+            f"w{u} = load_if(weights != 0, weights + (j + {u} - origin) * {size}, one)" for u in range(count)
         ]
         lines += [f"v{u} = load_vector(values + a{u} * {size}, zero, {length})" for u in range(count)]
         for u in range(count):
@@ -191,6 +191,7 @@ def _adder_of_columns(like: np.dtype, length: int) -> Callable:
         np=np,
         integer=integer,
         load=load,
+        load_if=load_if,
         load_vector=load_vector,
         index=_INDEX,
         zero=zero,

@@ -26,7 +26,7 @@ from fastopt.kernels.cuda.memory import (
     load,
     load_if,
     load_vector,
-    store,
+    store_if,
 )
 from fastopt.kernels.layout import (
     TABLE_DIM,
@@ -163,8 +163,9 @@ def sum_slots(like: np.dtype) -> Any:
     """
     length, size = VECTOR_BYTES // like.itemsize, like.itemsize
     whole, part = (gradient_of(like, length, own) for own in (True, False))
-    lines = [f"if d + {e} < dim: store(place + {e * size}, g[{e}])" for e in range(length)]
-    store_sum = register_jitable(define("store_sum", "place, d, dim, g", *lines, "return None", store=store))
+    lines = [f"store_if(d + {e} < dim, place + {e * size}, g[{e}])" for e in range(length)]
+    store_sum = define("store_sum", "place, d, dim, g", *lines, "return None", store_if=store_if)
+    store_sum = register_jitable(store_sum)
 
     def sum_slots(tables, columns, bases, count, slots):
         lane, warp = lane_and_warp()

@@ -27,6 +27,7 @@ from fastopt.kernels.cuda.memory import (
     lane_and_warp,
     last_at_most,
     load,
+    load_if,
     meet,
     store,
 )
@@ -170,7 +171,7 @@ def add_up() -> Any:
             while first < length:
                 place = counts + (row * length + first + thread) * 4
                 inside = first + thread < length
-                before, total = block_before(load(place, COUNT) if inside else COUNT, shared)
+                before, total = block_before(load_if(inside, place, COUNT), shared)
                 if inside:
                     store(place, np.int32(done + before))
                 done = np.int32(done + total)
@@ -227,10 +228,10 @@ def move_tile(words, tile, size, shift, place, alone, out, places, shared):
         place = np.int32(place + found)
     cuda.syncthreads()
     i = first + lane
-    word = load(words + i * 8, WORD) if i < last else WORD
+    word = load_if(i < last, words + i * 8, WORD)
     while first < last:
         following = i + WARP
-        ahead = load(words + following * 8, WORD) if following < last else WORD
+        ahead = load_if(following < last, words + following * 8, WORD)
         digit = digit_of(word, shift)
         equal = equal_lanes(digit, i, last)
         rank, at = lower_lanes(equal, lane), own + np.uint64(digit)

@@ -70,13 +70,13 @@ def word_of_4(a, b, c, d):
 
 
 @register_jitable
-def half_of(word, k):
+def part_of_2(word, k):
     """Number ``k`` of the two in a word."""
     return np.uint16(np.uint32(word >> np.uint32(16 * k)))
 
 
 @register_jitable
-def quarter_of(word, k):
+def part_of_4(word, k):
     """Number ``k`` of the four in a word."""
     return np.uint8(np.uint32(word >> np.uint32(8 * k)))
 
@@ -106,7 +106,7 @@ class Vectors:
         self.count = self.run // of_warp
         self.names: dict[str, Any] = {"np": np, "integer": integer, "load": load, "store": store}
         self.names |= {"load_if": load_if, "store_if": store_if, "word_of_2": word_of_2}
-        self.names |= {"word_of_4": word_of_4, "half_of": half_of, "quarter_of": quarter_of}
+        self.names |= {"word_of_4": word_of_4, "part_of_2": part_of_2, "part_of_4": part_of_4}
         self.names |= {"load_vector": load_vector, "store_vector": store_vector}
         self.names |= {f"zero_{_name(place)}": place.zero for place in self._places}
         coded = zip(self.elements.coded, self.elements.factors, self.elements.inverses, strict=True)
@@ -195,8 +195,7 @@ class Vectors:
         if not is_packed(place, self.length):
             return f"{vector}[{e}]"
         per_word = WORD // place.itemsize
-        part = {2: "half_of", 4: "quarter_of"}[per_word]
-        return f"{part}({vector}[{e // per_word}], {e % per_word})"
+        return f"part_of_{per_word}({vector}[{e // per_word}], {e % per_word})"
 
 
 def _name(place: Place) -> str:

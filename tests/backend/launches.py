@@ -153,7 +153,7 @@ class StoredAdam:
         step: int = 1,
         row_steps: Any = None,
     ) -> TableWork:
-        return TableWork(self.stored, gradient, numbers, limit, step, row_steps, 7)
+        return TableWork(self.stored, gradient, numbers, limit, step, row_steps, missed_key=7)
 
     def got(self) -> list[np.ndarray]:
         return [self.device.get(array) for array in self.arrays]

@@ -84,11 +84,12 @@ class CatchUpLaunch:
         if segments is not None:
             columns |= of_segments(segments)
             bounds = segments.own_bounds
-        row = np.array(table_row(stored.places(place), columns), np.int64)
+        table = table_row(stored.places(place), columns)
+        row = np.array(table, np.int64)
         h, _ = spec.typed
         numbers = np.array(h, spec.compute)
         self._table = upload(device, np.concatenate([row.view(np.uint8), numbers.view(np.uint8)]))
-        aligned = rows_aligned(row_vectors(spec.formats, spec.compute), row.tolist())
+        aligned = rows_aligned(row_vectors(spec.formats, spec.compute), table)
         own = self._table.address
         self._given = own, own + row.nbytes, bounds, rows, rows, int(aligned), mark
         whole = self._kind is Loop and takes_whole_rows(spec.rule)
