@@ -1,6 +1,5 @@
 """The caller's arrays as views of the same memory, checked: NumPy's, or those of a device."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 
 from fastopt._core.backend import backend_of, device_array, device_name, host, library_of, moved
 from fastopt._core.versions import written
+from fastopt.kernels.loaded import is_tensor, loaded
 from fastopt.kernels.work import Array, Segments
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -108,9 +108,8 @@ def array_view(value: Any, label: str, remedy: Remedy = READ) -> Array:
         return np.asarray(value)
     if isinstance(value, TableInFiles):
         return value.weights
-    torch = sys.modules.get("torch")  # loaded, if a tensor is at hand
-    if torch is not None and isinstance(value, torch.Tensor):
-        return _torch_view(torch, value, label, remedy)
+    if is_tensor(value):
+        return _torch_view(loaded("torch"), value, label, remedy)
     found = device_array(value, label)
     if found is not None:
         return found

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastopt.kernels.formats import Format
+from fastopt.kernels.loaded import is_tensor, loaded
 from fastopt.kernels.rule import Rule
 from fastopt.kernels.work import (
     Array,
@@ -392,8 +393,7 @@ def _lies_on_cuda(value: Any, label: str) -> bool:
     """Whether an array may lie on a CUDA device, found without a look at any driver."""
     if isinstance(value, np.ndarray):
         return False
-    torch = sys.modules.get("torch")  # loaded, if a tensor is at hand
-    if torch is not None and isinstance(value, torch.Tensor):
+    if is_tensor(value):
         if value.device.type not in ("cpu", "cuda"):
             raise TypeError(
                 f"{label} is on {value.device}: expected a tensor on the CPU or on a CUDA device; move a "
@@ -425,19 +425,17 @@ def device_name(device: int) -> str:
 
 def moved(value: Any, label: str, device: int) -> str:
     """The expression that makes a copy of an array called ``label`` on a device."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return f"{label}.cpu()" if device < 0 else f'{label}.to("cuda:{device}")'
     if device < 0:
-        return f"cupy.asnumpy({label})"
-    if torch is not None:
+        return f"{label}.copy_to_host()" if hasattr(value, "copy_to_host") else f"cupy.asnumpy({label})"
+    if loaded("torch") is not None:
         return f'torch.as_tensor({label}, device="cuda:{device}")'
     return f"cupy.asarray({label}), with device {device} the current one"
 
 
 def library_of(value: Any) -> str:
     """The module whose functions make a changed copy of an array: np, torch or cupy."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return "torch"
     return "np" if isinstance(value, np.ndarray) else "cupy"

@@ -54,11 +54,6 @@ class IndexPlan:
         flat = self._indices.reshape(-1)
         [self._segments] = backend_of(flat).segments_of([(flat, self.rows)])
 
-    def __getstate__(self) -> dict[str, Any]:
-        if not isinstance(self._indices, np.ndarray):
-            raise TypeError("an IndexPlan of a device can't be pickled: make it of indices on the CPU")
-        return self.__dict__
-
     @property
     def indices(self) -> Array:
         return _read_only(self._indices)

@@ -221,7 +221,7 @@ class Parameters:
         groups; all: every parameter, in order.
         clock: int64, how many steps each parameter has finished, and last the optimizer.
         sizes, nbytes: int64, of each.
-        devices: the backends of parameters that do not lie in the memory of the host.
+        devices: the numbers of those that parameters lie on, but for the host.
         in_files: those that are tables in files. dense_rows: whether rows of some may be behind. all_plain:
             whether there is neither.
         options: the caller's dicts of options, one for each group.
@@ -244,8 +244,7 @@ class Parameters:
         self.clock = np.zeros(len(self.all) + 1, np.int64)
         for i, (parameter, last) in enumerate(zip(self.all, np.cumsum(self.sizes).tolist(), strict=True)):
             parameter.index, parameter.first, parameter.clock = i, last - parameter.size, self.clock
-        numbers = sorted({parameter.device for parameter in self.all} - {-1})
-        self.devices = [backend_at(number) for number in numbers]
+        self.devices = sorted({parameter.device for parameter in self.all} - {-1})
         self.in_files = [parameter for parameter in self.all if parameter.in_files is not None]
         self.dense_rows = any(group.checked["rows"] == "dense" for group in self.groups)
         self.all_plain = not self.dense_rows and not self.in_files

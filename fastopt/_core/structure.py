@@ -26,6 +26,8 @@ def as_container(params: Any, label: str) -> Any:
     params = listed(params, label)
     if isinstance(params, dict) or (hasattr(params, "shape") and hasattr(params, "dtype")):
         return params
+    if hasattr(params, "__cuda_array_interface__"):
+        return params
     if isinstance(params, Mapping):
         return dict(params)
     if not isinstance(params, list | tuple):
@@ -39,7 +41,7 @@ def listed(value: Any, label: str) -> Any:
     Raises:
         TypeError: it is a set, which has no order.
     """
-    if type(value) is list or hasattr(value, "shape"):
+    if type(value) is list or hasattr(value, "shape") or hasattr(value, "__cuda_array_interface__"):
         return value
     if isinstance(value, list | tuple | str | bytes | Mapping):
         return value

@@ -7,9 +7,10 @@ has to be told. A tensor shares its counter with its views and with what ``detac
 not know it: writing to such an array advances no counter, as in torch and NumPy themselves.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
+
+from fastopt.kernels.loaded import loaded
 
 
 def written(values: Sequence[Any]) -> None:
@@ -17,7 +18,7 @@ def written(values: Sequence[Any]) -> None:
 
     Nothing happens to tensors made in ``torch.inference_mode``: they have no counter, as no graph saves them.
     """
-    torch = sys.modules.get("torch")  # loaded, if a tensor is at hand
+    torch = loaded("torch")
     if torch is None:
         return
     # Thousands of values are of few types, and a look at each value can take longer than its update.

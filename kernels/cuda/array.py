@@ -1,7 +1,9 @@
 """Arrays in the memory of a device, with what the package uses of NumPy's."""
 
 import math
+import operator
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -14,17 +16,32 @@ from fastopt.kernels.cuda.driver import driver
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
+def check_not_captured(device: int, what: str) -> None:
+    """Refuse to do in a CUDA graph what it can't hold: to take memory, or to wait.
+
+    Raises:
+        RuntimeError: work of the device is being captured in one.
+    """
+    if driver().capturing(device):
+        raise RuntimeError(
+            f"{what} can't be captured in a CUDA graph: do this outside; of steps, those with dense "
+            "gradients can be captured, after one ordinary step with the same arrays"
+        )
+
+
 class Memory:
     """Memory of a device, given back when the last array over it goes."""
 
     def __init__(self, device: int, nbytes: int) -> None:
+        check_not_captured(device, "what needs new memory")
         self.device = device
         self._driver = driver()
         self.address = self._driver.allocate(device, max(nbytes, 1))
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # When the interpreter ends all memory goes with the process, and modules may have gone before.
         address = getattr(self, "address", 0)
-        if address and not sys.is_finalizing():  # then all memory goes with the process
+        if address and not is_finalizing():
             self._driver.free(self.device, address)
 
 
@@ -94,6 +111,8 @@ class DeviceArray:
         return Flags(contiguous, self.address % self.itemsize == 0, self._writeable)
 
     def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("an array without axes has no length")
         return self.shape[0]
 
     def __repr__(self) -> str:
@@ -131,22 +150,35 @@ class DeviceArray:
         return self._over(self.address, new, self.dtype)
 
     def __getitem__(self, key: Any) -> "DeviceArray":
-        """A view, by numbers, slices with a step of 1, and an ellipsis alone."""
-        if key is Ellipsis:
-            return self
-        keys = key if isinstance(key, tuple) else (key,)
+        """A view, by whole numbers, slices with a positive step, and an ellipsis."""
         address, shape, strides = self.address, [], []
-        for axis, (length, stride) in enumerate(zip(self.shape, self.strides, strict=True)):
-            own = keys[axis] if axis < len(keys) else slice(None)
+        for own, length, stride in zip(self._keys(key), self.shape, self.strides, strict=True):
             if isinstance(own, slice):
                 first, last, step = own.indices(length)
-                assert step == 1
-                address += first * stride
-                shape.append(max(last - first, 0))
-                strides.append(stride)
-            else:
-                address += range(length)[own] * stride
+                if step < 0:
+                    raise ValueError(f"a slice has step {step}: expected a positive one")
+                chosen = range(first, last, step)
+                address += (first if chosen else 0) * stride
+                shape.append(len(chosen))
+                strides.append(stride * step)
+                continue
+            if not hasattr(own, "__index__") or isinstance(own, bool | np.bool):
+                raise TypeError(f"{own!r} is no index of a DeviceArray: expected whole numbers and slices")
+            index = operator.index(own)
+            if not -length <= index < length:
+                raise IndexError(f"index {index} is out of range for an axis of length {length}")
+            address += (index % length) * stride
         return self._over(address, tuple(shape), self.dtype, tuple(strides))
+
+    def _keys(self, key: Any) -> list[Any]:
+        """One key for each axis."""
+        keys = list(key) if isinstance(key, tuple) else [key]
+        wild = [i for i, own in enumerate(keys) if own is Ellipsis]
+        if len(wild) > 1 or len(keys) - len(wild) > self.ndim:
+            raise IndexError(f"{key!r} has too many indices for an array with {self.ndim} axes")
+        at = wild[0] if wild else len(keys)
+        missing = [slice(None)] * (self.ndim - len(keys) + len(wild))
+        return [*keys[:at], *missing, *keys[at + 1 :]]
 
     # Contents
 
@@ -154,6 +186,7 @@ class DeviceArray:
         """Set the elements of a view to a number, or to an array of its shape: of the device, or of the host
         with the same dtype."""
         target = self[key]
+        target._check_writeable()
         if isinstance(value, np.ndarray) and value.ndim:
             value = upload(self.device, value)
         if isinstance(value, DeviceArray):
@@ -165,20 +198,43 @@ class DeviceArray:
 
     def fill(self, value: float) -> None:
         """Set each element to a number."""
+        self._check_writeable()
         set_all(self, value)
+
+    def _check_writeable(self) -> None:
+        if not self._writeable:
+            raise ValueError("the array is read-only")
 
     def copy_to_host(self) -> np.ndarray:
         """A NumPy array of its own memory; waits for what is being done to this one."""
+        check_not_captured(self.device, "what reads an array of the device")
         source = self if self.flags.c_contiguous else self.copy()
         out = np.empty(self.shape, self.dtype)
         if out.nbytes:
             driver().download(self.device, out, source.address)
         return out
 
+    def tolist(self) -> Any:
+        """Its numbers, in lists as NumPy makes them; waits for them."""
+        return self.copy_to_host().tolist()
+
+    def item(self) -> Any:
+        """The number of an array that has one; waits for it."""
+        return self.copy_to_host().item()
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise TypeError("a DeviceArray lies on a CUDA device: copy_to_host() makes a NumPy array of it")
+
     def copy(self) -> "DeviceArray":
         """A C-contiguous copy."""
         out = empty(self.device, self.shape, self.dtype)
-        out[...] = self
+        copy_all(out, self)
+        return out
+
+    def copied_to(self, device: int) -> "DeviceArray":
+        """A C-contiguous copy on a device."""
+        out = empty(device, self.shape, self.dtype)
+        out[...] = self if self.flags.c_contiguous else self.copy()
         return out
 
     def __deepcopy__(self, memo: dict) -> "DeviceArray":
@@ -197,7 +253,7 @@ class DeviceArray:
         return {
             "shape": self.shape,
             "typestr": typestr,
-            "data": (self.address if self.size else 0, not self._writeable),
+            "data": (self.address if self.size else 0, not self._writeable),  # as the interface asks for
             "strides": strides,
             "stream": None,  # work was put on the producer's own stream
             "version": 3,

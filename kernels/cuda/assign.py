@@ -26,11 +26,13 @@ def set_all(array: Any, value: int | float) -> None:
 
 
 def copy_all(array: Any, source: Any) -> None:
-    """Set the elements to those of another array of the device of the same shape, converted."""
+    """Set the elements to those of another array of a device, of the same shape, converted."""
     if not array.size:
         return
-    if array.dtype == source.dtype and array.flags.c_contiguous and source.flags.c_contiguous:
-        driver().copy(array.device, array.address, source.address, array.nbytes)
+    if array.device != source.device and not _alike(array, source):
+        source = source.copied_to(array.device)  # kernels read the memory of their own device
+    if _alike(array, source):
+        driver().copy(array.device, array.address, source.device, source.address, array.nbytes)
         return
     made = elementwise.copy(source.dtype, array.dtype)
     for part in rows_of(array.shape, array.strides, source.strides):
@@ -38,3 +40,8 @@ def copy_all(array: Any, source: Any) -> None:
         begin = source.address + part.offsets[1], part.strides[1], part.steps[1]
         given = *to, *begin, part.rows, part.width, part.per_row, part.bits
         made.ready(array.device, part.blocks, *given)()
+
+
+def _alike(array: Any, source: Any) -> bool:
+    """Whether the bytes of both are the same."""
+    return array.dtype == source.dtype and array.flags.c_contiguous and source.flags.c_contiguous

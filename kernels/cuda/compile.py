@@ -53,9 +53,10 @@ def ptx(
     signature = types.void(*(KINDS[kind] for kind in arguments))
     with _lock, _with_row_stack():
         # The functions that a kernel calls are compiled for the current device, and without a driver there is
-        # none.
-        current_device = dispatcher.get_current_device
-        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=ccs[0])
+        # none; for other threads there may be one.
+        current_device, own = dispatcher.get_current_device, threading.get_ident()
+        device = SimpleNamespace(compute_capability=ccs[0])
+        dispatcher.get_current_device = lambda: device if threading.get_ident() == own else current_device()
         try:
             library, _ = compiler._compile_pyfunc_with_fixup(
                 kernel, signature, device=False, cc=ccs[0], abi="numba"

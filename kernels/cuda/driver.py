@@ -39,11 +39,14 @@ class Driver(Protocol):
     def device_of(self, address: int) -> int:
         """The device that memory lies on."""
 
+    def current_device(self) -> int:
+        """The one that other libraries work on now in this thread."""
+
     def allocate(self, device: int, nbytes: int) -> int:
         """The address of new memory, aligned to 256 bytes."""
 
     def free(self, device: int, address: int) -> None:
-        """Give memory back, once the work that was asked for so far is done."""
+        """Give memory back, once the work that was asked for so far is done, on whatever streams."""
 
     def upload(self, device: int, address: int, array: np.ndarray) -> None:
         """Copy a C-contiguous array of the host, which may be changed from then on."""
@@ -51,8 +54,8 @@ class Driver(Protocol):
     def download(self, device: int, array: np.ndarray, address: int) -> None:
         """Fill a C-contiguous array of the host; waits for it."""
 
-    def copy(self, device: int, address: int, source: int, nbytes: int) -> None:
-        """Copy memory of a device to ``device``."""
+    def copy(self, device: int, address: int, origin: int, source: int, nbytes: int) -> None:
+        """Copy memory of the device ``origin``, on whose current stream it was written, to ``device``."""
 
     def zero(self, device: int, address: int, nbytes: int) -> None:
         """Set bytes to 0."""
@@ -72,7 +75,8 @@ class Driver(Protocol):
         """Whether work is being put into a graph in place of being done."""
 
     def wait_for(self, device: int, stream: int) -> None:
-        """Have later work of a device wait for what was put on another stream, given by its handle."""
+        """Have later work of a device wait for what was put on a stream so far, given by its handle; nothing
+        if that is the current one."""
 
     def synchronize(self, device: int) -> None:
         """Wait for all work that was asked for."""

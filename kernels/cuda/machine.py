@@ -1,18 +1,18 @@
 """The CUDA driver of this machine, through cuda.core."""
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from cuda.bindings import driver as cuda
 from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
+from cuda.pathfinder import DynamicLibNotFoundError
 
 from fastopt.kernels.cuda import compile
-from fastopt.kernels.cuda.errors import EXTRA, NoDriverError
-from fastopt.kernels.cuda.streams import current_stream
-
-MOST_WAITING = 1 << 28  # bytes of memory that wait for their next use
+from fastopt.kernels.cuda.errors import NoDriverError
+from fastopt.kernels.cuda.pool import Pool, capacity_of
+from fastopt.kernels.cuda.streams import current
 
 
 def _checked(result: tuple) -> Any:
@@ -23,56 +23,29 @@ def _checked(result: tuple) -> Any:
     return values[0] if values else None
 
 
-def _rounded(nbytes: int) -> int:
-    """The size of a buffer for so many bytes: few different ones, so that those that wait fit later needs."""
-    eighth = 1 << max(nbytes.bit_length() - 4, 8)
-    return -(-nbytes // eighth) * eighth
+class _Stream:
+    """A stream of a device (see pool.py); the handles 1 and 2 are those of the current device.
 
-
-class _Pool:
-    """Buffers of a device that wait for their next use: getting one from the driver takes as long as a
-    launch.
-
-    What was put on a stream is done in order, so that a buffer can be used again at once by work on the
-    stream that it was used on.
+    Args:
+        owner: keeps the stream alive.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a collection of garbage may come while it is held
-        self._lent: dict[int, tuple[Any, int, int]] = {}
-        self._waiting: dict[tuple[int, int], list[Any]] = {}
-        self._waiting_bytes = 0
+    def __init__(self, handle: int, owner: Any = None) -> None:
+        self.handle = handle
+        self.native = Stream.from_handle(handle)
+        self._owner = owner
 
-    def taken(self, capacity: int, stream: int) -> Any:
-        """A buffer that waited, None if there is none."""
-        with self._lock:
-            waiting = self._waiting.get((capacity, stream))
-            if not waiting:
-                return None
-            self._waiting_bytes -= capacity
-            return waiting.pop()
+    @property
+    def pointer(self) -> Any:
+        """The handle, as the driver takes it."""
+        return self.native.handle
 
-    def lend(self, buffer: Any, capacity: int, stream: int) -> int:
-        """Remember a buffer that is in use; returns its address."""
-        address = int(buffer.handle)
-        with self._lock:
-            self._lent[address] = buffer, capacity, stream
-        return address
+    def wait(self, other: "_Stream") -> None:
+        self.native.wait(other.native)
 
-    def take_back(self, address: int) -> list[tuple[Any, int]]:
-        """Let a buffer wait; returns those that are to be closed, each with its stream."""
-        with self._lock:
-            buffer, capacity, stream = self._lent.pop(address)
-            if capacity > MOST_WAITING:
-                return [(buffer, stream)]
-            closed: list[tuple[Any, int]] = []
-            if self._waiting_bytes + capacity > MOST_WAITING:  # sizes that are no longer needed, too
-                closed = [(own, key[1]) for key, many in self._waiting.items() for own in many]
-                self._waiting.clear()
-                self._waiting_bytes = 0
-            self._waiting.setdefault((capacity, stream), []).append(buffer)
-            self._waiting_bytes += capacity
-            return closed
+    def capturing(self) -> bool:
+        status = _checked(cuda.cuStreamIsCapturing(self.pointer))
+        return status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 
 
 class Machine:
@@ -83,32 +56,43 @@ class Machine:
     def __init__(self) -> None:
         try:
             self._devices = Device.get_all_devices()
-        except Exception as error:  # of cuda.pathfinder: the driver's library is not found
+        except DynamicLibNotFoundError as error:
             raise NoDriverError(
-                f"CUDA arrays need NVIDIA's driver, which this machine lacks ({error}): install it, and "
-                f"{EXTRA}"
+                "CUDA arrays need NVIDIA's driver, which this machine lacks: install it, its version 525 or "
+                "later for CUDA 12, or 580 for CUDA 13"
             ) from error
-        self._local = threading.local()
-        self._streams: dict[int, Stream] = {}
+        except Exception as error:  # a driver that is too old, a machine without devices, a forked process
+            raise NoDriverError(f"NVIDIA's driver can't be used in this process: {error}") from error
+        self._contexts: dict[int, Any] = {}
         self._configs: dict[tuple[int, int], LaunchConfig] = {}
-        self._memory = [_Pool() for _ in self._devices]
+        self._pools = [Pool(_Stream) for _ in self._devices]
 
-    def _on(self, device: int) -> None:
-        """Have the calls of this thread be for a device."""
-        if getattr(self._local, "device", None) != device:
-            self._devices[device].set_current()
-            self._local.device = device
+    @contextmanager
+    def _at(self, device: int) -> Iterator[None]:
+        """Have the calls of this thread be for a device, and afterwards for that of before."""
+        own, before = self._context(device), _checked(cuda.cuCtxGetCurrent())
+        if own == before:
+            yield
+            return
+        _checked(cuda.cuCtxPushCurrent(own))
+        try:
+            yield
+        finally:
+            _checked(cuda.cuCtxPopCurrent())
 
-    def stream(self, device: int) -> Stream:
-        """The stream that work on a device goes to now."""
-        self._on(device)
-        return self._stream(current_stream(device))
-
-    def _stream(self, handle: int) -> Stream:
-        found = self._streams.get(handle)
+    def _context(self, device: int) -> Any:
+        """The primary context of a device, which other libraries use, too."""
+        found = self._contexts.get(device)
         if found is None:
-            found = self._streams[handle] = Stream.from_handle(handle)
+            before = _checked(cuda.cuCtxGetCurrent())
+            self._devices[device].set_current()
+            found = self._contexts[device] = _checked(cuda.cuCtxGetCurrent())
+            _checked(cuda.cuCtxSetCurrent(before))
         return found
+
+    def _stream(self, device: int) -> _Stream:
+        """The stream that work on the device, whose context is current, goes to now."""
+        return self._pools[device].use(*current(device))
 
     def version(self) -> str:
         number = _checked(cuda.cuDriverGetVersion())
@@ -131,44 +115,63 @@ class Machine:
         attribute = cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
         return int(_checked(cuda.cuPointerGetAttribute(attribute, address)))
 
+    def current_device(self) -> int:
+        if not int(_checked(cuda.cuCtxGetCurrent())):
+            return 0
+        return int(_checked(cuda.cuCtxGetDevice()))
+
     def allocate(self, device: int, nbytes: int) -> int:
-        capacity, stream, pool = _rounded(nbytes), self.stream(device), self._memory[device]
-        buffer = pool.taken(capacity, int(stream.handle))
-        if buffer is None:
-            buffer = self._devices[device].memory_resource.allocate(capacity, stream=stream)
-        return pool.lend(buffer, capacity, int(stream.handle))
+        capacity, pool = capacity_of(nbytes), self._pools[device]
+        with self._at(device):
+            stream = self._stream(device)
+            buffer = pool.taken(capacity, stream)
+            if buffer is None:
+                buffer = self._devices[device].memory_resource.allocate(capacity, stream=stream.native)
+            return pool.lend(buffer, capacity, stream)
 
     def free(self, device: int, address: int) -> None:
-        self._on(device)
-        for buffer, handle in self._memory[device].take_back(address):
-            buffer.close(self._stream(handle))
+        with self._at(device):
+            for buffer, stream in self._pools[device].take_back(address):
+                buffer.close(stream.native)
 
     def upload(self, device: int, address: int, array: np.ndarray) -> None:
         # The driver has copied pageable memory when it returns, to where the device takes it from.
-        self._on(device)
-        source, stream = array.ctypes.data, self._handle(device)
-        _checked(cuda.cuMemcpyHtoDAsync(address, source, array.nbytes, stream))
+        with self._at(device):
+            source, stream = array.ctypes.data, self._stream(device)
+            _checked(cuda.cuMemcpyHtoDAsync(address, source, array.nbytes, stream.pointer))
 
     def download(self, device: int, array: np.ndarray, address: int) -> None:
-        self._on(device)
-        stream = self._handle(device)
-        _checked(cuda.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, stream))
-        _checked(cuda.cuStreamSynchronize(stream))
+        with self._at(device):
+            stream = self._stream(device).pointer
+            _checked(cuda.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, stream))
+            _checked(cuda.cuStreamSynchronize(stream))
 
-    def copy(self, device: int, address: int, source: int, nbytes: int) -> None:
-        self._on(device)
-        _checked(cuda.cuMemcpyAsync(address, source, nbytes, self._handle(device)))
+    def copy(self, device: int, address: int, origin: int, source: int, nbytes: int) -> None:
+        with self._at(device):
+            stream = self._stream(device)
+            if origin != device:
+                stream.native.wait(self._reached(origin))
+            _checked(cuda.cuMemcpyAsync(address, source, nbytes, stream.pointer))
+        if origin != device:  # whose memory may be written again once it is read
+            reached = self._reached(device)
+            with self._at(origin):
+                self._stream(origin).native.wait(reached)
+
+    def _reached(self, device: int) -> Any:
+        """An event: the work that was asked for so far is done."""
+        with self._at(device):
+            return self._stream(device).native.record()
 
     def zero(self, device: int, address: int, nbytes: int) -> None:
-        self._on(device)
-        _checked(cuda.cuMemsetD8Async(address, 0, nbytes, self._handle(device)))
+        with self._at(device):
+            _checked(cuda.cuMemsetD8Async(address, 0, nbytes, self._stream(device).pointer))
 
     def translate(self, text: str, cc: tuple[int, int], most_registers: int | None) -> bytes:
         return compile.cubin(text, cc, most_registers)
 
     def load(self, device: int, code: Any, name: str) -> Any:
-        self._on(device)
-        return ObjectCode.from_cubin(code).get_kernel(name)
+        with self._at(device):
+            return ObjectCode.from_cubin(code).get_kernel(name)
 
     def launcher(
         self, device: int, kernel: Any, grid: int, block: int, arguments: Sequence[int | float]
@@ -178,23 +181,21 @@ class Machine:
             config = self._configs[grid, block] = LaunchConfig(grid=grid, block=block)
 
         def call() -> None:
-            self._on(device)
-            launch(self.stream(device), config, kernel, *arguments)
+            with self._at(device):
+                launch(self._stream(device).native, config, kernel, *arguments)
 
         return call
 
     def capturing(self, device: int) -> bool:
-        self._on(device)
-        status = _checked(cuda.cuStreamIsCapturing(self._handle(device)))
-        return status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        with self._at(device):
+            return self._stream(device).capturing()
 
     def wait_for(self, device: int, stream: int) -> None:
-        self._on(device)
-        self.stream(device).wait(self._stream(stream).record())
+        with self._at(device):
+            own = self._stream(device)
+            if own.handle != stream:
+                own.wait(_Stream(stream))
 
     def synchronize(self, device: int) -> None:
-        self._on(device)
-        self.stream(device).sync()
-
-    def _handle(self, device: int) -> Any:
-        return self.stream(device).handle
+        with self._at(device):
+            self._stream(device).native.sync()

@@ -5,7 +5,6 @@ an array may be waiting on its producer's stream; where that is not the one that
 one waits for it, and the host does not.
 """
 
-import sys
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +13,7 @@ import numpy as np
 from fastopt.kernels.cuda.array import DeviceArray
 from fastopt.kernels.cuda.driver import driver
 from fastopt.kernels.cuda.streams import current_stream
+from fastopt.kernels.loaded import is_tensor, loaded
 
 CUDA, CUDA_MANAGED = 2, 13  # device types of DLPack
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -28,9 +28,8 @@ def device_array(value: Any) -> DeviceArray | None:
     """
     if isinstance(value, DeviceArray):
         return value
-    torch = sys.modules.get("torch")  # loaded, if a tensor is at hand
-    if torch is not None and isinstance(value, torch.Tensor):
-        return _of_tensor(torch, value) if value.is_cuda else None
+    if is_tensor(value):
+        return _of_tensor(loaded("torch"), value) if value.is_cuda else None
     interface = getattr(value, "__cuda_array_interface__", None)
     if interface is not None:
         return _of_interface(value, interface)
@@ -61,14 +60,21 @@ def _of_interface(value: Any, interface: dict[str, Any]) -> DeviceArray:
     address, read_only = interface["data"]
     typestr, shape, strides = interface["typestr"], tuple(interface["shape"]), interface.get("strides")
     dtype = _BFLOAT16 if typestr in ("<V2", "|V2") else np.dtype(typestr)
-    device = driver().device_of(address) if address else 0
+    device = driver().device_of(address) if address else _device_of_empty(value)
     stream = interface.get("stream")
-    if stream is not None and stream != current_stream(device):
+    if stream is not None:
         driver().wait_for(device, stream)
     # JAX's arrays can't be written, which their interface does not say.
     writeable = not read_only and type(value).__module__.partition(".")[0] not in ("jax", "jaxlib")
     strides = None if strides is None else tuple(strides)
-    return DeviceArray(device, address, shape, dtype, strides, writeable=writeable, owner=value)
+    return DeviceArray(device, address or 0, shape, dtype, strides, writeable=writeable, owner=value)
+
+
+def _device_of_empty(value: Any) -> int:
+    """The device of an array without elements, whose interface has no address."""
+    if hasattr(value, "__dlpack_device__"):
+        return int(value.__dlpack_device__()[1])
+    return driver().current_device()
 
 
 def _of_capsule(value: Any, device: int) -> DeviceArray:

@@ -10,6 +10,8 @@ import numpy as np
 from ptx.machine import Module, launch
 from ptx.memory import Memory
 
+from fastopt.kernels.cuda.streams import current_stream
+
 ALIGNMENT = 256
 
 
@@ -74,6 +76,9 @@ class Interpreted:
                 return device
         raise RuntimeError("no memory of a device")
 
+    def current_device(self) -> int:
+        return 0
+
     def allocate(self, device: int, nbytes: int) -> int:
         memory = np.full(nbytes + ALIGNMENT, 0xA5, np.uint8)  # what no kernel should rely on
         first = -memory.__array_interface__["data"][0] % ALIGNMENT
@@ -94,7 +99,7 @@ class Interpreted:
         self.waits += 1
         ctypes.memmove(array.__array_interface__["data"][0], address, array.nbytes)
 
-    def copy(self, device: int, address: int, source: int, nbytes: int) -> None:
+    def copy(self, device: int, address: int, origin: int, source: int, nbytes: int) -> None:
         ctypes.memmove(address, source, nbytes)
 
     def zero(self, device: int, address: int, nbytes: int) -> None:
@@ -120,7 +125,8 @@ class Interpreted:
         return False
 
     def wait_for(self, device: int, stream: int) -> None:
-        self.waited_for.append(stream)
+        if stream != current_stream(device):
+            self.waited_for.append(stream)
 
     def synchronize(self, device: int) -> None:
         self.waits += 1

@@ -18,6 +18,7 @@ from fastopt.kernels.cuda.backend import Cuda, catch_up, counts
 from fastopt.kernels.cuda.backend.catch_up import CatchUpLaunch
 from fastopt.kernels.cuda.catch_up import catch_up_rows
 from fastopt.kernels.cuda.elements import code_of
+from fastopt.kernels.cuda.streams import Current
 from fastopt.kernels.formats import (
     BFLOAT16,
     BFLOAT16_OF,
@@ -394,6 +395,18 @@ def test_tables_of_counts_grow_and_are_kept():
     for row_steps, most in ((first, 1001), (grown, 1501)):
         for count in (1, 2, 5, most):
             np.testing.assert_array_equal(numbers_at(row_steps, count), FOLD(np.array([float(count)]))[0])
+
+
+def test_tables_of_counts_are_used_after_they_were_brought_there(monkeypatch):
+    """By an optimizer that works on another stream, too."""
+    backend, counted, waited = Cuda(0, cpu), DEVICE.from_host(np.array([0])), []
+    monkeypatch.setattr(driver.driver(), "wait_for", lambda device, stream: waited.append((device, stream)))
+    monkeypatch.setattr(counts, "current", lambda device: Current(77, None))
+    first = backend.counted_steps(counted, None, FOLD, 5).history
+    monkeypatch.setattr(counts, "current", lambda device: Current(1, None))
+    waited.clear()
+    assert backend.counted_steps(counted, None, FOLD, 5).history is first
+    assert waited == [(0, 77)]
 
 
 def test_no_more_tables_are_kept_than_a_few(monkeypatch):

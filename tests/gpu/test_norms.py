@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from devices import CUDA
 
+import fastopt
 from fastopt._core.state import computed_with, gradient_format
 from fastopt._step.norms import DenseSquares, clip_factor, norm_of
 from fastopt.kernels.cpu import backend as cpu
@@ -19,6 +20,7 @@ from fastopt.kernels.cuda.backend import norms as launches
 from fastopt.kernels.cuda.backend.basics import Basics
 from fastopt.kernels.cuda.backend.norms import Norms
 from fastopt.kernels.cuda.segments import DeviceSegments
+from fastopt.kernels.cuda.streams import Current
 from fastopt.kernels.formats import formats
 from fastopt.kernels.work import Segments, TableGradient
 
@@ -181,6 +183,19 @@ def test_norms_keep_their_values():
     assert other.copy_to_host()[0] == clip_factor(second.value(), 1.0)
 
 
+def test_a_norm_is_read_after_the_work_of_its_step(monkeypatch):
+    """Which may be on another stream than that of the one who reads it."""
+    [array] = on_device([np.ones(5, np.float32)])
+    opt, waited = fastopt.SGD(array, lr=1.0), []
+    monkeypatch.setattr(launches, "current", lambda device: Current(77, None))
+    monkeypatch.setattr(driver.driver(), "wait_for", lambda device, stream: waited.append((device, stream)))
+    info = opt.step(array.copy(), clip_norm=1.0)
+    assert not waited
+    assert info.norm == pytest.approx(5**0.5)
+    assert info.clipped
+    assert waited == [(0, 77)]
+
+
 def test_a_captured_norm_is_that_of_the_last_replay(monkeypatch):
     """Nothing is allocated or uploaded, and its memory stays when nobody has the norm any more."""
     host = gradients(DTYPES[1], [9_000])
@@ -218,11 +233,12 @@ def test_a_norm_that_was_not_taken_before_cannot_be_captured(monkeypatch):
     [array] = on_device(gradients(DTYPES[0], [5]))
     squares = squares_of(BACKEND, DTYPES[0], [5])
     squares.sum(addresses_of([array]), 1.0)
+    rows = Table(3, np.float32).gradients()[1]
     monkeypatch.setattr(driver.driver(), "capturing", lambda device: True)
     with pytest.raises(ValueError, match="before the capture"):
         BACKEND.norm([(squares, addresses_of([array]))], [])
     with pytest.raises(ValueError, match="gradients by rows"):
-        BACKEND.norm([], [Table(3, np.float32).gradients()[1]])
+        BACKEND.norm([], [rows])
 
 
 class Table:

@@ -1,6 +1,5 @@
 """Where the parameters and gradients of a step lie, and which of them have to be looked at closely."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from fastopt.kernels.cpu.headers import UNKNOWN, Headers
+from fastopt.kernels.loaded import loaded
 
 DTYPES = tuple(map(np.dtype, (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)))
 
@@ -71,7 +71,7 @@ class Locator:
     def _addresses(self, which: int, values: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
         addresses = self._headers.addresses[which].copy()
         positions = np.flatnonzero(addresses == UNKNOWN).tolist()
-        if positions and "torch" in sys.modules:
+        if positions and loaded("torch") is not None:
             tensors = self._tensors[which]
             if tensors is None:
                 expected = self._dtypes[which], self._shapes, self._devices
@@ -93,7 +93,7 @@ class _Tensors:
         shapes: Sequence[tuple[int, ...]],
         devices: Sequence[int],
     ) -> None:
-        torch = sys.modules["torch"]
+        torch = loaded("torch")
         known = torch.float32, torch.float64, torch.float16, torch.bfloat16
         by_dtype: dict[Any, Any] = dict(zip(DTYPES, known, strict=True))
         self._expected = [
@@ -104,7 +104,7 @@ class _Tensors:
     def find(self, values: Sequence[Any], positions: list[int], addresses: np.ndarray) -> list[int]:
         """Set ``addresses[i]`` for each ``values[i]`` that is such a tensor, i being one of ``positions``;
         returns the other positions."""
-        torch = sys.modules["torch"]
+        torch = loaded("torch")
         tensor, parameter, strided = torch.Tensor, torch.nn.Parameter, torch.strided
         pointers, found, others = [], [], []
         for i in positions:

@@ -5,6 +5,8 @@ from collections import OrderedDict
 import numpy as np
 
 from fastopt.kernels.cuda.array import DeviceArray, upload
+from fastopt.kernels.cuda.driver import driver
+from fastopt.kernels.cuda.streams import Current, current
 from fastopt.kernels.work import CountFold, RowSteps
 
 FIRST_CAPACITY = 1024  # counts
@@ -14,11 +16,12 @@ MOST_FOLDS = 8  # whose tables are kept
 
 class CountTables:
     """Tables of what is folded, which grow with the counts, so that nobody has to wait for the counts that
-    rows have. Those of the folds that were last asked for are kept."""
+    rows have. Those of the folds that were last asked for are kept, each with the stream that it was brought
+    to the device on: optimizers that share one may work on several."""
 
     def __init__(self, device: int) -> None:
         self._device = device
-        self._tables: OrderedDict[CountFold, DeviceArray] = OrderedDict()
+        self._tables: OrderedDict[CountFold, tuple[DeviceArray, Current]] = OrderedDict()
 
     def of_rows(self, counts: DeviceArray, fold: CountFold, steps: int) -> RowSteps:
         """What a launch needs for rows that count their updates, none of which has had more than ``steps``.
@@ -30,13 +33,14 @@ class CountTables:
         if steps >= MOST_TABULATED:
             after = np.unique(np.maximum(counts.copy_to_host(), 0)) + 1
             return RowSteps(counts, upload(self._device, fold(after.astype(np.float64))))
-        table = self._tables.pop(fold, None)
+        table, stream = self._tables.pop(fold, (None, current(self._device)))
         if table is None or len(table) < steps + 2:
             size = FIRST_CAPACITY if table is None else len(table)
             while size < steps + 2:
                 size *= 2
-            table = upload(self._device, _tabulated(fold, size))
-        self._tables[fold] = table
+            table, stream = upload(self._device, _tabulated(fold, size)), current(self._device)
+        driver().wait_for(self._device, stream.handle)
+        self._tables[fold] = table, stream
         if len(self._tables) > MOST_FOLDS:
             self._tables.popitem(last=False)
         return RowSteps(counts, table)

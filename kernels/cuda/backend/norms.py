@@ -19,6 +19,7 @@ from fastopt.kernels.cuda.norms import (
     sum_squares,
 )
 from fastopt.kernels.cuda.row_norms import SEGMENTS, row_of, segments_of, sum_squares_of_rows
+from fastopt.kernels.cuda.streams import current
 from fastopt.kernels.formats import Format
 from fastopt.kernels.work import TableGradient
 
@@ -129,13 +130,15 @@ class Norm:
         self._value: float | None = None
         self._factors: dict[tuple[float, float], DeviceArray] = {}
         checked = any(part.is_double for part in (*dense, *rows))
+        self._stream = current(device)
         _add_up(self._result, dense, rows, 1.0, checked)
 
     def value(self) -> float:
         """The norm; waits for it."""
         if self._value is not None:
             return self._value
-        total, unit = self._result[: RESULT_UNIT + 1].copy_to_host().tolist()
+        driver().wait_for(self._result.device, self._stream.handle)
+        total, unit = self._result[: RESULT_UNIT + 1].tolist()
         norm = math.sqrt(total) * unit
         if not self._captured:  # else the next replay finds another
             self._value = norm
@@ -201,7 +204,7 @@ def _sum(device: int, dense: Sequence[Squares], rows: Sequence[_RowSquares], sca
     """The sum of squares of elements times ``scale``; waits for it."""
     result = empty(device, RESULT_SUMS + 1, np.float64)
     _add_up(result, dense, rows, scale, checked=False)
-    return float(result[RESULT_TOTAL : RESULT_TOTAL + 1].copy_to_host()[0])
+    return float(result[RESULT_TOTAL].item())
 
 
 PlacedSquares = tuple[Squares, np.ndarray]  # with the addresses of their arrays

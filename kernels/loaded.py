@@ -1,0 +1,21 @@
+"""Other libraries, which are looked at where they are loaded, and imported nowhere."""
+
+import sys
+from typing import Any
+
+
+def loaded(name: str) -> Any:
+    """The module of a library; None if it is not loaded, and nobody has an array of it.
+
+    One that another thread is importing just now lacks some of its names: it counts as not loaded.
+    """
+    module = sys.modules.get(name)
+    if module is None or getattr(getattr(module, "__spec__", None), "_initializing", False):
+        return None
+    return module
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a tensor of torch."""
+    torch = loaded("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
