@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from fastopt._core.backend import backend_at, host
+from fastopt._core.backend import host
 from fastopt._core.exclusive import exclusive
 from fastopt._core.indices import Indices
 from fastopt._core.options import SHARED
@@ -196,7 +196,7 @@ class Optimizer:
         parameters.check_unchanged(self.param_groups, self)
         options = planner.options(self)
         plan, entries, rows = planner.plan(grads, options, zero_grads)
-        capturing = parameters.devices and any(backend_at(device).capturing for device in parameters.devices)
+        capturing = parameters.capturing
         if capturing:
             plan.check_capture(settings, rows)
         info, scale, factor = _DONE, settings.grad_scale, None

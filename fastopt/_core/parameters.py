@@ -279,6 +279,11 @@ class Parameters:
     def steps(self) -> int:
         return int(self.clock[-1])
 
+    @property
+    def capturing(self) -> bool:
+        """Whether work of some device is being put into a graph in place of being done."""
+        return any(backend_at(device).capturing for device in self.devices)
+
     def of_group(self, group: ParameterGroup) -> list[Parameter]:
         return [parameter for parameter in self.all if parameter.group is group]
 
