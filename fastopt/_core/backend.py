@@ -84,13 +84,13 @@ class Locator(Protocol):
         """Expect dense gradients of these dtypes, and none for None."""
 
     def unchanged(self, parameters: list | tuple, gradients: list | tuple, writeable: bool) -> bool:
-        """Read all addresses; returns whether all arrays are recognised, and lie where they lay at the last
-        read."""
+        """Read all addresses; returns whether all arrays are recognised, or None, and lie where they lay at
+        the last read."""
 
-    def parameters(self, values: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
+    def parameters(self) -> tuple[np.ndarray, list[int]]:
         """The addresses last read, and the positions of those that were not recognised."""
 
-    def gradients(self, values: Sequence[Any]) -> tuple[np.ndarray, list[int]]:
+    def gradients(self) -> tuple[np.ndarray, list[int]]:
         """The same of gradients."""
 
 

@@ -132,10 +132,10 @@ class Planner:
     ) -> tuple[Plan, list[RowUpdate]]:
         """A plan for gradients that are not all where they were, and the updates by rows."""
         everyone, entries = self._parameters.all, gradients.entries
-        parameters_at, unknown = self._locator.parameters(self._values)
+        parameters_at, unknown = self._locator.parameters()
         for i in unknown:
             parameters_at[i] = everyone[i].backend.address(everyone[i].view())
-        gradients_at, unknown = self._locator.gradients(entries)
+        gradients_at, unknown = self._locator.gradients()
         kinds = np.full(len(entries), SAME, np.int8)
         rows: list[RowUpdate] = []
         for i in unknown:

@@ -97,8 +97,8 @@ class Located:
     def check(self, unknown=(), unknown_gradients=()):
         """Addresses are those of all arrays but the unknown ones."""
         for values, found, left in (
-            (self.parameters, self.locator.parameters(self.parameters), unknown),
-            (self.gradients, self.locator.gradients(self.gradients), unknown_gradients),
+            (self.parameters, self.locator.parameters(), unknown),
+            (self.gradients, self.locator.gradients(), unknown_gradients),
         ):
             addresses, positions = found
             assert list(positions) == list(left)
@@ -149,8 +149,8 @@ def test_locator_leaves_what_it_does_not_recognise(device, strange):
     located.unchanged()
     known = located.gradients[1]
     located.gradients[1] = STRANGE[strange](device)
-    for _ in range(2):  # it stays unknown, though it does not move
-        assert not located.unchanged()
+    for again in (False, True):  # it stays unknown, though it does not move
+        assert located.unchanged() == (again and strange == "none")
         located.check(unknown_gradients=[1])
     located.gradients[1] = known
     located.parameters[1] = STRANGE[strange](device)
@@ -196,16 +196,65 @@ def test_locator_finds_torch_tensors(device):
     located.gradients[0] = device.tensor(np.zeros((4, 6), np.float32))
     located.gradients[1] = device.tensor(np.zeros((5, 2)))[:, 0]  # not contiguous
     located.unchanged()
-    addresses, unknown = located.locator.parameters(located.parameters)
+    addresses, unknown = located.locator.parameters()
     assert unknown == []
     assert addresses[0] == located.parameters[0].data_ptr()
-    addresses, unknown = located.locator.gradients(located.gradients)
+    addresses, unknown = located.locator.gradients()
     assert unknown == [1]
     assert addresses[0] == located.gradients[0].data_ptr()
     assert addresses[2] == device.backend.address(located.gradients[2])
     located.locator.expect([DOUBLE, DOUBLE, SINGLE])
     located.unchanged()
-    assert located.locator.gradients(located.gradients)[1] == [0, 1]
+    assert located.locator.gradients()[1] == [0, 1]
+
+
+CHANGES = {
+    "another tensor": lambda tensors: tensors.__setitem__(0, tensors[0].clone()),
+    "an array": lambda tensors: tensors.__setitem__(0, np.zeros((4, 6), np.float32)),
+    "none": lambda tensors: tensors.__setitem__(0, None),
+    "other memory": lambda tensors: setattr(tensors[0], "data", tensors[0].clone()),
+    "another dtype": lambda tensors: setattr(tensors[0], "data", tensors[0].view(integers())),
+    "another shape": lambda tensors: tensors[0].resize_(3, 8),
+    "strides": lambda tensors: tensors[0].as_strided_((4, 6), (1, 4)),
+    "a sign": lambda tensors: tensors.__setitem__(0, tensors[0]._neg_view()),
+}
+
+
+def integers():
+    import torch
+
+    return torch.int32
+
+
+@pytest.mark.host
+@pytest.mark.covers("Locator")
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not there")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("which", ["parameters", "gradients"])
+def test_locator_sees_that_a_tensor_changed(device, change, which):
+    located = Located(device)
+    for values in (located.parameters, located.gradients):
+        values[:] = [device.tensor(device.get(array)) for array in values]
+    assert not located.unchanged()
+    assert located.unchanged()
+    tensors = getattr(located, which)
+    kept = list(tensors)
+    CHANGES[change](tensors)
+    assert not located.unchanged()
+    tensors[:] = kept
+
+
+@pytest.mark.host
+@pytest.mark.covers("Locator")
+def test_locator_tells_none_from_what_was_there_before(device):
+    located = Located(device)
+    for strange in ([0.0], None, None, [0.0], [0.0], None):
+        located.gradients[1] = strange
+        located.unchanged()
+    assert located.unchanged()
+    for strange, unchanged in (([0.0], False), (None, False), (None, True)):
+        located.gradients[1] = strange
+        assert located.unchanged() is unchanged
 
 
 @pytest.mark.covers("reblock")
