@@ -31,6 +31,7 @@ from fastopt.optimizers import (
     RMSProp,
     RowwiseAdaGrad,
     RowwiseAdam,
+    SparseAdam,
 )
 from fastopt.tables.open import open_table
 from fastopt.tables.table import Table
@@ -54,6 +55,7 @@ __all__ = [
     "RMSProp",
     "RowwiseAdaGrad",
     "RowwiseAdam",
+    "SparseAdam",
     "SparseGradient",
     "StepInfo",
     "Table",

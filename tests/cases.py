@@ -112,6 +112,7 @@ CASES = [
          reference_own={"amsgrad": True}),
     Case("adamw", "AdamW", "adam", "AdamW", ADAM, decoupled=True),
     Case("adamw_amsgrad", "AdamW", "adam", "AdamW", ADAM, {"amsgrad": True}, decoupled=True),
+    Case("sparse_adam", "SparseAdam", "sparse_adam", None, ADAM),
     Case("rowwise_adam", "RowwiseAdam", "rowwise_adam", None, ADAM),
     Case("rowwise_adam_decoupled", "RowwiseAdam", "rowwise_adam", None, ADAM,
          {"decoupled_weight_decay": True}, decoupled=True),
@@ -130,7 +131,7 @@ BY_NAME = {case.name: case for case in CASES}
 # One for each rule that has kernels of its own.
 RULES = [BY_NAME[name] for name in (
     "sgd", "dampening", "adagrad_decay", "rowwise_adagrad", "rmsprop", "rmsprop_momentum",
-    "rmsprop_centered", "rmsprop_centered_momentum", "adam", "amsgrad", "rowwise_adam", "radam",
+    "rmsprop_centered", "rmsprop_centered_momentum", "adam", "amsgrad", "sparse_adam", "rowwise_adam", "radam",
     "nadam", "lion",
 )]  # fmt: skip
 

@@ -84,6 +84,14 @@ def adam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, amsgrad=False, 
     return p - lr * m_hat / (np.sqrt(v_hat) + eps)
 
 
+def sparse_adam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, **common):
+    p, g = prepared(p, g, lr=lr, **common)
+    beta1, beta2 = betas
+    m = state["exp_avg"] = lerp(state["exp_avg"], g, 1 - beta1)
+    v = state["exp_avg_sq"] = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
+    return p - lr * np.sqrt(1 - beta2**step) / (1 - beta1**step) * m / (np.sqrt(v) + eps)
+
+
 def rowwise_adam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, **common):
     p, g = prepared(p, g, lr=lr, **common)
     if g.size == 0:
@@ -183,7 +191,7 @@ def slots(rule, options):
         return [name for name, present in wanted.items() if present]
     if rule is adam:
         return ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * options.get("amsgrad", False)
-    if rule in (radam, rowwise_adam, nadam, lamb):
+    if rule in (sparse_adam, radam, rowwise_adam, nadam, lamb):
         return ["exp_avg", "exp_avg_sq"]
     return ["exp_avg"] if rule in (lion, signum) else []
 

@@ -42,6 +42,7 @@ MAKERS = {
     "nadam": lambda p, **o: fastopt.NAdam(p, lr=0.1, **o),
     "radam": lambda p, **o: fastopt.RAdam(p, lr=0.1, betas=(0.8, 0.9), **o),
     "adagrad": lambda p, **o: fastopt.AdaGrad(p, lr=0.1, lr_decay=1e-3, **o),
+    "sparse_adam": lambda p, **o: fastopt.SparseAdam(p, lr=0.1, **o),
     "rowwise_adam": lambda p, **o: fastopt.RowwiseAdam(p, lr=0.1, **o),
     "lamb": lambda p, **o: fastopt.LAMB(p, lr=0.1, **o),
     "dampening": lambda p, **o: fastopt.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, **o),

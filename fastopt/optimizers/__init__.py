@@ -8,7 +8,7 @@ are element-wise. The options that all optimizers share are explained by :class:
 
 from fastopt.optimizers.adafactor import Adafactor
 from fastopt.optimizers.adagrad import AdaGrad, RowwiseAdaGrad
-from fastopt.optimizers.adam import Adam, AdamW, AMSGrad, RowwiseAdam
+from fastopt.optimizers.adam import Adam, AdamW, AMSGrad, RowwiseAdam, SparseAdam
 from fastopt.optimizers.lamb import LAMB
 from fastopt.optimizers.lion import Lion
 from fastopt.optimizers.nadam import NAdam
@@ -18,5 +18,5 @@ from fastopt.optimizers.sgd import SGD
 
 __all__ = [
     "LAMB", "SGD", "AMSGrad", "AdaGrad", "Adafactor", "Adam", "AdamW", "Lion", "NAdam", "RAdam", "RMSProp",
-    "RowwiseAdaGrad", "RowwiseAdam",
+    "RowwiseAdaGrad", "RowwiseAdam", "SparseAdam",
 ]  # fmt: skip

@@ -111,6 +111,41 @@ class AMSGrad(Optimizer):
         return rules.AMSGRAD
 
 
+class SparseAdam(Optimizer):
+    """Adam as ``torch.optim.SparseAdam`` has it, with its bits.
+
+    m = m + (1 - beta1) * (g - m); v = v + (1 - beta2) * (g^2 - v);
+    p = p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).
+    Where :class:`Adam` adds eps to the root after its bias correction this adds it before: in the first steps
+    eps weighs up to 1 / sqrt(1 - beta2) times as much, which shows where gradients are as small as that.
+    Rows without a gradient stay as they are, in both.
+
+    The state is ``exp_avg``, which is m, and ``exp_avg_sq``, which is v, both of the parameter's shape.
+
+    Args:
+        params, weight_decay, maximize: as for :class:`fastopt.Optimizer`.
+        lr, betas, eps: as for :class:`Adam`, with the same defaults.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: LearningRate = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        super().__init__(
+            params, shared, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize
+        )
+
+    def rule(self, options: Options) -> Rule:
+        return rules.SPARSE_ADAM
+
+
 class RowwiseAdam(Optimizer):
     """Adam with one second moment for each row (FBGEMM's PARTIAL_ROWWISE_ADAM).
 

@@ -19,7 +19,7 @@ Each file has a family of rules, and registers them; an optimizer needs no other
 
 from fastopt.kernels.rules.adafactor import ADAFACTOR
 from fastopt.kernels.rules.adagrad import ADAGRAD, ROWWISE_ADAGRAD
-from fastopt.kernels.rules.adam import ADAM, AMSGRAD, ROWWISE_ADAM
+from fastopt.kernels.rules.adam import ADAM, AMSGRAD, ROWWISE_ADAM, SPARSE_ADAM
 from fastopt.kernels.rules.lamb import LAMB
 from fastopt.kernels.rules.lion import LION
 from fastopt.kernels.rules.nadam import NADAM
@@ -49,4 +49,5 @@ __all__ = [
     "ROWWISE_ADAGRAD",
     "ROWWISE_ADAM",
     "SGD",
+    "SPARSE_ADAM",
 ]

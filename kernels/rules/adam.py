@@ -1,4 +1,4 @@
-"""Adam, AMSGrad, and Adam with one second moment a row."""
+"""Adam, AMSGrad, torch's SparseAdam, and Adam with one second moment a row."""
 
 import math
 from typing import NamedTuple
@@ -55,6 +55,32 @@ def adam(h, p, g, exp_avg, exp_avg_sq, max_exp_avg_sq):
     return p, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
+class SparseAdamH(NamedTuple):
+    step_size: float
+    one_minus_beta1: float
+    one_minus_beta2: float
+    eps: float
+
+    @classmethod
+    def fold(cls, step, *, lr, betas, eps, **_):
+        beta1, beta2 = betas
+        correction1, correction2 = 1.0 - power(beta1, step), 1.0 - power(beta2, step)
+        return cls(lr * root(correction2) / correction1, 1.0 - beta1, 1.0 - beta2, eps)
+
+
+@register_jitable
+def sparse_adam(h, p, g, exp_avg, exp_avg_sq):
+    """Adam as torch.optim.SparseAdam has it: eps is added to the root before its bias correction.
+
+    m = m + (1 - beta1) * (g - m)
+    v = v + (1 - beta2) * (g^2 - v)
+    p = p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * (m / (sqrt(v) + eps))
+    """
+    exp_avg = exp_avg + (g - exp_avg) * h.one_minus_beta1
+    exp_avg_sq = exp_avg_sq + (g * g - exp_avg_sq) * h.one_minus_beta2
+    return p - h.step_size * (exp_avg / (math.sqrt(exp_avg_sq) + h.eps)), exp_avg, exp_avg_sq
+
+
 class RowwiseAdamH(AdamH):
     __slots__ = ()
 
@@ -84,6 +110,9 @@ AMSGRAD = register(
         not_negative=("exp_avg_sq", "max_exp_avg_sq"),
         missed=Adaptive,
     )
+)
+SPARSE_ADAM = register(
+    Rule(SparseAdamH, sparse_adam, ("exp_avg", "exp_avg_sq"), not_negative=("exp_avg_sq",))
 )
 ROWWISE_ADAM = register(
     Rule(

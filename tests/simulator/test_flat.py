@@ -49,6 +49,7 @@ REFERENCES = {
     "CenteredRMSPropMomentumH": (reference.rmsprop, {"centered": True}),
     "AdamH": (reference.adam, {}),
     "AMSGradH": (reference.adam, {"amsgrad": True}),
+    "SparseAdamH": (reference.sparse_adam, {}),
     "RowwiseAdamH": (reference.rowwise_adam, {}),
     "RAdamH": (reference.radam, {}),
     "NAdamH": (reference.nadam, {}),
