@@ -10,6 +10,7 @@ from fastopt._core.exclusive import exclusive
 from fastopt._core.indices import Indices
 from fastopt._core.options import SHARED
 from fastopt._core.parameters import Parameters, Snapshot
+from fastopt._core.state import Slot
 from fastopt._core.versions import written
 from fastopt._step.catch_up import adopt_changed, catch_up
 from fastopt._step.norms import known
@@ -112,6 +113,18 @@ class Optimizer:
     def steps(self) -> int:
         """How many steps are finished, those that were skipped not counted."""
         return self._parameters.steps
+
+    @property
+    def state(self) -> dict[str | int, dict[str, Any]]:
+        """The state arrays of each parameter by its name, or position: those that steps work on, no copies;
+        none before its first gradient. A step may put others in their place."""
+        return {parameter.key: dict(parameter.state) for parameter in self._parameters.all}
+
+    @property
+    def slots(self) -> dict[str | int, dict[str, Slot]]:
+        """Shape, dtype and first value of each of the state arrays that a parameter has, or gets with its
+        first gradient, by its name, or position."""
+        return {parameter.key: parameter.slots() for parameter in self._parameters.all}
 
     # What an optimizer's class defines
 

@@ -131,8 +131,8 @@ BY_NAME = {case.name: case for case in CASES}
 # One for each rule that has kernels of its own.
 RULES = [BY_NAME[name] for name in (
     "sgd", "dampening", "adagrad_decay", "rowwise_adagrad", "rmsprop", "rmsprop_momentum",
-    "rmsprop_centered", "rmsprop_centered_momentum", "adam", "amsgrad", "sparse_adam", "rowwise_adam", "radam",
-    "nadam", "lion",
+    "rmsprop_centered", "rmsprop_centered_momentum", "adam", "amsgrad", "sparse_adam", "rowwise_adam",
+    "radam", "nadam", "lion",
 )]  # fmt: skip
 
 

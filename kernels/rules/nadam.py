@@ -31,9 +31,14 @@ class NAdamH(NamedTuple):
 
     @classmethod
     def fold(cls, step, *, lr, betas, momentum_decay, eps, **_):
+        product = mu_product(step, betas[0], momentum_decay)
+        return cls.with_product(product, step, lr, betas, momentum_decay, eps)
+
+    @classmethod
+    def with_product(cls, product, step, lr, betas, momentum_decay, eps):
+        """The hyperparameters of a step, given the product of the momenta up to it."""
         beta1, beta2 = betas
-        mu, mu_next = (beta1 * (1.0 - 0.5 * power(0.96, t * momentum_decay)) for t in (step, step + 1))
-        product = mu_product(step, beta1, momentum_decay)
+        mu, mu_next = (momentum_of(t, beta1, momentum_decay) for t in (step, step + 1))
         gradient_rate, momentum_rate = (1.0 - mu) / (1.0 - product), mu_next / (1.0 - product * mu_next)
         return cls(
             lr * gradient_rate,
@@ -45,6 +50,11 @@ class NAdamH(NamedTuple):
             1.0 / root(1.0 - power(beta2, step)),
             eps,
         )
+
+
+def momentum_of(step: Any, beta1: float, momentum_decay: float) -> Any:
+    """mu_t of NAdam."""
+    return beta1 * (1.0 - 0.5 * power(0.96, step * momentum_decay))
 
 
 _ORDERS = np.arange(1.0, 54.0)  # k; 2^-53 is below rounding

@@ -132,7 +132,8 @@ def _cuda_device(tensor: Any) -> int:
 
 def _torch_dtype(torch: Any, dtype: np.dtype | None) -> Any:
     known = torch.float32, torch.float64, torch.float16, torch.bfloat16
-    return dict(zip(DTYPES, known, strict=True)).get(dtype)
+    by_dtype: dict[Any, Any] = dict(zip(DTYPES, known, strict=True))
+    return by_dtype.get(dtype)
 
 
 def _fits(torch: Any, value: Any, dtype: np.dtype | None, shape: tuple[int, ...], device: int) -> bool:

@@ -1,0 +1,239 @@
+"""What a torch optimizer's step by kernels goes on with from step to step."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastopt._core.options import SHARED
+from fastopt._core.state import Slot
+from fastopt._step.settings import StepInfo
+from fastopt.torch.gradients import usable
+from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local, tensor_over
+from fastopt.torch.nadam import products_of, scalar_dtype
+from fastopt.torch.traits import PRODUCT, STEP, Traits
+
+
+def takes(p: torch.Tensor) -> bool:
+    """Whether kernels can update a parameter where it lies."""
+    own = local(p)
+    return (
+        type(own) in (torch.Tensor, torch.nn.Parameter)
+        and own.layout is torch.strided
+        and own.dtype in DTYPES
+        and own.device.type in ("cpu", "cuda")
+        and own.is_contiguous()
+        and not own.is_neg()
+    )
+
+
+class Kept:
+    """The plain optimizer of those parameters of a torch optimizer that kernels take, whose state it shares,
+    and what both were when it was made.
+
+    Args:
+        traits: of the torch optimizer's class.
+        groups: its ``param_groups``. state: its ``state``.
+
+    Attributes:
+        params: the parameters that kernels take. left: the others, of each group. has_shards: whether some
+            are DTensors.
+    """
+
+    def __init__(self, traits: Traits, groups: list[dict[str, Any]], state: Any) -> None:
+        self._traits = traits
+        self._members = [list(group["params"]) for group in groups]
+        taken = [[p for p in group["params"] if traits.takes(group, p) and takes(p)] for group in groups]
+        self.params = [p for own in taken for p in own]
+        chosen = set(map(id, self.params))
+        self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
+        self._numbers = [number for number, own in enumerate(taken) if own]
+        self._values = [traits.values(groups[number]) for number in self._numbers]
+        self._state = state
+        own_groups = [
+            {**values, "params": [local(p) for p in taken[number]]}
+            for number, values in zip(self._numbers, self._values, strict=True)
+        ]
+        self._plain = traits.plain(own_groups) if own_groups else None
+        self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
+        self._seen: list[dict[str, Any]] = [{} for _ in self.params]  # the arrays that torch's state shows
+        self._shown: dict[str, tuple[list[dict], list[Any]]] = {}
+        self._dicts: list[dict] = []
+        self._by_rows = False  # whether the last step had gradients by rows, which state may be moved for
+        self._all_shown = False
+        self.has_shards = any(map(is_shard, self.params))
+        self._group_of = np.repeat(range(len(self._numbers)), [len(own) for own in taken if own])
+        self._take_state()
+
+    # Whether it still holds
+
+    def fits(self, groups: list[dict[str, Any]], state: Any) -> bool:
+        """Whether the torch optimizer is what it was, but for options that may change between steps, which
+        are adopted."""
+        if state is not self._state or len(groups) != len(self._members):
+            return False
+        pairs = zip(groups, self._members, strict=True)
+        if not all(_same(group["params"], own) for group, own in pairs) or not self._is_shown():
+            return False
+        return all(
+            self._adopted(k, self._traits.values(groups[number])) for k, number in enumerate(self._numbers)
+        )
+
+    def _is_shown(self) -> bool:
+        """Whether torch's state is what was put there."""
+        if not _same(self._state.values(), self._dicts):
+            return False
+        for name, (dicts, tensors) in self._shown.items():
+            if not all(map(is_, map(itemgetter(name), dicts), tensors)):
+                return False
+        return self._traits.counts_as is not torch.Tensor or np.array_equal(self._steps, self._counts)
+
+    def _adopted(self, k: int, values: dict[str, Any]) -> bool:
+        """Go on with these options of a group; returns False if they need another state."""
+        if values == self._values[k]:
+            return True
+        assert self._plain is not None
+        group = self._plain.param_groups[k]
+        if any(values[name] != self._values[k][name] for name in SHARED):
+            return False
+        if self._plain.rule({**group, **values}) != self._rules[k]:
+            return False
+        group.update(values)
+        self._values[k] = values
+        return True
+
+    # State
+
+    def _take_state(self) -> None:
+        """Begin with what torch's state holds."""
+        states = [self._state.get(p, {}) for p in self.params]
+        scalar = scalar_dtype()
+        self._counts = np.array([self._traits.steps(own) for own in states], np.int64)
+        self._steps: np.ndarray = self._counts.astype(scalar)
+        self._products: np.ndarray = np.array([float(own.get(PRODUCT, 1.0)) for own in states], scalar)
+        if self._plain is None:
+            return
+        if any(states):
+            saved, slots = self._plain.state_dict(), self._plain.slots
+            saved["steps"] = int(self._counts.max())
+            for i, own in enumerate(states):
+                saved["state"][i] = {STEP: int(self._counts[i]), **_converted(own, slots[i])}
+            self._plain.load_state_dict(saved, options=False)
+        self._show()
+
+    def _show(self) -> None:
+        """Have torch's state show the state arrays, and the counts of steps, as tensors over their memory."""
+        assert self._plain is not None
+        live = self._plain.state
+        for i, p in enumerate(self.params):
+            arrays, seen = live[i], self._seen[i]
+            if not arrays and not self._counts[i]:
+                continue
+            self._seen[i] = {**arrays, STEP: True}
+            if not arrays and self._traits.counts_as is None:
+                continue
+            own = self._state[p]
+            for name, array in arrays.items():
+                if seen.get(name) is not array:
+                    own[name] = beside(p, tensor_over(array))
+            if not seen:
+                self._show_numbers(i, own)
+        self._remember()
+
+    def _show_numbers(self, i: int, own: dict[str, Any]) -> None:
+        if self._traits.counts_as is torch.Tensor:
+            own[STEP] = torch.from_numpy(self._steps[i : i + 1])[0]
+        if self._traits.has_product:
+            own[PRODUCT] = torch.from_numpy(self._products[i : i + 1])[0]
+
+    def _remember(self) -> None:
+        self._all_shown = all(self._seen)
+        self._dicts = list(self._state.values())
+        self._shown = {}
+        for i, p in enumerate(self.params):
+            if self._seen[i] and p in self._state:
+                own = self._state[p]
+                for name, tensor in own.items():
+                    if isinstance(tensor, torch.Tensor):
+                        dicts, tensors = self._shown.setdefault(name, ([], []))
+                        dicts.append(own)
+                        tensors.append(tensor)
+
+    # Steps
+
+    def gradients(self) -> tuple[list[Any], bool]:
+        """The gradients of the parameters as the plain optimizer takes them, and whether some are by rows.
+
+        Raises:
+            RuntimeError: one is dense, where only sparse ones are expected.
+        """
+        given = [p.grad for p in self.params]
+        if self._traits.sparse_alone and not all(g is None or g.is_sparse for g in given):
+            raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
+        return usable(given, self.params, lambda i: self._traits.goes_dense(self._values[self._group_of[i]]))
+
+    def step(self, **arguments: Any) -> StepInfo:
+        """Update those of the parameters that have gradients."""
+        if self._plain is None:
+            return StepInfo()
+        gradients, by_rows = self.gradients()
+        info = self._plain.step(gradients, **arguments)
+        if not info.skipped:
+            self._count([i for i, gradient in enumerate(gradients) if gradient is None])
+            if by_rows or self._by_rows or not self._all_shown:
+                self._show()
+            self._by_rows = by_rows
+        return info
+
+    def _count(self, without: list[int]) -> None:
+        """Count a step of all parameters but some."""
+        stepped = np.ones(len(self.params), np.int64)
+        stepped[without] = 0
+        self._counts += stepped
+        self._steps += stepped.astype(self._steps.dtype)
+        if self._traits.counts_as is int:
+            for i in np.flatnonzero(stepped).tolist():
+                self._state[self.params[i]][STEP] = int(self._counts[i])
+        if self._traits.has_product:
+            for k, values in enumerate(self._values):
+                own = self._group_of == k
+                found = products_of(values["betas"][0], values["momentum_decay"], self._products.dtype.name)
+                self._products[own] = found.up_to(self._counts[own])
+
+    def flush(self) -> None:
+        """Bring all rows up to date."""
+        if self._plain is not None:
+            self._plain.flush()
+
+
+def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
+    """Copies of a parameter's state in torch, in the dtypes that kernels work on; of what torch lacks, the
+    first values. None at all if torch has none.
+
+    Raises:
+        ValueError: 8-bit codes are expected where torch has numbers.
+    """
+    if not any(isinstance(own.get(name), torch.Tensor) for name in slots):
+        return {}
+    found = {}
+    for name, (shape, dtype, first) in slots.items():
+        value = own.get(name)
+        if value is None:
+            found[name] = np.full(shape, first, dtype)
+            continue
+        value = local(value)
+        if dtype == np.uint8 and value.dtype != torch.uint8:
+            raise ValueError(
+                f"the state {name!r} has dtype {value.dtype}: expected 8-bit codes, as state_dtype='8bit' of "
+                "this optimizer makes them; load this state into one with state_dtype None or 'bfloat16'"
+            )
+        found[name] = array_of(value, dtype)
+    return found
+
+
+def _same(one: Iterable, other: Sequence) -> bool:
+    """Whether both hold the same objects in the same order."""
+    one = list(one)
+    return len(one) == len(other) and all(map(is_, one, other))

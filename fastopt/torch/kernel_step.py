@@ -1,0 +1,221 @@
+"""Torch optimizers whose step is done by fastopt's kernels.
+
+A class of torch.optim stays what it is: constructor, options, hooks, state and checkpoints are torch's own,
+and so is whatever updates parameters that kernels can't take. Only the step of the others is replaced.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from fastopt._core.options import SHARED, checked_options
+from fastopt._step.settings import StepInfo
+from fastopt.torch.kept import Kept
+from fastopt.torch.traits import Traits
+
+
+class KernelStep(torch.optim.Optimizer):
+    """The base of the classes of :mod:`fastopt.torch`, before that of torch.
+
+    Args:
+        params, and whatever else torch's class takes: as for that class. ``foreach`` and ``fused`` choose how
+            parameters are updated that kernels do not take; groups with ``differentiable`` or ``capturable``
+            go torch's own way.
+        state_dtype, master_weights, rows, step_per_row, clip_row_norm, seed: as for
+            :class:`fastopt.Optimizer`, of groups too.
+
+    Parameters that kernels do not take (complex ones, those that are not C-contiguous, of other dtypes or on
+    other devices, subclasses of tensors) are updated by torch's own step.
+
+    Attributes:
+        info: what the last step answered (see :class:`fastopt.StepInfo`), None before the first.
+    """
+
+    traits: ClassVar[Traits]
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        state_dtype: Any = SHARED["state_dtype"],
+        master_weights: bool = SHARED["master_weights"],
+        rows: str = SHARED["rows"],
+        step_per_row: bool = SHARED["step_per_row"],
+        clip_row_norm: float | None = SHARED["clip_row_norm"],
+        seed: int = SHARED["seed"],
+        **options: Any,
+    ) -> None:
+        self._shared = {
+            "rows": rows,
+            "step_per_row": step_per_row,
+            "clip_row_norm": clip_row_norm,
+            "state_dtype": state_dtype,
+            "master_weights": master_weights,
+            "seed": seed,
+        }
+        checked_options(self._shared, type(self).__name__)
+        self._kept: Kept | None = None
+        self.info: StepInfo | None = None
+        super().__init__(params, *args, **options)
+        self.defaults.update(self._shared)
+        self._step_supports_amp_scaling = True
+        if _step_of_torch(type(self)) is None:  # torch has checked nothing
+            self._current()
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "__init__" not in vars(cls):  # its arguments are those of torch's class, and the shared ones
+            base: Any = cls.__mro__[2]
+            theirs = inspect.signature(base.__init__).parameters.values()
+            own = [
+                own
+                for own in inspect.signature(KernelStep.__init__).parameters.values()
+                if own.name in SHARED
+            ]
+            cls.__signature__ = inspect.Signature([*theirs, *own][1:])  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._kept = None
+        super().__setstate__(state)
+        self.__dict__.setdefault("info", None)
+        self._shared = {name: self.defaults.get(name, value) for name, value in SHARED.items()}
+        self._step_supports_amp_scaling = True
+        for group in self.param_groups:
+            self._complete(group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Give a group those of the options that torch does not know."""
+        for name, value in self._shared.items():
+            group.setdefault(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._complete(self.param_groups[-1])
+        self._let_go()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; with ``rows="dense"`` all rows are brought up to date first."""
+        if self._kept is not None:
+            self._kept.flush()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, of whose classes it takes the state, too. State that is not of the parameter's dtype
+        stays what it is: torch would round it."""
+        super().load_state_dict(state_dict)
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        for group, saved in pairs:
+            for p, number in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    own = self.state[p].get(name)
+                    if isinstance(own, torch.Tensor) and own.dtype != value.dtype and value.ndim:
+                        self.state[p][name] = value.detach().to(device=own.device, copy=True)
+
+    def flush(self) -> None:
+        """With ``rows="dense"``, bring all rows up to date (see :meth:`fastopt.Optimizer.flush`)."""
+        self._current().flush()
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+    ) -> Any:
+        """Update all parameters that have gradients.
+
+        Args:
+            closure: computes the loss once more, with gradients, and returns it.
+            clip_norm, clip_value: as for :meth:`fastopt.Optimizer.step`; gradients themselves are not
+                changed. Not with DTensors, nor where torch's own step is needed for some parameters.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            self.info = StepInfo(skipped=True)
+            return loss
+        grad_scale = 1.0 if scale is None else 1.0 / scale.item()
+        with torch.no_grad():
+            kept = self._current()
+        left = [[p for p in own if p.grad is not None] for own in kept.left]
+        if clip_norm is not None or clip_value is not None:
+            _check_clipping(kept, left)
+        if any(left):
+            self._step_by_torch(left, grad_scale)
+        with torch.no_grad():
+            self.info = kept.step(grad_scale=grad_scale, clip_norm=clip_norm, clip_value=clip_value)
+        return loss
+
+    def _current(self) -> Kept:
+        """What the last step went on with, made anew if the optimizer has changed since."""
+        if self._kept is not None and not self._kept.fits(self.param_groups, self.state):
+            self._let_go()
+        if self._kept is None:
+            self._kept = Kept(self.traits, self.param_groups, self.state)
+        return self._kept
+
+    def _let_go(self) -> None:
+        if self._kept is not None:
+            self._kept.flush()
+        self._kept = None
+
+    def _step_by_torch(self, left: list[list[torch.Tensor]], grad_scale: float) -> None:
+        """Have torch's own step update these parameters of each group."""
+        step = _step_of_torch(type(self))
+        if step is None:
+            first = next(p for own in left for p in own)
+            raise TypeError(
+                f"a parameter has dtype {first.dtype}, shape {tuple(first.shape)} and layout {first.layout} "
+                f"on {first.device}: {type(self).__name__} takes C-contiguous tensors of float32, float64, "
+                "float16 or bfloat16 on the CPU or a CUDA device"
+            )
+        if grad_scale != 1.0:
+            torch._foreach_mul_([p.grad for own in left for p in own if p.grad is not None], grad_scale)
+        whole = self.param_groups
+        scaling: dict[str, Any] = {
+            name: vars(self).pop(name) for name in ("grad_scale", "found_inf") if name in vars(self)
+        }
+        self.param_groups = [
+            {**group, "params": own} | ({"fused": None} if "fused" in group else {})
+            for group, own in zip(whole, left, strict=True)
+        ]
+        try:
+            step(self)
+        finally:
+            self.param_groups = whole
+            vars(self).update(scaling)
+
+
+def _step_of_torch(cls: type) -> Callable[[Any], Any] | None:
+    """The step of torch's class that a class is made of, without the hooks, which are those of the whole
+    step; None if it has none."""
+    after = cls.__mro__[cls.__mro__.index(KernelStep) + 1 :]
+    step: Any = next(vars(own)["step"] for own in after if "step" in vars(own))
+    if step is torch.optim.Optimizer.step:
+        return None
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
+
+
+def _check_clipping(kept: Kept, left: list[list[torch.Tensor]]) -> None:
+    """Refuse to clip where a part of the gradients is not seen."""
+    if kept.has_shards:
+        raise ValueError(
+            "clip_norm and clip_value see the parts of DTensors that lie here alone: expected neither, use "
+            "torch.nn.utils.clip_grad_norm_ before the step"
+        )
+    for p in (p for own in left for p in own):
+        raise ValueError(
+            f"a parameter of dtype {p.dtype} and shape {tuple(p.shape)} is updated by torch's own step, "
+            "which does not clip: expected neither clip_norm nor clip_value, use "
+            "torch.nn.utils.clip_grad_norm_"
+        )

@@ -1,0 +1,56 @@
+"""Torch tensors over the memory of arrays, and the other way round."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# The dtypes of parameters that kernels take
+DTYPES = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: BFLOAT16,
+}
+_TORCH = {dtype: own for own, dtype in DTYPES.items()} | {
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.int64): torch.int64,
+}
+
+
+def tensor_over(array: Any) -> torch.Tensor:
+    """The memory of an array, of NumPy or of a CUDA device, as a tensor."""
+    if array.dtype == BFLOAT16:
+        return tensor_over(array.view(np.int16)).view(torch.bfloat16)
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(array)
+    return torch.as_tensor(array, device=f"cuda:{array.device}")
+
+
+def array_of(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:
+    """A copy of a tensor, converted, in the memory of the host."""
+    copy = tensor.detach().to(dtype=_TORCH[dtype], device="cpu", copy=True).contiguous()
+    if dtype == BFLOAT16:
+        return copy.view(torch.int16).numpy().view(BFLOAT16)
+    return copy.numpy()
+
+
+def is_shard(tensor: Any) -> bool:
+    """Whether it is a DTensor, a part of which lies here."""
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "to_local")
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """The part of a DTensor that lies here; any other tensor as it is."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
+def beside(p: Any, own: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape of a parameter's local part, as one that is sharded as the parameter is."""
+    if not is_shard(p) or own.shape != local(p).shape:
+        return own
+    return type(p).from_local(
+        own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )

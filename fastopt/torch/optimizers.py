@@ -1,0 +1,192 @@
+"""The classes of torch.optim, and others in their manner, whose steps are done by fastopt's kernels."""
+
+from typing import Any, Unpack
+
+import torch
+
+import fastopt
+from fastopt._core.options import SharedOptions
+from fastopt.torch.kernel_step import KernelStep
+from fastopt.torch.nadam import NAdamOfTorch
+from fastopt.torch.traits import Traits
+
+_COMMON = "lr", "weight_decay", "maximize"
+_ADAM = (*_COMMON, "betas", "eps")
+
+
+class _Adam(fastopt.Adam):
+    """Adam with torch's switch between its two kinds of weight decay."""
+
+    def __init__(self, params: Any) -> None:
+        fastopt.Optimizer.__init__(
+            self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False,
+            decoupled_weight_decay=False, maximize=False,
+        )  # fmt: skip
+
+
+class SGD(KernelStep, torch.optim.SGD):
+    """``torch.optim.SGD`` by kernels (see :class:`fastopt.SGD`).
+
+    With momentum, sparse gradients are made dense, since torch's momentum moves rows without a gradient, too;
+    with ``rows="dense"`` those are moved when they are next needed, for which lookups have to be fastopt's.
+    """
+
+    traits = Traits(
+        fastopt.SGD, (*_COMMON, "momentum", "dampening", "nesterov"), counts_as=None, moves_all=True
+    )
+
+
+class Adagrad(KernelStep, torch.optim.Adagrad):
+    """``torch.optim.Adagrad`` by kernels (see :class:`fastopt.AdaGrad`)."""
+
+    traits = Traits(fastopt.AdaGrad, (*_COMMON, "lr_decay", "initial_accumulator_value", "eps"))
+
+
+class RMSprop(KernelStep, torch.optim.RMSprop):
+    """``torch.optim.RMSprop`` by kernels (see :class:`fastopt.RMSProp`)."""
+
+    traits = Traits(fastopt.RMSProp, (*_COMMON, "alpha", "eps", "momentum", "centered"))
+
+
+class Adam(KernelStep, torch.optim.Adam):
+    """``torch.optim.Adam`` by kernels (see :class:`fastopt.Adam`). Sparse gradients, which torch's class
+    refuses, update the rows that they name."""
+
+    traits = Traits(_Adam, (*_ADAM, "amsgrad", "decoupled_weight_decay"))
+
+
+class AdamW(KernelStep, torch.optim.AdamW):
+    """``torch.optim.AdamW`` by kernels (see :class:`fastopt.AdamW`). Sparse gradients, which torch's class
+    refuses, update the rows that they name."""
+
+    traits = Traits(fastopt.AdamW, (*_ADAM, "amsgrad"))
+
+
+class SparseAdam(KernelStep, torch.optim.SparseAdam):
+    """``torch.optim.SparseAdam`` by kernels, with its bits (see :class:`fastopt.SparseAdam`)."""
+
+    traits = Traits(fastopt.SparseAdam, ("lr", "betas", "eps", "maximize"), counts_as=int, sparse_alone=True)
+
+
+class RAdam(KernelStep, torch.optim.RAdam):
+    """``torch.optim.RAdam`` by kernels (see :class:`fastopt.RAdam`)."""
+
+    traits = Traits(fastopt.RAdam, (*_ADAM, "decoupled_weight_decay"))
+
+
+class NAdam(KernelStep, torch.optim.NAdam):
+    """``torch.optim.NAdam`` by kernels (see :class:`fastopt.NAdam`).
+
+    The product of momenta is torch's, rounded as there in each step, but computed anew from the step: it is
+    as if the first beta had always been what it is now.
+    """
+
+    traits = Traits(NAdamOfTorch, (*_ADAM, "momentum_decay", "decoupled_weight_decay"), has_product=True)
+
+
+class Adafactor(KernelStep, torch.optim.Adafactor):
+    """``torch.optim.Adafactor`` by kernels (see :class:`fastopt.Adafactor`)."""
+
+    traits = Traits(fastopt.Adafactor, (*_COMMON, "beta2_decay", "eps", "d"))
+
+
+class Lion(KernelStep):
+    """Lion as a torch optimizer (see :class:`fastopt.Lion`, also for the arguments)."""
+
+    traits = Traits(fastopt.Lion, (*_COMMON, "betas"))
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults, **shared)
+
+
+class LAMB(KernelStep):
+    """LAMB as a torch optimizer (see :class:`fastopt.LAMB`, also for the arguments)."""
+
+    traits = Traits(fastopt.LAMB, _ADAM)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        maximize: bool = False,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults, **shared)
+
+
+class RowwiseAdagrad(KernelStep):
+    """AdaGrad with one sum a row as a torch optimizer (see :class:`fastopt.RowwiseAdaGrad`, also for the
+    arguments)."""
+
+    traits = Traits(
+        fastopt.RowwiseAdaGrad,
+        (*_COMMON, "lr_decay", "initial_accumulator_value", "eps", "decoupled_weight_decay"),
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, **shared)
+
+
+class RowwiseAdam(KernelStep):
+    """Adam with one second moment a row as a torch optimizer (see :class:`fastopt.RowwiseAdam`, also for the
+    arguments)."""
+
+    traits = Traits(fastopt.RowwiseAdam, (*_ADAM, "decoupled_weight_decay"))
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        **shared: Unpack[SharedOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, **shared)

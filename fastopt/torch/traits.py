@@ -1,0 +1,54 @@
+"""What sets the torch optimizers apart for a step by kernels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastopt._core.options import SHARED, plain
+from fastopt.optimizer import Optimizer
+
+STEP, PRODUCT = "step", "mu_product"  # names of torch's state that are numbers
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Of one class.
+
+    plain: the class of :mod:`fastopt` that updates its parameters. options: which of torch's options that one
+    takes, by the same names. counts_as: how torch's state counts steps: as a tensor, an int, or, None, not at
+    all. moves_all: whether momentum moves rows without a gradient, too. has_product: whether torch's state
+    has NAdam's product of momenta. sparse_alone: whether all gradients are sparse.
+    """
+
+    plain: type[Optimizer]
+    options: tuple[str, ...]
+    counts_as: type | None = torch.Tensor
+    moves_all: bool = False
+    has_product: bool = False
+    sparse_alone: bool = False
+
+    def takes(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
+        """Whether kernels can do what the options of a group ask for."""
+        if group.get("differentiable") or group.get("capturable"):
+            return False
+        return p.ndim == 2 or not self.sparse_alone
+
+    def goes_dense(self, values: Mapping[str, Any]) -> bool:
+        """Whether sparse gradients are to be made dense, in a group with these options, to move what torch
+        moves: with ``rows="dense"`` rows are moved when they are next needed."""
+        return self.moves_all and bool(values["momentum"]) and values["rows"] == "lazy"
+
+    def values(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a group for the plain optimizer, tensors among them as the numbers they hold."""
+        values = {name: plain(group[name]) for name in self.options if name in group}
+        values.update({name: group[name] for name in SHARED})
+        return values
+
+    def steps(self, state: Mapping[str, Any]) -> int:
+        """How many steps a parameter with this state has made. Where torch does not count them it only
+        matters whether there was one."""
+        if self.counts_as is None:
+            return int(any(isinstance(value, torch.Tensor) for value in state.values()))
+        return int(state.get(STEP, 0))
