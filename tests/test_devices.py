@@ -1,5 +1,6 @@
 """Parameters and gradients on several devices: which arrays are taken as they are, by where they lie."""
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -47,6 +48,9 @@ class Tensor:
 
     def data_ptr(self):
         return self._address
+
+    def numel(self):
+        return math.prod(self.shape)
 
     def is_contiguous(self):
         return True

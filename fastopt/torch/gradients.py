@@ -1,32 +1,45 @@
 """Gradients of torch as the plain optimizers take them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastopt.gradients import IndexedSlices
-from fastopt.torch.memory import is_shard, local
+from fastopt.torch.memory import local
 
 _is_contiguous: Any = torch.Tensor.is_contiguous
 
 
-def usable(
-    given: list[torch.Tensor | None], params: Sequence[torch.Tensor], goes_dense: Callable[[int], bool]
-) -> tuple[list[Any], bool]:
-    """Gradients for a step, and whether some are by rows.
+class Usable(NamedTuple):
+    """Gradients for a step. by_rows: whether some are. without: the positions of parameters without one."""
 
-    goes_dense: whether a sparse gradient of the parameter at a position is to be made dense.
+    gradients: list[Any]
+    by_rows: bool
+    without: list[int]
+
+
+def usable(
+    given: list[torch.Tensor | None],
+    params: Sequence[torch.Tensor],
+    has_shards: bool,
+    goes_dense: Callable[[int], bool],
+) -> Usable:
+    """The gradients of parameters as the plain optimizers take them.
+
+    has_shards: whether some are DTensors. goes_dense: whether a sparse gradient of the parameter at a
+    position is to be made dense.
     """
     try:
-        if all(map(_is_contiguous, given)) and not any(map(is_shard, given)):
-            return given, False
+        if all(map(_is_contiguous, given)) and not has_shards:
+            return Usable(given, False, [])
     except (TypeError, RuntimeError):  # None, and a sparse tensor
         pass
     found: list[Any] = []
     for i, (gradient, p) in enumerate(zip(given, params, strict=True)):
         found.append(None if gradient is None else _usable(local(gradient), local(p), i, goes_dense))
-    return found, any(isinstance(gradient, IndexedSlices) for gradient in found)
+    by_rows = any(isinstance(gradient, IndexedSlices) for gradient in found)
+    return Usable(found, by_rows, [i for i, gradient in enumerate(found) if gradient is None])
 
 
 def _usable(

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastopt._core.options import SHARED
+from fastopt._core.options import SHARED, is_immutable, plain
 from fastopt._core.state import Slot
 from fastopt._step.settings import StepInfo
-from fastopt.torch.gradients import usable
+from fastopt.torch.gradients import Usable, usable
 from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local, tensor_over
 from fastopt.torch.nadam import products_of, scalar_dtype
 from fastopt.torch.traits import PRODUCT, STEP, Traits
@@ -27,6 +27,29 @@ def takes(p: torch.Tensor) -> bool:
         and own.is_contiguous()
         and not own.is_neg()
     )
+
+
+class GroupOptions:
+    """The options of a group for the plain optimizer, by ``names``, which are looked at in every step.
+
+    Attributes:
+        values: as they were last read, tensors among them as the numbers they held.
+    """
+
+    def __init__(self, names: tuple[str, ...], group: dict[str, Any]) -> None:
+        self._names = names
+        self._get = itemgetter(*names)
+        self.read(group)
+
+    def read(self, group: dict[str, Any]) -> None:
+        """Take the options as they are now."""
+        self._seen = self._get(group)
+        self._fixed = all(map(is_immutable, self._seen))
+        self.values = dict(zip(self._names, map(plain, self._seen), strict=True))
+
+    def may_differ(self, group: dict[str, Any]) -> bool:
+        """Whether they may have changed: a tensor may at any time."""
+        return not self._fixed or self._get(group) != self._seen
 
 
 class Kept:
@@ -50,11 +73,13 @@ class Kept:
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
         self._numbers = [number for number, own in enumerate(taken) if own]
-        self._values = [traits.values(groups[number]) for number in self._numbers]
+        self._options = [
+            GroupOptions(traits.names(groups[number]), groups[number]) for number in self._numbers
+        ]
         self._state = state
         own_groups = [
-            {**values, "params": [local(p) for p in taken[number]]}
-            for number, values in zip(self._numbers, self._values, strict=True)
+            {**options.values, "params": [local(p) for p in taken[number]]}
+            for number, options in zip(self._numbers, self._options, strict=True)
         ]
         self._plain = traits.plain(own_groups) if own_groups else None
         self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
@@ -77,9 +102,7 @@ class Kept:
         pairs = zip(groups, self._members, strict=True)
         if not all(_same(group["params"], own) for group, own in pairs) or not self._is_shown():
             return False
-        return all(
-            self._adopted(k, self._traits.values(groups[number])) for k, number in enumerate(self._numbers)
-        )
+        return all(self._adopted(k, groups[number]) for k, number in enumerate(self._numbers))
 
     def _is_shown(self) -> bool:
         """Whether torch's state is what was put there."""
@@ -88,20 +111,21 @@ class Kept:
         for name, (dicts, tensors) in self._shown.items():
             if not all(map(is_, map(itemgetter(name), dicts), tensors)):
                 return False
-        return self._traits.counts_as is not torch.Tensor or np.array_equal(self._steps, self._counts)
+        return self._traits.counts_as is not torch.Tensor or bool((self._steps == self._counts).all())
 
-    def _adopted(self, k: int, values: dict[str, Any]) -> bool:
-        """Go on with these options of a group; returns False if they need another state."""
-        if values == self._values[k]:
+    def _adopted(self, k: int, group: dict[str, Any]) -> bool:
+        """Go on with the options that a group has now; returns False if they need another state."""
+        options = self._options[k]
+        if not options.may_differ(group):
             return True
         assert self._plain is not None
-        group = self._plain.param_groups[k]
-        if any(values[name] != self._values[k][name] for name in SHARED):
+        before, own = options.values, self._plain.param_groups[k]
+        options.read(group)
+        if any(options.values[name] != before[name] for name in SHARED):
             return False
-        if self._plain.rule({**group, **values}) != self._rules[k]:
+        if self._plain.rule({**own, **options.values}) != self._rules[k]:
             return False
-        group.update(values)
-        self._values[k] = values
+        own.update(options.values)
         return True
 
     # State
@@ -163,8 +187,8 @@ class Kept:
 
     # Steps
 
-    def gradients(self) -> tuple[list[Any], bool]:
-        """The gradients of the parameters as the plain optimizer takes them, and whether some are by rows.
+    def gradients(self) -> Usable:
+        """The gradients of the parameters as the plain optimizer takes them.
 
         Raises:
             RuntimeError: one is dense, where only sparse ones are expected.
@@ -172,16 +196,20 @@ class Kept:
         given = [p.grad for p in self.params]
         if self._traits.sparse_alone and not all(g is None or g.is_sparse for g in given):
             raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
-        return usable(given, self.params, lambda i: self._traits.goes_dense(self._values[self._group_of[i]]))
+        return usable(given, self.params, self.has_shards, self._goes_dense)
+
+    def _goes_dense(self, i: int) -> bool:
+        """Whether a sparse gradient of the parameter at a position is to be made dense."""
+        return self._traits.goes_dense(self._options[self._group_of[i]].values)
 
     def step(self, **arguments: Any) -> StepInfo:
         """Update those of the parameters that have gradients."""
         if self._plain is None:
             return StepInfo()
-        gradients, by_rows = self.gradients()
+        gradients, by_rows, without = self.gradients()
         info = self._plain.step(gradients, **arguments)
         if not info.skipped:
-            self._count([i for i, gradient in enumerate(gradients) if gradient is None])
+            self._count(without)
             if by_rows or self._by_rows or not self._all_shown:
                 self._show()
             self._by_rows = by_rows
@@ -189,16 +217,18 @@ class Kept:
 
     def _count(self, without: list[int]) -> None:
         """Count a step of all parameters but some."""
-        stepped = np.ones(len(self.params), np.int64)
-        stepped[without] = 0
+        stepped: Any = 1
+        if without:
+            stepped = np.ones(len(self.params), np.int64)
+            stepped[without] = 0
         self._counts += stepped
-        self._steps += stepped.astype(self._steps.dtype)
+        np.add(self._steps, stepped, self._steps, casting="unsafe")
         if self._traits.counts_as is int:
-            for i in np.flatnonzero(stepped).tolist():
+            for i in set(range(len(self.params))).difference(without):
                 self._state[self.params[i]][STEP] = int(self._counts[i])
         if self._traits.has_product:
-            for k, values in enumerate(self._values):
-                own = self._group_of == k
+            for k, options in enumerate(self._options):
+                own, values = self._group_of == k, options.values
                 found = products_of(values["betas"][0], values["momentum_decay"], self._products.dtype.name)
                 self._products[own] = found.up_to(self._counts[own])
 

@@ -143,15 +143,13 @@ class KernelStep(torch.optim.Optimizer):
             self.info = StepInfo(skipped=True)
             return loss
         grad_scale = 1.0 if scale is None else 1.0 / scale.item()
-        with torch.no_grad():
-            kept = self._current()
+        kept = self._current()
         left = [[p for p in own if p.grad is not None] for own in kept.left]
         if clip_norm is not None or clip_value is not None:
             _check_clipping(kept, left)
         if any(left):
             self._step_by_torch(left, grad_scale)
-        with torch.no_grad():
-            self.info = kept.step(grad_scale=grad_scale, clip_norm=clip_norm, clip_value=clip_value)
+        self.info = kept.step(grad_scale=grad_scale, clip_norm=clip_norm, clip_value=clip_value)
         return loss
 
     def _current(self) -> Kept:
@@ -159,7 +157,8 @@ class KernelStep(torch.optim.Optimizer):
         if self._kept is not None and not self._kept.fits(self.param_groups, self.state):
             self._let_go()
         if self._kept is None:
-            self._kept = Kept(self.traits, self.param_groups, self.state)
+            with torch.no_grad():
+                self._kept = Kept(self.traits, self.param_groups, self.state)
         return self._kept
 
     def _let_go(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastopt._core.options import SHARED, plain
+from fastopt._core.options import SHARED
 from fastopt.optimizer import Optimizer
 
 STEP, PRODUCT = "step", "mu_product"  # names of torch's state that are numbers
@@ -40,11 +40,9 @@ class Traits:
         moves: with ``rows="dense"`` rows are moved when they are next needed."""
         return self.moves_all and bool(values["momentum"]) and values["rows"] == "lazy"
 
-    def values(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a group for the plain optimizer, tensors among them as the numbers they hold."""
-        values = {name: plain(group[name]) for name in self.options if name in group}
-        values.update({name: group[name] for name in SHARED})
-        return values
+    def names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of those options of a group that the plain optimizer takes."""
+        return *(name for name in self.options if name in group), *SHARED
 
     def steps(self, state: Mapping[str, Any]) -> int:
         """How many steps a parameter with this state has made. Where torch does not count them it only

@@ -214,7 +214,7 @@ CHANGES = {
     "none": lambda tensors: tensors.__setitem__(0, None),
     "other memory": lambda tensors: setattr(tensors[0], "data", tensors[0].clone()),
     "another dtype": lambda tensors: setattr(tensors[0], "data", tensors[0].view(integers())),
-    "another shape": lambda tensors: tensors[0].resize_(3, 8),
+    "fewer elements": lambda tensors: tensors[0].resize_(3, 6),
     "strides": lambda tensors: tensors[0].as_strided_((4, 6), (1, 4)),
     "a sign": lambda tensors: tensors.__setitem__(0, tensors[0]._neg_view()),
 }
@@ -240,8 +240,21 @@ def test_locator_sees_that_a_tensor_changed(device, change, which):
     tensors = getattr(located, which)
     kept = list(tensors)
     CHANGES[change](tensors)
-    assert not located.unchanged()
+    assert located.unchanged() == (change == "a sign" and which == "parameters")  # whose objects stay
     tensors[:] = kept
+
+
+@pytest.mark.host
+@pytest.mark.covers("Locator")
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not there")
+def test_locator_sees_another_shape_of_a_gradient(device):
+    located = Located(device)
+    located.gradients[0] = device.tensor(np.zeros((4, 6), np.float32))
+    assert not located.unchanged()
+    assert located.unchanged()
+    located.gradients[0].resize_(3, 8)
+    assert not located.unchanged()
+    located.check(unknown_gradients=[0])
 
 
 @pytest.mark.host

@@ -124,7 +124,7 @@ def errors():
                 yield pytest.param(info, given, id=f"{name}-{dtype}-{k}-{given.optimizer_error_input.desc}")
 
 
-@pytest.mark.parametrize(("info", "given"), errors())
+@pytest.mark.parametrize(("info", "given"), list(errors()))
 def test_error_inputs_raise_as_in_torch(info, given):
     config, make = given.optimizer_error_input, getattr(fastopt.torch, info.name)
     if config.params is None:

@@ -4,6 +4,7 @@ A model has many, and a look at each from Python takes longer than its update: w
 in one call of C is asked of all of them at once.
 """
 
+import math
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -85,20 +86,20 @@ class Others:
             return None
         if self._facts is None:
             self._facts = _Facts.of(torch, [self._expected[i] for i in self._positions])
-        facts = self._facts
+        facts, tensor = self._facts, torch.Tensor
+        where_they_were = self.found is self._positions and pointers == self.pointers
         fit = (
             [*map(_dtype, tensors)] == facts.dtypes
-            and [*map(_shape, tensors)] == facts.shapes
-            and all(map(torch.Tensor.is_contiguous, tensors))
-            and not any(map(torch.Tensor.is_neg, tensors))
+            and all(map(tensor.is_contiguous, tensors))
+            and [*map(tensor.numel, tensors)] == facts.sizes
         )
-        if not fit:
-            return None
-        if self._fixed and self.found is self._positions and pointers == self.pointers:
-            return pointers  # the same tensors lie on the same device
-        fit = [*map(_is_cpu, tensors)] == facts.on_cpu and (
-            facts.numbers is None or [*map(_cuda_device, tensors)] == facts.numbers
-        )
+        if not fit or (where_they_were and self._fixed):  # nothing but those can have changed
+            return pointers if fit else None
+        fit = not any(map(tensor.is_neg, tensors)) and [*map(_shape, tensors)] == facts.shapes
+        if fit and not where_they_were:
+            fit = [*map(_is_cpu, tensors)] == facts.on_cpu and (
+                facts.numbers is None or [*map(_cuda_device, tensors)] == facts.numbers
+            )
         return pointers if fit else None
 
 
@@ -106,11 +107,12 @@ _dtype, _shape, _is_cpu = map(attrgetter, ("dtype", "shape", "is_cpu"))
 
 
 class _Facts(NamedTuple):
-    """What is expected of tensors, each a list: torch's dtype, the shape, whether it is on the CPU; the
-    number of the device, -1 for the CPU, None where all are there."""
+    """What is expected of tensors, each a list: torch's dtype, the shape, the number of elements, whether it
+    is on the CPU; the number of the device, -1 for the CPU, None where all are there."""
 
     dtypes: list[Any]
     shapes: list[tuple[int, ...]]
+    sizes: list[int]
     on_cpu: list[bool]
     numbers: list[int] | None
 
@@ -120,6 +122,7 @@ class _Facts(NamedTuple):
         return cls(
             [_torch_dtype(torch, dtype) for dtype, _, _ in expected],
             [shape for _, shape, _ in expected],
+            [math.prod(shape) for _, shape, _ in expected],
             on_cpu,
             None if all(on_cpu) else [device for _, _, device in expected],
         )
