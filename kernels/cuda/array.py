@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,13 +36,15 @@ class Memory:
     def __init__(self, device: int, nbytes: int) -> None:
         check_not_captured(device, "what needs new memory")
         self.device = device
+        self._process = os.getpid()
         self._driver = driver()
         self.address = self._driver.allocate(device, max(nbytes, 1))
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # When the interpreter ends all memory goes with the process, and modules may have gone before.
+        # A forked process has no device.
         address = getattr(self, "address", 0)
-        if address and not is_finalizing():
+        if address and not is_finalizing() and self._process == os.getpid():
             self._driver.free(self.device, address)
 
 
@@ -140,7 +143,7 @@ class DeviceArray:
         new = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         if -1 in new:
             known = math.prod(n for n in new if n != -1)
-            new = tuple(self.size // known if n == -1 else n for n in new)
+            new = tuple(self.size // max(known, 1) if n == -1 else n for n in new)
         if math.prod(new) != self.size:
             raise ValueError(f"cannot reshape an array of shape {self.shape} into {new}")
         if new == self.shape:
@@ -183,8 +186,8 @@ class DeviceArray:
     # Contents
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Set the elements of a view to a number, or to an array of its shape: of the device, or of the host
-        with the same dtype."""
+        """Set the elements of a view to a number, or to an array of its shape, of a device or of the
+        host."""
         target = self[key]
         target._check_writeable()
         if isinstance(value, np.ndarray) and value.ndim:
@@ -192,6 +195,8 @@ class DeviceArray:
         if isinstance(value, DeviceArray):
             if value.shape != target.shape:
                 raise ValueError(f"an array of shape {target.shape} can't be set to one of {value.shape}")
+            if value.device == target.device and _overlap(target, value):
+                value = value.copy()
             copy_all(target, value)
         else:
             set_all(target, value)
@@ -277,6 +282,21 @@ class DeviceArray:
                 "copy_to_host(), and move what it returns"
             )
         return capsule_of(self.copy() if copy else self, stream, max_version, bool(copy))
+
+
+def _overlap(one: DeviceArray, other: DeviceArray) -> bool:
+    """Whether the spans of both in memory meet, and are not the same elements in the same order."""
+    if one.address == other.address and one.strides == other.strides:
+        return False
+    (first, last), (begin, end) = _span(one), _span(other)
+    return first < end and begin < last
+
+
+def _span(array: DeviceArray) -> tuple[int, int]:
+    """The addresses of its first byte, and of that after its last."""
+    steps = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
+    first = array.address + sum(step for step in steps if step < 0)
+    return first, array.address + sum(step for step in steps if step > 0) + array.itemsize
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

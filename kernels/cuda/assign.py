@@ -13,7 +13,10 @@ def set_all(array: Any, value: int | float) -> None:
     """Set each element to a number."""
     if not array.size:
         return
-    number = np.array([value]).astype(array.dtype)
+    if np.ndim(value) or np.asarray(value).dtype.kind in "OSUMm":
+        raise TypeError(f"the value is {value!r}: expected a number, or an array of a device or of NumPy")
+    number = np.empty(1, array.dtype)
+    number[0] = value
     bits = int.from_bytes(number.tobytes(), "little", signed=True)
     if not bits and array.flags.c_contiguous:
         driver().zero(array.device, array.address, array.nbytes)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from fastopt.kernels.forks import hold, hold_private
+from fastopt.kernels.forks import hold
 
 ROW_STACK = "row_stack"  # a name of vstack that NumPy 2.5 has no more
 
@@ -35,7 +35,6 @@ with _with_row_stack():
 compiler: Any = numba_compiler  # whose names are its own
 
 _lock = threading.RLock()
-hold_private("numba.cuda.core.compiler_lock", "global_compiler_lock._lock")
 hold(_lock)
 
 KINDS = {int: types.int64, float: types.float64}  # of kernels' arguments

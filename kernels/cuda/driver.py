@@ -55,7 +55,8 @@ class Driver(Protocol):
         """Fill a C-contiguous array of the host; waits for it."""
 
     def copy(self, device: int, address: int, origin: int, source: int, nbytes: int) -> None:
-        """Copy memory of the device ``origin``, on whose current stream it was written, to ``device``."""
+        """Copy memory of the device ``origin``, on whose current stream it was written, to ``device``; the
+        two do not overlap."""
 
     def zero(self, device: int, address: int, nbytes: int) -> None:
         """Set bytes to 0."""

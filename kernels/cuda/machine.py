@@ -1,5 +1,6 @@
 """The CUDA driver of this machine, through cuda.core."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,11 @@ def _checked(result: tuple) -> Any:
     return values[0] if values else None
 
 
+@functools.lru_cache(maxsize=1024)  # grids of sparse steps differ
+def _config(grid: int, block: int) -> LaunchConfig:
+    return LaunchConfig(grid=grid, block=block)
+
+
 class _Stream:
     """A stream of a device (see pool.py); the handles 1 and 2 are those of the current device.
 
@@ -44,7 +50,10 @@ class _Stream:
         self.native.wait(other.native)
 
     def capturing(self) -> bool:
-        status = _checked(cuda.cuStreamIsCapturing(self.pointer))
+        error, status = cuda.cuStreamIsCapturing(self.pointer)
+        if error == cuda.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:  # another stream holds the default one
+            return True
+        _checked((error,))
         return status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 
 
@@ -64,7 +73,6 @@ class Machine:
         except Exception as error:  # a driver that is too old, a machine without devices, a forked process
             raise NoDriverError(f"NVIDIA's driver can't be used in this process: {error}") from error
         self._contexts: dict[int, Any] = {}
-        self._configs: dict[tuple[int, int], LaunchConfig] = {}
         self._pools = [Pool(_Stream) for _ in self._devices]
 
     @contextmanager
@@ -74,11 +82,12 @@ class Machine:
         if own == before:
             yield
             return
-        _checked(cuda.cuCtxPushCurrent(own))
         try:
+            _checked(cuda.cuCtxPushCurrent(own))
             yield
         finally:
-            _checked(cuda.cuCtxPopCurrent())
+            if _checked(cuda.cuCtxGetCurrent()) == own:  # an interrupt may come before it is
+                _checked(cuda.cuCtxPopCurrent())
 
     def _context(self, device: int) -> Any:
         """The primary context of a device, which other libraries use, too."""
@@ -124,21 +133,31 @@ class Machine:
         capacity, pool = capacity_of(nbytes), self._pools[device]
         with self._at(device):
             stream = self._stream(device)
+            self._settle(device)
             buffer = pool.taken(capacity, stream)
             if buffer is None:
                 buffer = self._devices[device].memory_resource.allocate(capacity, stream=stream.native)
             return pool.lend(buffer, capacity, stream)
 
     def free(self, device: int, address: int) -> None:
+        self._pools[device].give_back(address)
         with self._at(device):
-            for buffer, stream in self._pools[device].take_back(address):
-                buffer.close(stream.native)
+            self._settle(device)
+
+    def _settle(self, device: int) -> None:
+        """Give back what does not wait for its next use."""
+        for buffer, stream in self._pools[device].settle():
+            buffer.close(stream.native)
 
     def upload(self, device: int, address: int, array: np.ndarray) -> None:
-        # The driver has copied pageable memory when it returns, to where the device takes it from.
+        # The driver has copied pageable memory when it returns, to where the device takes it from. Memory
+        # that it knows it may read later.
         with self._at(device):
-            source, stream = array.ctypes.data, self._stream(device)
-            _checked(cuda.cuMemcpyHtoDAsync(address, source, array.nbytes, stream.pointer))
+            source, stream = array.ctypes.data, self._stream(device).pointer
+            _checked(cuda.cuMemcpyHtoDAsync(address, source, array.nbytes, stream))
+            kind = cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+            if cuda.cuPointerGetAttribute(kind, source)[0] == cuda.CUresult.CUDA_SUCCESS:
+                _checked(cuda.cuStreamSynchronize(stream))
 
     def download(self, device: int, array: np.ndarray, address: int) -> None:
         with self._at(device):
@@ -147,15 +166,21 @@ class Machine:
             _checked(cuda.cuStreamSynchronize(stream))
 
     def copy(self, device: int, address: int, origin: int, source: int, nbytes: int) -> None:
+        if origin == device:
+            with self._at(device):
+                _checked(cuda.cuMemcpyAsync(address, source, nbytes, self._stream(device).pointer))
+            return
+        # Memory of a pool is of one device alone, unless it is given to others, and then takes this call.
+        contexts = self._context(device), self._context(origin)
         with self._at(device):
             stream = self._stream(device)
-            if origin != device:
-                stream.native.wait(self._reached(origin))
-            _checked(cuda.cuMemcpyAsync(address, source, nbytes, stream.pointer))
-        if origin != device:  # whose memory may be written again once it is read
-            reached = self._reached(device)
-            with self._at(origin):
-                self._stream(origin).native.wait(reached)
+            stream.native.wait(self._reached(origin))
+            _checked(
+                cuda.cuMemcpyPeerAsync(address, contexts[0], source, contexts[1], nbytes, stream.pointer)
+            )
+        reached = self._reached(device)
+        with self._at(origin):  # whose memory may be written again once it is read
+            self._stream(origin).native.wait(reached)
 
     def _reached(self, device: int) -> Any:
         """An event: the work that was asked for so far is done."""
@@ -176,9 +201,7 @@ class Machine:
     def launcher(
         self, device: int, kernel: Any, grid: int, block: int, arguments: Sequence[int | float]
     ) -> Callable[[], object]:
-        config = self._configs.get((grid, block))
-        if config is None:
-            config = self._configs[grid, block] = LaunchConfig(grid=grid, block=block)
+        config = _config(grid, block)
 
         def call() -> None:
             with self._at(device):

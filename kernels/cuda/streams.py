@@ -24,7 +24,8 @@ def current(device: int) -> Current:
     cupy = loaded("cupy")
     if cupy is not None:
         stream = cupy.cuda.get_current_stream(device)
-        return Current(stream.ptr or LEGACY, stream)
+        # That of each thread and the default stream wait for each other.
+        return Current(LEGACY if stream.ptr in (0, PER_THREAD) else stream.ptr, stream)
     return Current(LEGACY, None)
 
 

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from backend.launches import BFLOAT, DOUBLE, HALF, SINGLE, formats
 
+import fastopt
+from fastopt.kernels.cpu.backend import tensors
+
 DTYPES = [SINGLE, DOUBLE, HALF, BFLOAT, np.dtype(np.uint8)]
 SHAPES = [(), (0, 4), (3,), (5, 7), (300, 100), (2, 3, 4)]
 
@@ -255,6 +258,47 @@ def test_locator_sees_another_shape_of_a_gradient(device):
     located.gradients[0].resize_(3, 8)
     assert not located.unchanged()
     located.check(unknown_gradients=[0])
+
+
+@pytest.mark.host
+@pytest.mark.covers("Locator")
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not there")
+def test_locator_refuses_tensors_without_memory(device):
+    import torch
+
+    released = torch.zeros(4, 6)
+    released.untyped_storage().resize_(0)
+    for strange in (released, torch._efficientzerotensor((4, 6))):
+        located = Located(device)
+        located.gradients = [device.tensor(device.get(array)) for array in located.gradients]
+        for own in (located.gradients[0], strange):
+            located.gradients[0] = own
+            located.unchanged()
+        assert located.locator.gradients()[1] == [0]
+        with pytest.raises(TypeError):
+            fastopt.SGD(np.zeros((4, 6), np.float32)).step(strange)
+
+
+@pytest.mark.host
+@pytest.mark.covers("Locator")
+def test_locator_reads_all_again_after_an_interrupt(device, monkeypatch):
+    """One between its looks at headers and at the rest."""
+    if not device.has_read_only:
+        pytest.skip("this device has no read-only arrays")
+    located = Located(device)
+    for _ in range(2):
+        located.unchanged()
+    located.parameters[0] = device.read_only(located.parameters[0])
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors.Others, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            located.unchanged()
+    assert not located.unchanged()
+    located.check(unknown=[0])
 
 
 @pytest.mark.host

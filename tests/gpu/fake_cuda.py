@@ -17,6 +17,8 @@ from fastopt.kernels.cuda.streams import Current
 
 LEGACY = 1  # the handle of the default stream, of the current device
 SUCCESS = SimpleNamespace(name="CUDA_SUCCESS")
+INVALID = SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
+IMPLICIT = SimpleNamespace(name="CUDA_ERROR_STREAM_CAPTURE_IMPLICIT")
 NOT_CAPTURING, CAPTURING = 0, 1
 
 
@@ -29,6 +31,9 @@ class FakeCuda:
         closed: the addresses of memory that went back to the driver.
         capturing: the handles of streams that capture.
         alive: the handles of streams that were made, and not destroyed.
+        owners: the device of memory, by address. pinned: addresses of the host that the driver knows.
+        synchronized: the handles of streams that the host waited for.
+        implicit: whether another stream captures, and the default one may not be asked.
     """
 
     def __init__(self, devices: int = 2) -> None:
@@ -38,6 +43,10 @@ class FakeCuda:
         self.closed: list[int] = []
         self.capturing: set[int] = set()
         self.alive: set[int] = {LEGACY}
+        self.owners: dict[int, int] = {}
+        self.pinned: set[int] = set()
+        self.synchronized: list[int] = []
+        self.implicit = False
         self._local = threading.local()
         self._clocks: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         self._uses: dict[int, list[tuple[tuple[int, int], int]]] = {}
@@ -106,9 +115,21 @@ class FakeCuda:
         return (SUCCESS,)
 
     def cuMemcpyAsync(self, address: int, source: int, nbytes: int, stream: int) -> tuple:
+        assert self.owners[address] == self.owners[source] == self.device, "memory that is not to be seen"
         self.use(stream, address)
         self.use(stream, source)
         return (SUCCESS,)
+
+    def cuMemcpyPeerAsync(
+        self, address: int, context: int, source: int, origin: int, nbytes: int, stream: int
+    ) -> tuple:
+        assert (self.owners[address], self.owners[source]) == (context - 1, origin - 1)
+        self.use(stream, address)
+        self.use(stream, source)
+        return (SUCCESS,)
+
+    def cuPointerGetAttribute(self, attribute: str, address: int) -> tuple:
+        return (SUCCESS, 1) if address in self.pinned else (INVALID, None)
 
     def cuMemsetD8Async(self, address: int, value: int, nbytes: int, stream: int) -> tuple:
         self.use(stream, address)
@@ -116,10 +137,13 @@ class FakeCuda:
 
     def cuStreamSynchronize(self, stream: int) -> tuple:
         assert stream in self.alive
+        self.synchronized.append(stream)
         return (SUCCESS,)
 
     def cuStreamIsCapturing(self, stream: int) -> tuple:
         assert stream in self.alive
+        if self.implicit and stream == LEGACY:
+            return IMPLICIT, None
         return SUCCESS, CAPTURING if stream in self.capturing else NOT_CAPTURING
 
     def launch(self, stream: "FakeStream", config: Any, kernel: Any, *addresses: int) -> None:
@@ -155,7 +179,8 @@ class FakeCuda:
         patch.setattr(machine, "current", self.current)
         return machine.Machine()
 
-    CUresult = SimpleNamespace(CUDA_SUCCESS=SUCCESS)
+    CUresult = SimpleNamespace(CUDA_SUCCESS=SUCCESS, CUDA_ERROR_STREAM_CAPTURE_IMPLICIT=IMPLICIT)
+    CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_MEMORY_TYPE="memory type")
     CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=NOT_CAPTURING)
 
 
@@ -206,7 +231,9 @@ class FakeDevice:
     def allocate(self, nbytes: int, *, stream: FakeStream) -> "FakeBuffer":
         assert self._cuda.device == self._number
         assert stream.handle not in self._cuda.capturing
-        return FakeBuffer(self._cuda, next(self._cuda._addresses), nbytes)
+        address = next(self._cuda._addresses)
+        self._cuda.owners[address] = self._number
+        return FakeBuffer(self._cuda, address, nbytes)
 
 
 class FakeBuffer:

@@ -14,6 +14,7 @@ import fastopt
 from fastopt.kernels.cuda import driver
 from fastopt.kernels.cuda.array import DeviceArray, Memory, upload, zeros
 from fastopt.kernels.cuda.producers import device_array
+from fastopt.kernels.cuda.streams import current_stream
 from gpu.interpreted import Interpreted, Lent
 
 pytestmark = pytest.mark.interpreted
@@ -93,6 +94,33 @@ def test_an_array_that_is_not_to_be_written_is_not(write):
     with pytest.raises(ValueError, match="read-only"):
         write(array.read_only())
     np.testing.assert_array_equal(array.copy_to_host(), np.arange(3))
+
+
+@pytest.mark.parametrize("value", [[1, 2], None, "7", np.array([[1.0]]), object()])
+def test_what_is_no_number_is_refused(value):
+    array = zeros(0, (2, 2), np.float32)
+    with pytest.raises((TypeError, ValueError)):
+        array[...] = value
+    with pytest.raises(TypeError, match="expected a number"):
+        array.fill(value)
+    assert not array.copy_to_host().any()
+
+
+def test_a_number_out_of_range_is_refused():
+    with pytest.raises(OverflowError):
+        zeros(0, 2, np.int32).fill(2**40)
+
+
+@pytest.mark.parametrize(
+    "keys", [(slice(1, None), slice(None, -1)), ((..., slice(1, None)), (..., slice(0, -1)))]
+)
+def test_an_array_is_moved_within_itself(keys):
+    array = np.arange(20, dtype=np.float32).reshape(4, 5)
+    own = upload(0, array)
+    to, source = keys
+    own[to] = own[source]
+    array[to] = array[source].copy()
+    np.testing.assert_array_equal(own.copy_to_host(), array)
 
 
 def test_indices_of_a_plan_stay():
@@ -226,6 +254,14 @@ def test_a_batch_without_lookups_changes_nothing_on_any_device(two, monkeypatch)
     assert fastopt.embedding(Lent(two, table, 1), indices).shape == (0, 3)
 
 
+def test_streams_of_each_thread_are_those_that_the_default_one_waits_for(monkeypatch):
+    for pointer, handle in ((0, 1), (1, 1), (2, 1), (77, 77)):
+        stream = types.SimpleNamespace(ptr=pointer)
+        cuda = types.SimpleNamespace(get_current_stream=lambda device, stream=stream: stream)
+        monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+        assert current_stream(0) == handle
+
+
 def test_a_library_that_is_being_imported_has_no_arrays_yet(two, monkeypatch):
     for name in ("torch", "cupy"):
         module = types.ModuleType(name)
@@ -250,6 +286,7 @@ def test_a_library_that_is_being_imported_has_no_arrays_yet(two, monkeypatch):
         lambda array, table, indices: fastopt.IndexPlan(indices, 4),
         lambda array, table, indices: array.copy_to_host(),
         lambda array, table, indices: array.copy(),
+        lambda array, table, indices: array.item(),
         lambda array, table, indices: fastopt.Adam(table).catch_up(table, indices),
     ],
 )

@@ -73,6 +73,14 @@ def test_devices_have_default_streams_of_their_own(machine, cuda):
     assert cuda.launches == [(0, LEGACY), (1, LEGACY)]
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_array_of_the_host_may_be_changed_once_it_is_brought(machine, cuda, pinned):
+    array = np.zeros(4)
+    cuda.pinned = {array.ctypes.data} if pinned else set()
+    machine.upload(0, machine.allocate(0, SIZE), array)
+    assert cuda.synchronized == [LEGACY] * pinned
+
+
 def test_a_copy_waits_for_the_work_of_both_devices(machine, cuda):
     cuda.now = {device: cuda.made(device) for device in (0, 1)}
     source, target = machine.allocate(0, SIZE), machine.allocate(1, SIZE)
@@ -217,12 +225,84 @@ def test_memory_that_is_freed_while_work_is_captured_waits_for_the_end(machine, 
     assert not cuda.closed
     cuda.capturing = set()
     other = machine.allocate(0, SIZE)
-    assert other != memory
-    machine.free(0, other)
-    if nbytes == SIZE:
-        assert memory in (machine.allocate(0, SIZE), machine.allocate(0, SIZE))
-    else:
-        assert cuda.closed == [memory]
+    launch(machine, 0, other)
+    assert (other == memory) == (nbytes == SIZE)
+    assert cuda.closed == [memory] * (nbytes != SIZE)
+
+
+def test_memory_is_not_closed_on_a_stream_that_captures(machine, cuda, monkeypatch):
+    """What has waited there longest, neither."""
+    monkeypatch.setattr(pool, "MOST_WAITING", 10_000)
+    captured, side = cuda.made(0), cuda.made(0)
+    cuda.now[0] = captured
+    waiting = machine.allocate(0, 3000)
+    machine.free(0, waiting)
+    cuda.now[0] = side
+    held = [machine.allocate(0, 4000) for _ in range(2)]
+    cuda.capturing = {captured.handle}
+    for address in held:
+        machine.free(0, address)
+    assert not cuda.closed
+    cuda.capturing = set()
+    machine.allocate(0, 1)
+    assert waiting in cuda.closed
+
+
+def test_streams_that_capture_are_not_forgotten(machine, cuda, monkeypatch):
+    monkeypatch.setattr(pool, "MOST_STREAMS", 4)
+    captured = cuda.now[0] = cuda.made(0)
+    launch(machine, 0)
+    cuda.capturing = {captured.handle}
+    for _ in range(20):
+        cuda.now[0] = cuda.made(0)
+        launch(machine, 0)
+    assert captured.handle in cuda.alive
+    assert len(cuda.alive) == 5
+
+
+def test_a_default_stream_that_may_not_be_asked_captures(machine, cuda):
+    launch(machine, 0)
+    assert not machine.capturing(0)
+    cuda.implicit = True
+    assert machine.capturing(0)
+
+
+# Garbage that is collected while the pool is at work
+
+
+class Interrupting(dict):
+    """A dict of the pool, in the middle of whose use garbage is collected."""
+
+    def __init__(self, own, free):
+        super().__init__(own)
+        self._free = free
+
+    def get(self, *given):
+        self._free()
+        return super().get(*given)
+
+    def values(self):
+        self._free()
+        return super().values()
+
+
+def test_memory_that_is_freed_while_the_pool_is_at_work_waits(machine, cuda, monkeypatch):
+    """It is only noted then."""
+    monkeypatch.setattr(pool, "MOST_WAITING", 20_000)
+    first, second, waiting = (machine.allocate(0, SIZE) for _ in range(3))
+    machine.free(0, waiting)
+    own, garbage = machine._pools[0], [first, second]
+
+    def free():
+        if garbage:
+            machine.free(0, garbage.pop())
+
+    own._waiting, own._epochs = Interrupting(own._waiting, free), Interrupting(own._epochs, free)
+    assert machine.allocate(0, SIZE) == waiting
+    assert not garbage
+    got = {machine.allocate(0, SIZE) for _ in range(2)}
+    assert got == {first, second}
+    launch(machine, 0, *got)
 
 
 # Memory that waits

@@ -31,6 +31,7 @@ class Locator:
         self._devices = devices
         self._writeable = False
         self._others = Others(dtypes, shapes, devices, fixed=True), Others(dtypes, shapes, devices)
+        self._whole = False  # whether the last read was finished
         self._elsewhere = any(device >= 0 for device in devices)
         if self._elsewhere:
             self.expect(dtypes)
@@ -50,14 +51,17 @@ class Locator:
         if writeable != self._writeable:
             self._headers.expect_writeable(writeable)
             self._writeable = writeable
+        whole, self._whole = self._whole, False  # an interrupt may come between the two reads
         found = self._headers.read(parameters, gradients)
-        if found == _UNCHANGED:
+        if found == _UNCHANGED and whole:
+            self._whole = True
             return True
-        same = True
+        same = whole
         for which, values in enumerate((parameters, gradients)):
-            moved, unknown = found[which]
+            moved, unknown = found[which][0] or not whole, found[which][1]
             others = self._others[which]
             same = others.read(values, self._headers.addresses[which], moved, unknown) and not moved and same
+        self._whole = True
         return same
 
     def parameters(self) -> tuple[np.ndarray, list[int]]:

@@ -92,6 +92,7 @@ class Others:
             [*map(_dtype, tensors)] == facts.dtypes
             and all(map(tensor.is_contiguous, tensors))
             and [*map(tensor.numel, tensors)] == facts.sizes
+            and (0 not in pointers or not any(map(_lacks_memory, tensors)))
         )
         if not fit or (where_they_were and self._fixed):  # nothing but those can have changed
             return pointers if fit else None
@@ -128,6 +129,11 @@ class _Facts(NamedTuple):
         )
 
 
+def _lacks_memory(tensor: Any) -> bool:
+    """Whether there is none for its elements: it was released, or stands for zeros."""
+    return tensor.data_ptr() == 0 and tensor.numel() > 0
+
+
 def _cuda_device(tensor: Any) -> int:
     """The number of its CUDA device, -1 for none."""
     return tensor.get_device() if tensor.is_cuda else -1
@@ -149,4 +155,5 @@ def _fits(torch: Any, value: Any, dtype: np.dtype | None, shape: tuple[int, ...]
         and value.shape == shape
         and value.is_contiguous()
         and not value.is_neg()
+        and not _lacks_memory(value)
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastopt.kernels.cuda.array import DeviceArray, empty, upload
+from fastopt.kernels.cuda.array import DeviceArray, check_not_captured, empty, upload
 from fastopt.kernels.cuda.driver import driver
 from fastopt.kernels.cuda.launch import Kernel
 from fastopt.kernels.cuda.norms import (
@@ -137,6 +137,7 @@ class Norm:
         """The norm; waits for it."""
         if self._value is not None:
             return self._value
+        check_not_captured(self._result.device, "what reads a norm")
         driver().wait_for(self._result.device, self._stream.handle)
         total, unit = self._result[: RESULT_UNIT + 1].tolist()
         norm = math.sqrt(total) * unit
