@@ -112,7 +112,7 @@ class AMSGrad(Optimizer):
 
 
 class SparseAdam(Optimizer):
-    """Adam as ``torch.optim.SparseAdam`` has it, with its bits.
+    """Adam as ``torch.optim.SparseAdam`` has it, operation by operation.
 
     m = m + (1 - beta1) * (g - m); v = v + (1 - beta2) * (g^2 - v);
     p = p - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps).

@@ -102,11 +102,24 @@ class KernelStep(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, of whose classes it takes the state, too. State that is not of the parameter's dtype
-        stays what it is: torch would round it."""
-        super().load_state_dict(state_dict)
-        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
-        for group, saved in pairs:
+        """As torch's, of whose classes it takes the state, too: a copy. State that is not of the parameter's
+        dtype stays what it is: torch would round it.
+
+        Raises:
+            ValueError, TypeError: the state does not fit; nothing has changed then.
+        """
+        before = {name: vars(self)[name] for name in ("state", "param_groups", "_kept")}
+        try:
+            super().load_state_dict(state_dict)
+            self._keep_dtypes(state_dict)
+            self._current()
+        except (ValueError, TypeError, RuntimeError):
+            vars(self).update(before)
+            raise
+
+    def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Put state that torch has converted back as it was saved."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, number in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(number, {}).items():
                     own = self.state[p].get(name)

@@ -63,7 +63,8 @@ class AdamW(KernelStep, torch.optim.AdamW):
 
 
 class SparseAdam(KernelStep, torch.optim.SparseAdam):
-    """``torch.optim.SparseAdam`` by kernels, with its bits (see :class:`fastopt.SparseAdam`)."""
+    """``torch.optim.SparseAdam`` by kernels, operation by operation (see :class:`fastopt.SparseAdam`): in
+    float32 the bits differ where MKL does not round torch's root to the nearest."""
 
     traits = Traits(fastopt.SparseAdam, ("lr", "betas", "eps", "maximize"), counts_as=int, sparse_alone=True)
 

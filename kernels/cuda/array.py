@@ -195,7 +195,10 @@ class DeviceArray:
         if isinstance(value, DeviceArray):
             if value.shape != target.shape:
                 raise ValueError(f"an array of shape {target.shape} can't be set to one of {value.shape}")
-            if value.device == target.device and _overlap(target, value):
+            if value.device != target.device:  # each waits for the other
+                for device in (value.device, target.device):
+                    check_not_captured(device, "a copy between devices")
+            elif _overlap(target, value):
                 value = value.copy()
             copy_all(target, value)
         else:

@@ -1,0 +1,493 @@
+"""What torch's own loops do with an optimizer, done with the classes of fastopt.torch beside torch's."""
+
+import copy
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import fastopt.torch
+
+LIMIT = 1e-10
+PAIRS = ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "RAdam", "NAdam", "Adafactor"]
+OWN = ["Lion", "LAMB", "RowwiseAdagrad", "RowwiseAdam"]
+
+
+def model(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).to(dtype)
+
+
+def loss_of(net, step):
+    torch.manual_seed(1000 + step)
+    dtype = next(net.parameters()).dtype
+    x, y = torch.randn(16, 5, dtype=dtype), torch.randn(16, 3, dtype=dtype)
+    return (net(x) - y).square().mean()
+
+
+def train(net, opt, steps=range(6), after=lambda: None, **step):
+    for k in steps:
+        opt.zero_grad()
+        loss_of(net, k).backward()
+        opt.step(**step)
+        after()
+
+
+def assert_same(one, other, limit=LIMIT):
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), q.detach().numpy(), rtol=limit, atol=limit)
+
+
+def both(name, **options):
+    """Pairs of a model and its optimizer, ours and torch's."""
+    ours, theirs = model(), model()
+    make, twin = getattr(fastopt.torch, name), getattr(torch.optim, name)
+    return (ours, make(ours.parameters(), **options)), (theirs, twin(theirs.parameters(), **options))
+
+
+def test_importing_fastopt_does_not_import_torch():
+    source = "import sys, fastopt; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_signatures_are_those_of_torch_and_the_shared_options(name):
+    ours, theirs = (inspect.signature(getattr(m, name)) for m in (fastopt.torch, torch.optim))
+    shared = ["rows", "step_per_row", "clip_row_norm", "state_dtype", "master_weights", "seed"]
+    assert set(ours.parameters) == {*theirs.parameters, *shared}
+    assert issubclass(getattr(fastopt.torch, name), getattr(torch.optim, name))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, 0.5),
+        lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10),
+        lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=20, cycle_momentum=False),
+        lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1 / (k + 1)),
+    ],
+)
+def test_schedulers(name, schedule):
+    pairs = both(name, lr=0.05)
+    for net, opt in pairs:
+        train(net, opt, after=schedule(opt).step)
+    assert_same(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_a_scheduler_that_moves_momentum(name):
+    options = {"lr": 0.05, "momentum": 0.8} if name == "SGD" else {"lr": 0.05}
+    pairs = both(name, **options)
+    for net, opt in pairs:
+        train(net, opt, after=torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=20).step)
+    assert_same(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_learning_rate_that_is_a_tensor_is_read_at_each_step(name):
+    rates = [torch.tensor(0.02, dtype=torch.float64) for _ in range(2)]
+    pairs = [both(name, lr=rate)[k] for k, rate in enumerate(rates)]
+    for rate, (net, opt) in zip(rates, pairs, strict=True):
+        train(net, opt, after=lambda rate=rate: rate.mul_(0.5))
+    assert_same(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_groups_options_and_new_groups(name):
+    nets, opts = [model(), model()], []
+    for module, net in zip((fastopt.torch, torch.optim), nets, strict=True):
+        first, last = list(net[0].named_parameters()), list(net[2].named_parameters())
+        opt = getattr(module, name)([{"params": first, "lr": 0.03, "weight_decay": 0.1}], lr=0.01)
+        train(net, opt, range(3))
+        opt.add_param_group({"params": last, "maximize": True})
+        train(net, opt, range(3, 5))
+        opt.param_groups[0]["lr"] = 0.001
+        opt.param_groups[1]["weight_decay"] = 0.2
+        train(net, opt, range(5, 8))
+        assert opt.param_groups[0]["param_names"] == ["weight", "bias"]
+        opts.append(opt)
+    assert_same(*nets)
+    assert set(opts[0].state_dict()["state"]) == set(opts[1].state_dict()["state"])
+
+
+def test_options_that_need_another_state_begin_it():
+    nets = model(), model()
+    for module, net in zip((fastopt.torch, torch.optim), nets, strict=True):
+        opt = module.SGD(net.parameters(), lr=0.1)
+        train(net, opt, range(2))
+        opt.param_groups[0]["momentum"] = 0.9
+        train(net, opt, range(2, 6))
+    assert_same(*nets)
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *OWN])
+def test_copies_and_pickles_go_on(name):
+    net = model()
+    opt = getattr(fastopt.torch, name)(net.parameters(), lr=0.01)
+    train(net, opt)
+    copied, own = copy.deepcopy((net, opt))
+    saved = io.BytesIO()
+    torch.save((net, opt), saved)
+    saved.seek(0)
+    loaded, other = torch.load(saved, weights_only=False)
+    whole, third = pickle.loads(pickle.dumps((net, opt)))
+    for one, its in ((net, opt), (copied, own), (loaded, other), (whole, third)):
+        train(one, its, range(6, 9))
+        assert_same(one, net, 0)
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *OWN])
+def test_state_is_loaded_from_files_of_weights_alone(name):
+    first, second = model(), model()
+    make = getattr(fastopt.torch, name)
+    opt, other = make(first.parameters(), lr=0.01), make(second.parameters(), lr=0.5)
+    train(first, opt)
+    saved = io.BytesIO()
+    torch.save({"model": first.state_dict(), "opt": opt.state_dict()}, saved)
+    saved.seek(0)
+    found = torch.load(saved, weights_only=True)
+    second.load_state_dict(found["model"])
+    other.load_state_dict(found["opt"])
+    train(first, opt, range(6, 9))
+    train(second, other, range(6, 9))
+    assert_same(first, second, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "8bit"])
+@pytest.mark.parametrize("master", [False, True])
+def test_state_in_other_formats_is_saved_and_loaded_to_the_bit(dtype, state_dtype, master):
+    first, second = model(dtype=dtype), model(dtype=dtype)
+    options = {"lr": 0.01, "state_dtype": state_dtype, "master_weights": master}
+    opt = fastopt.torch.AdamW(first.parameters(), **options)
+    train(first, opt)
+    second.load_state_dict(first.state_dict())
+    other = fastopt.torch.AdamW(second.parameters(), **options)
+    other.load_state_dict(opt.state_dict())
+    train(first, opt, range(6, 9))
+    train(second, other, range(6, 9))
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_numbers_are_not_loaded_as_codes():
+    net = model(dtype=torch.float32)
+    opt = torch.optim.AdamW(net.parameters())
+    train(net, opt)
+    other = fastopt.torch.AdamW(net.parameters(), state_dtype="8bit")
+    lr, state = other.param_groups[0]["lr"], other.state
+    opt.param_groups[0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=r"'exp_avg' has dtype torch\.float32: expected 8-bit codes"):
+        other.load_state_dict(opt.state_dict())
+    assert other.state is state and other.param_groups[0]["lr"] == lr
+    train(net, other, range(1))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_closures_and_hooks(name):
+    seen = []
+    pairs = both(name, lr=0.01)
+    for net, opt in pairs:
+        opt.register_step_pre_hook(lambda *given: seen.append("before"))
+        opt.register_step_post_hook(lambda *given: seen.append("after"))
+        for k in range(4):
+
+            def closure(net=net, opt=opt, k=k):
+                opt.zero_grad()
+                loss = loss_of(net, k)
+                loss.backward()
+                return loss
+
+            assert opt.step(closure).item() > 0
+    assert seen == ["before", "after"] * 8
+    assert_same(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *OWN])
+def test_steps_within_the_backward_pass(name):
+    nets = model(), model()
+    make = getattr(fastopt.torch, name)
+    whole = make(nets[0].parameters(), lr=0.01)
+    train(nets[0], whole)
+    opts = {p: make([p], lr=0.01) for p in nets[1].parameters()}
+
+    def hook(p):
+        opts[p].step()
+        opts[p].zero_grad()
+
+    for p in nets[1].parameters():
+        p.register_post_accumulate_grad_hook(hook)
+    for k in range(6):
+        loss_of(nets[1], k).backward()
+    assert_same(*nets)
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "AdamW", "Adagrad"])
+def test_a_scaler_scales_and_skips(name):
+    nets = model(dtype=torch.float32), model(dtype=torch.float32)
+    results = []
+    for module, net in zip((fastopt.torch, torch.optim), nets, strict=True):
+        opt = getattr(module, name)(net.parameters(), lr=0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        for k in range(8):
+            opt.zero_grad()
+            loss = loss_of(net, k)
+            if k == 3:
+                loss = loss * float("inf")
+            scaler.scale(loss).backward()
+            if k % 2:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+        results.append(scaler.get_scale())
+    assert results[0] == results[1]
+    assert_same(*nets, 1e-5)
+
+
+def test_gradients_are_clipped_in_the_step():
+    nets = model(), model()
+    opt = fastopt.torch.AdamW(nets[0].parameters(), lr=0.1)
+    twin = torch.optim.AdamW(nets[1].parameters(), lr=0.1)
+    train(nets[0], opt, clip_norm=0.01)
+    for k in range(6):
+        twin.zero_grad()
+        loss_of(nets[1], k).backward()
+        norm = torch.nn.utils.clip_grad_norm_(nets[1].parameters(), 0.01)
+        twin.step()
+    assert opt.info.norm == pytest.approx(norm.item())
+    assert opt.info.clipped
+    assert_same(*nets)
+
+
+# Parameters that kernels do not take
+
+
+def odd_parameters():
+    torch.manual_seed(3)
+    return [
+        torch.nn.Parameter(torch.randn(4, 3, dtype=torch.complex64)),
+        torch.nn.Parameter(torch.randn(6, 4)[:, ::2]),
+        torch.nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)),
+        torch.nn.Parameter(torch.randn(5)),
+    ]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "RAdam", "NAdam"])
+def test_others_go_the_way_of_torch(name):
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        params = odd_parameters()
+        opt = getattr(module, name)(params, lr=0.01)
+        seen = []
+        opt.register_step_post_hook(lambda *given, seen=seen: seen.append(1))
+        for k in range(5):
+            for p in params:
+                torch.manual_seed(k)
+                p.grad = torch.randn_like(p)
+            opt.step()
+        assert len(seen) == 5
+        saved = opt.state_dict()
+        other = getattr(torch.optim, name)(params, lr=0.01)
+        other.load_state_dict(saved)
+        other.step()
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_that_torch_lacks_refuses_them():
+    for p in odd_parameters()[:3]:
+        opt = fastopt.torch.Lion([p])
+        p.grad = torch.ones_like(p)
+        with pytest.raises(TypeError, match="Lion takes C-contiguous tensors"):
+            opt.step()
+
+
+def test_a_step_that_is_differentiated():
+    p = torch.ones(3, requires_grad=True)
+    start = p.clone()
+    start.grad = p * 2
+    opt = fastopt.torch.SGD([start], lr=0.1, differentiable=True)
+    opt.step()
+    start.sum().backward()
+    assert torch.equal(p.grad, torch.full((3,), 0.8))
+
+
+def test_gradients_that_are_not_contiguous_are_taken():
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        p = torch.nn.Parameter(torch.ones(4, 3))
+        opt = module.Adam([p], lr=0.1)
+        p.grad = torch.arange(12.0).reshape(3, 4).t()
+        opt.step()
+        p.grad = torch.ones(1, 3).expand(4, 3)
+        opt.step()
+        results.append(p)
+    assert torch.allclose(*results, rtol=1e-6)
+
+
+# Sparse gradients
+
+
+def sparse(seed, p):
+    torch.manual_seed(seed)
+    rows = torch.randint(0, len(p), (7,))
+    values = torch.randn(7, p.shape[1], dtype=p.dtype)
+    return torch.sparse_coo_tensor(rows[None], values, p.shape, check_invariants=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_adam_has_the_bits_of_torch(dtype):
+    """But for its root in float32, which MKL does not round to the nearest."""
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(50, 8, dtype=dtype))
+        opt = module.SparseAdam([p], lr=0.01)
+        for k in range(10):
+            p.grad = sparse(k, p)
+            opt.step()
+        results.append((p.detach(), *(opt.state[p][name] for name in ("exp_avg", "exp_avg_sq"))))
+        assert opt.state[p]["step"] == 10
+    limit = 4 * torch.finfo(dtype).eps * (dtype == torch.float32)
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=limit, atol=0.01 * limit)
+    assert all(torch.equal(ours, theirs) for ours, theirs in [*zip(*results, strict=True)][1:])
+
+
+@pytest.mark.parametrize(("name", "options"), [("SGD", {}), ("SGD", {"momentum": 0.9}), ("Adagrad", {})])
+def test_sparse_gradients_do_what_torch_does(name, options):
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(50, 8, dtype=torch.float64))
+        opt = getattr(module, name)([p], lr=0.1, **options)
+        for k in range(6):
+            p.grad = sparse(k, p)
+            opt.step()
+        results.append(p)
+    assert torch.allclose(*results, rtol=LIMIT, atol=LIMIT)
+
+
+def test_dense_and_sparse_gradients_may_alternate():
+    p = torch.nn.Parameter(torch.zeros(6, 4))
+    opt = fastopt.torch.Adam([p], lr=0.1)
+    for k in range(6):
+        p.grad = sparse(k, p) if k % 2 else torch.ones_like(p)
+        opt.step()
+        assert opt.state[p]["step"] == k + 1
+    saved = copy.deepcopy(opt.state_dict())
+    assert saved["state"][0]["exp_avg"].shape == p.shape
+    twin = torch.nn.Parameter(p.detach().clone())
+    other = fastopt.torch.Adam([twin], lr=0.1)
+    other.load_state_dict(saved)
+    for own, its in ((p, opt), (twin, other)):
+        own.grad = sparse(9, p)
+        its.step()
+    assert torch.equal(p, twin)
+
+
+# Shared memory
+
+
+def test_state_is_the_memory_that_kernels_work_on():
+    p = torch.nn.Parameter(torch.zeros(4))
+    opt = fastopt.torch.SGD([p], lr=1.0, momentum=0.5)
+    p.grad = torch.ones(4)
+    opt.step()
+    buffer = opt.state[p]["momentum_buffer"]
+    opt.step()
+    assert opt.state[p]["momentum_buffer"] is buffer
+    assert torch.equal(buffer, torch.full((4,), 1.5))
+    buffer.zero_()
+    opt.step()
+    assert torch.equal(buffer, torch.ones(4))
+    opt.state[p]["momentum_buffer"] = torch.full((4,), 2.0)  # another tensor is taken over
+    opt.step()
+    assert torch.equal(opt.state[p]["momentum_buffer"], torch.full((4,), 2.0))
+    opt.state.clear()
+    opt.step()
+    assert torch.equal(opt.state[p]["momentum_buffer"], torch.ones(4))
+
+
+def test_a_count_of_steps_that_is_changed_counts():
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        p = torch.nn.Parameter(torch.zeros(4))
+        opt = module.Adam([p], lr=0.1)
+        for k in range(4):
+            p.grad = torch.full((4,), k + 1.0)
+            opt.step()
+            if k == 1:
+                opt.state[p]["step"].fill_(100)
+        results.append(p)
+    assert torch.allclose(*results, rtol=1e-6)
+
+
+def test_a_parameter_in_the_place_of_another_is_followed():
+    """As programs do that add rows to a parameter in training."""
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        p = torch.nn.Parameter(torch.zeros(2, 3))
+        opt = module.Adam([p], lr=0.1)
+        for k in range(4):
+            p.grad = torch.full(p.shape, k + 1.0)
+            opt.step()
+            if k == 1:
+                state = opt.state.pop(p)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.cat([state[name], torch.zeros(1, 3)])
+                p = torch.nn.Parameter(torch.cat([p.detach(), torch.ones(1, 3)]))
+                opt.param_groups[0]["params"][0] = p
+                opt.state[p] = state
+        results.append(p)
+    assert torch.allclose(*results, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "option", "value"), [("Adam", "state_dtype", "int4"), ("Lion", "lr", -1.0)])
+def test_bad_options_are_refused(name, option, value):
+    with pytest.raises((ValueError, TypeError), match=option):
+        getattr(fastopt.torch, name)([torch.zeros(3)], **{option: value})
+
+
+# Parameters of which a part lies here
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this process alone."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Lion"])
+def test_shards_are_updated_where_they_lie(mesh, name):
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    results, options = [], {"momentum": 0.9} if name == "SGD" else {}
+    for sharded in (True, False):
+        torch.manual_seed(0)
+        p = torch.randn(6, 4)
+        p = torch.nn.Parameter(distribute_tensor(p, mesh, [Shard(0)]) if sharded else p)
+        opt = getattr(fastopt.torch, name)([p], lr=0.1, **options)
+        for k in range(3):
+            gradient = torch.full((6, 4), k + 1.0)
+            p.grad = distribute_tensor(gradient, mesh, [Shard(0)]) if sharded else gradient
+            opt.step()
+        if sharded:
+            moments = [value for value in opt.state[p].values() if value.ndim]
+            assert moments and all(isinstance(own, DTensor) and own.shape == p.shape for own in moments)
+            with pytest.raises(ValueError, match="clip_grad_norm_"):
+                opt.step(clip_norm=1.0)
+        other = getattr(fastopt.torch, name)([p], lr=0.1, **options)
+        other.load_state_dict(opt.state_dict())
+        other.step()
+        results.append(p.to_local() if sharded else p)
+    assert torch.equal(*results)
