@@ -9,6 +9,9 @@ from peers import torch, torch_optimizers, torch_parameters
 
 import fastopt
 
+if torch is not None:
+    import fastopt.torch
+
 LISTS = {
     "1,000 x 256": [(256,)] * 1_000,
     "1,000 x 4,096": [(4_096,)] * 1_000,
@@ -46,6 +49,11 @@ def fastopt_torch(shapes, grads, **arguments):
     return lambda: opt.step([p.grad for p in parameters], **arguments)
 
 
+def drop_in(shapes, grads):
+    """The class of fastopt.torch."""
+    return fastopt.torch.Adam(torch_parameters(shapes, grads)).step
+
+
 def test_model_shapes():
     for shapes, arrays, parameters in ((resnet50(), 161, 25_557_032), (bert_base(), 199, 109_482_240)):
         assert len(shapes) == arrays
@@ -59,6 +67,7 @@ def test_many_fastopt(compare, rng, name):
     functions = {"fastopt": fastopt_numpy(shapes, grads), "fastopt, one buffer": fastopt_flat(grads)}
     if torch is not None:
         functions["fastopt, torch tensors"] = fastopt_torch(shapes, grads)
+        functions["fastopt.torch"] = drop_in(shapes, grads)
     for version, opt in torch_optimizers(
         "Adam", {}, lambda: torch_parameters(shapes, grads), ["torch fused", "torch foreach"]
     ).items():

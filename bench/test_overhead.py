@@ -9,6 +9,9 @@ from peers import torch, torch_optimizers, torch_parameters
 
 import fastopt
 
+if torch is not None:
+    import fastopt.torch
+
 SIZE = 10
 
 
@@ -20,6 +23,7 @@ def subjects(shapes, grads, one):
     found = {"fastopt": lambda: opt.step(given)}
     if torch is not None:
         parameters = torch_parameters(shapes, grads)
+        found["fastopt.torch"] = fastopt.torch.Adam(torch_parameters(shapes, grads)).step
         torch_opt = fastopt.Adam(parameters[0] if one else parameters)
         if one:
             found["fastopt, torch tensors"] = lambda: torch_opt.step(parameters[0].grad)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastopt._core.backend import host
 from fastopt._core.exclusive import exclusive
+from fastopt._core.groups import Definition
 from fastopt._core.indices import Indices
 from fastopt._core.options import SHARED
 from fastopt._core.parameters import Parameters, Snapshot
@@ -23,13 +24,12 @@ from fastopt._step.settings import StepInfo, checked_settings, scaled
 from fastopt.checkpoint import files
 from fastopt.checkpoint import state_dict as states
 from fastopt.checkpoint.take_over import take_over
-from fastopt.kernels.rule import Rule
 from fastopt.tables import flushing
 
 _DONE = StepInfo()
 
 
-class Optimizer:
+class Optimizer(Definition):
     """Updates parameters in place, in one pass over each.
 
     Every optimizer shares what is said here; its own class says what it computes.
@@ -125,40 +125,6 @@ class Optimizer:
         """Shape, dtype and first value of each of the state arrays that a parameter has, or gets with its
         first gradient, by its name, or position."""
         return {parameter.key: parameter.slots() for parameter in self._parameters.all}
-
-    # What an optimizer's class defines
-
-    def rule(self, options: Mapping[str, Any]) -> Rule:
-        """The update rule that the options choose."""
-        raise NotImplementedError
-
-    def decoupled(self, options: Mapping[str, Any]) -> bool:
-        """Whether weight decay is decoupled from the gradient."""
-        return options.get("decoupled_weight_decay", False)
-
-    def initial_state(self, options: Mapping[str, Any]) -> dict[str, float]:
-        """First values of state slots that do not start from 0."""
-        return {}
-
-    def check_options(self, options: Mapping[str, Any], label: str) -> None:
-        """Refuse combinations of options that can't be honoured; ``label`` says whose they are."""
-        rule = self.rule(options)
-        if options["rows"] == "dense" and rule.trust_ratio is not None:
-            raise ValueError(
-                f"{label} has rows='dense': expected 'lazy', as the steps of {type(self).__name__} depend on "
-                "whole layers"
-            )
-        if rule.matrix_slots and (options["step_per_row"] or options["clip_row_norm"] is not None):
-            name = "step_per_row" if options["step_per_row"] else "clip_row_norm"
-            raise ValueError(
-                f"{label} has {name} {options[name]!r}: {type(self).__name__} does not go by rows, leave it "
-                "out"
-            )
-        if options["rows"] == "dense" and options["step_per_row"]:
-            raise ValueError(
-                f"{label} has rows='dense' and step_per_row=True: expected one of them, since dense rows "
-                "all have the parameter's step"
-            )
 
     # Step
 

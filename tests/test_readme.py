@@ -37,6 +37,6 @@ def test_every_optimizer_has_a_row():
         and issubclass(getattr(fastopt, name), fastopt.Optimizer)
         and name != "Optimizer"
     ]
-    assert len(classes) == 13
+    assert len(classes) == 14
     for name in classes:
         assert f"| `{name}`" in table, name

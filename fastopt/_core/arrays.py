@@ -137,9 +137,9 @@ def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarr
         elif tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 1:
             advice = f"pass fastopt.IndexedSlices({label}._indices()[0], {label}._values())"
         raise TypeError(f"{label} is a sparse tensor: {advice}")
+    found = device_array(tensor, label)
     if tensor.numel() and not tensor.data_ptr():
         raise TypeError(f"{label} has no memory for its elements: expected a tensor that holds numbers")
-    found = device_array(tensor, label)
     if found is not None:
         return found
     try:

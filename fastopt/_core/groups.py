@@ -3,28 +3,52 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from fastopt._core.options import FIXED, SHARED, checked_options, is_immutable
 from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 
 
-class Definition(Protocol):
-    """What an optimizer's class says of it."""
+class Definition:
+    """What an optimizer's class says of it.
+
+    Attributes:
+        defaults: its options, with the values that groups have which say nothing else.
+    """
 
     defaults: dict[str, Any]
 
     def rule(self, options: Mapping[str, Any]) -> Rule:
         """The update rule that the options choose."""
+        raise NotImplementedError
 
     def decoupled(self, options: Mapping[str, Any]) -> bool:
         """Whether weight decay is decoupled from the gradient."""
+        return options.get("decoupled_weight_decay", False)
 
     def initial_state(self, options: Mapping[str, Any]) -> dict[str, float]:
         """First values of state slots that do not start from 0."""
+        return {}
 
     def check_options(self, options: Mapping[str, Any], label: str) -> None:
-        """Refuse combinations of options that can't be honoured."""
+        """Refuse combinations of options that can't be honoured; ``label`` says whose they are."""
+        rule = self.rule(options)
+        if options["rows"] == "dense" and rule.trust_ratio is not None:
+            raise ValueError(
+                f"{label} has rows='dense': expected 'lazy', as the steps of {type(self).__name__} depend on "
+                "whole layers"
+            )
+        if rule.matrix_slots and (options["step_per_row"] or options["clip_row_norm"] is not None):
+            name = "step_per_row" if options["step_per_row"] else "clip_row_norm"
+            raise ValueError(
+                f"{label} has {name} {options[name]!r}: {type(self).__name__} does not go by rows, leave it "
+                "out"
+            )
+        if options["rows"] == "dense" and options["step_per_row"]:
+            raise ValueError(
+                f"{label} has rows='dense' and step_per_row=True: expected one of them, since dense rows "
+                "all have the parameter's step"
+            )
 
 
 @dataclass(eq=False)
