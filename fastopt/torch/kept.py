@@ -29,6 +29,10 @@ def takes(p: torch.Tensor) -> bool:
     )
 
 
+def _kind(p: torch.Tensor) -> tuple:
+    return p.dtype, p.shape, p.device
+
+
 class GroupOptions:
     """The options of a group for the plain optimizer, by ``names``, which are looked at in every step.
 
@@ -72,6 +76,7 @@ class Kept:
         self.params = [p for own in taken for p in own]
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
+        self._kinds = [*map(_kind, self.params)]
         self._numbers = [number for number, own in enumerate(taken) if own]
         self._options = [
             GroupOptions(traits.names(groups[number]), groups[number]) for number in self._numbers
@@ -87,7 +92,7 @@ class Kept:
         self._shown: dict[str, tuple[list[dict], list[Any]]] = {}
         self._dicts: list[dict] = []
         self._by_rows = False  # whether the last step had gradients by rows, which state may be moved for
-        self._all_shown = False
+        self._not_shown: list[int] = []  # the positions of parameters that have no state yet
         self.has_shards = any(map(is_shard, self.params))
         self._group_of = np.repeat(range(len(self._numbers)), [len(own) for own in taken if own])
         self._take_state()
@@ -104,13 +109,22 @@ class Kept:
             return False
         return all(self._adopted(k, groups[number]) for k, number in enumerate(self._numbers))
 
+    def is_outdated(self) -> bool:
+        """Whether parameters are no longer what they were."""
+        return any(not takes(p) or _kind(p) != kind for p, kind in zip(self.params, self._kinds, strict=True))
+
     def _is_shown(self) -> bool:
         """Whether torch's state is what was put there."""
+        if self._plain is None:
+            return True
         if not _same(self._state.values(), self._dicts):
             return False
-        for name, (dicts, tensors) in self._shown.items():
-            if not all(map(is_, map(itemgetter(name), dicts), tensors)):
-                return False
+        try:
+            for name, (dicts, tensors) in self._shown.items():
+                if not all(map(is_, map(itemgetter(name), dicts), tensors)):
+                    return False
+        except KeyError:  # some was taken out
+            return False
         return self._traits.counts_as is not torch.Tensor or bool((self._steps == self._counts).all())
 
     def _adopted(self, k: int, group: dict[str, Any]) -> bool:
@@ -173,7 +187,7 @@ class Kept:
             own[PRODUCT] = torch.from_numpy(self._products[i : i + 1])[0]
 
     def _remember(self) -> None:
-        self._all_shown = all(self._seen)
+        self._not_shown = [i for i, seen in enumerate(self._seen) if not seen]
         self._dicts = list(self._state.values())
         self._shown = {}
         for i, p in enumerate(self.params):
@@ -210,7 +224,7 @@ class Kept:
         info = self._plain.step(gradients, **arguments)
         if not info.skipped:
             self._count(without)
-            if by_rows or self._by_rows or not self._all_shown:
+            if by_rows or self._by_rows or any(gradients[i] is not None for i in self._not_shown):
                 self._show()
             self._by_rows = by_rows
         return info

@@ -156,14 +156,28 @@ class KernelStep(torch.optim.Optimizer):
             self.info = StepInfo(skipped=True)
             return loss
         grad_scale = 1.0 if scale is None else 1.0 / scale.item()
-        kept = self._current()
-        left = [[p for p in own if p.grad is not None] for own in kept.left]
-        if clip_norm is not None or clip_value is not None:
-            _check_clipping(kept, left)
+        arguments = {"grad_scale": grad_scale, "clip_norm": clip_norm, "clip_value": clip_value}
+        try:
+            left, self.info = self._step_by_kernels(arguments)
+        except (ValueError, TypeError):  # before anything was updated
+            if self._kept is None or not self._kept.is_outdated():
+                raise
+            self._kept = None
+            left, self.info = self._step_by_kernels(arguments)
         if any(left):
             self._step_by_torch(left, grad_scale)
-        self.info = kept.step(grad_scale=grad_scale, clip_norm=clip_norm, clip_value=clip_value)
         return loss
+
+    def _step_by_kernels(self, arguments: dict[str, Any]) -> tuple[list[list[torch.Tensor]], StepInfo]:
+        """Update the parameters that kernels take; returns those of each group that are left to torch, and
+        what was done."""
+        kept = self._current()
+        left = [[p for p in own if p.grad is not None] for own in kept.left]
+        if arguments["clip_norm"] is not None or arguments["clip_value"] is not None:
+            _check_clipping(kept, left)
+        if any(left) and _step_of_torch(type(self)) is None:
+            _refuse(type(self).__name__, next(p for own in left for p in own))
+        return left, kept.step(**arguments)
 
     def _current(self) -> Kept:
         """What the last step went on with, made anew if the optimizer has changed since."""
@@ -181,14 +195,7 @@ class KernelStep(torch.optim.Optimizer):
 
     def _step_by_torch(self, left: list[list[torch.Tensor]], grad_scale: float) -> None:
         """Have torch's own step update these parameters of each group."""
-        step = _step_of_torch(type(self))
-        if step is None:
-            first = next(p for own in left for p in own)
-            raise TypeError(
-                f"a parameter has dtype {first.dtype}, shape {tuple(first.shape)} and layout {first.layout} "
-                f"on {first.device}: {type(self).__name__} takes C-contiguous tensors of float32, float64, "
-                "float16 or bfloat16 on the CPU or a CUDA device"
-            )
+        step: Any = _step_of_torch(type(self))
         if grad_scale != 1.0:
             torch._foreach_mul_([p.grad for own in left for p in own if p.grad is not None], grad_scale)
         whole = self.param_groups
@@ -216,6 +223,15 @@ def _step_of_torch(cls: type) -> Callable[[Any], Any] | None:
     while getattr(step, "hooked", False):
         step = step.__wrapped__
     return step
+
+
+def _refuse(name: str, p: torch.Tensor) -> None:
+    """Refuse a parameter that neither kernels nor a class of torch can update."""
+    raise TypeError(
+        f"a parameter has dtype {p.dtype}, shape {tuple(p.shape)} and layout {p.layout} on {p.device}: "
+        f"{name} takes C-contiguous tensors of float32, float64, float16 or bfloat16 on the CPU or a CUDA "
+        "device"
+    )
 
 
 def _check_clipping(kept: Kept, left: list[list[torch.Tensor]]) -> None:

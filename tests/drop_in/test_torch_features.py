@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastopt.torch
+from fastopt.torch.kept import Kept
 
 LIMIT = 1e-10
 PAIRS = ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "RAdam", "NAdam", "Adafactor"]
@@ -447,6 +448,70 @@ def test_a_parameter_in_the_place_of_another_is_followed():
                 opt.state[p] = state
         results.append(p)
     assert torch.allclose(*results, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop"])
+def test_parameters_that_change_their_strides_go_on(name):
+    """As in a model that becomes channels_last after its optimizer was made."""
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        torch.manual_seed(0)
+        convolution = torch.nn.Conv2d(3, 4, 3)
+        opt = getattr(module, name)(convolution.parameters(), lr=0.1)
+        for k in range(4):
+            torch.manual_seed(k)
+            for p in convolution.parameters():
+                p.grad = torch.randn_like(p)
+            opt.step()
+            if k == 1:
+                convolution.to(memory_format=torch.channels_last)
+        results.append(convolution)
+    assert_same(*results, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_parameters_that_change_their_dtype_go_on(name):
+    results = []
+    for changes in (True, False):
+        net, make = model(), getattr(fastopt.torch, name)
+        opt = make(net.parameters(), lr=0.01)
+        for k in range(6):
+            if k == 3 and changes:
+                net.float()
+            for p in net.parameters():
+                p.grad = torch.full_like(p, k + 1.0)
+            opt.step()
+        assert all(p.dtype == (torch.float32 if changes else torch.float64) for p in net.parameters())
+        results.append(net.double())
+    assert_same(*results, 1e-5)
+
+
+def test_frozen_parameters_cost_nothing_and_stay(monkeypatch):
+    net = model()
+    net[0].requires_grad_(False)
+    before = [p.clone() for p in net[0].parameters()]
+    opt = fastopt.torch.AdamW(net.parameters(), lr=0.1)
+    train(net, opt, range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "_show", None)
+        train(net, opt, range(2, 4))
+    assert all(torch.equal(p, q) for p, q in zip(net[0].parameters(), before, strict=True))
+    assert not any(p in opt.state for p in net[0].parameters())
+    net[0].requires_grad_(True)
+    train(net, opt, range(4, 6))
+    assert {int(opt.state[p]["step"]) for p in net[0].parameters()} == {2}
+    assert {int(opt.state[p]["step"]) for p in net[2].parameters()} == {6}
+
+
+def test_state_that_is_taken_out_begins_anew():
+    p = torch.nn.Parameter(torch.zeros(4))
+    opt = fastopt.torch.Adam([p], lr=0.1)
+    p.grad = torch.ones(4)
+    for _ in range(3):
+        opt.step()
+    del opt.state[p]["exp_avg"]
+    opt.step()
+    torch.testing.assert_close(opt.state[p]["exp_avg"], torch.full((4,), 0.1))
 
 
 @pytest.mark.parametrize(("name", "option", "value"), [("Adam", "state_dtype", "int4"), ("Lion", "lr", -1.0)])
