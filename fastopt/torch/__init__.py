@@ -5,8 +5,12 @@
 Each class is a ``torch.optim.Optimizer``, and where torch has it a subclass of torch's own, with its
 arguments, parameter groups, hooks, state and checkpoints, which load in either direction. Steps are done by
 the kernels of :mod:`fastopt`, which share their memory with ``optimizer.state``.
+
+:class:`EmbeddingBag` and :class:`Embedding` are torch's modules with lookups of :mod:`fastopt`, the gradients of
+which are never made: ``weight.grad`` is a :class:`RowGradients`, what was looked up and what came back.
 """
 
+from fastopt.torch.modules import Embedding, EmbeddingBag
 from fastopt.torch.optimizers import (
     LAMB,
     SGD,
@@ -22,6 +26,7 @@ from fastopt.torch.optimizers import (
     RowwiseAdam,
     SparseAdam,
 )
+from fastopt.torch.row_gradients import RowGradients
 
 __all__ = [
     "LAMB",
@@ -30,10 +35,13 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Embedding",
+    "EmbeddingBag",
     "Lion",
     "NAdam",
     "RAdam",
     "RMSprop",
+    "RowGradients",
     "RowwiseAdagrad",
     "RowwiseAdam",
     "SparseAdam",

@@ -13,6 +13,7 @@ from fastopt._step.settings import StepInfo
 from fastopt.torch.gradients import Usable, usable
 from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local, tensor_over
 from fastopt.torch.nadam import products_of, scalar_dtype
+from fastopt.torch.row_gradients import RowGradients
 from fastopt.torch.traits import PRODUCT, STEP, Traits
 
 
@@ -208,9 +209,22 @@ class Kept:
             RuntimeError: one is dense, where only sparse ones are expected.
         """
         given = [p.grad for p in self.params]
-        if self._traits.sparse_alone and not all(g is None or g.is_sparse for g in given):
+        if self._traits.sparse_alone and not all(map(_is_by_rows, given)):
             raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
-        return usable(given, self.params, self.has_shards, self._goes_dense)
+        found = usable(given, self.params, self.has_shards, self._goes_dense)
+        if found.by_rows:
+            self._check_lookups(given)
+        return found
+
+    def _check_lookups(self, given: list[torch.Tensor | None]) -> None:
+        """Refuse lookups of tables whose rows are not up to date when they are read."""
+        for i, gradient in enumerate(given):
+            values = self._options[self._group_of[i]].values
+            if isinstance(gradient, RowGradients) and values["rows"] == "dense":
+                raise ValueError(
+                    "rows is 'dense' in the group of a table that modules look up, which would read rows "
+                    "that are behind: expected 'lazy', or lookups by fastopt.embedding_bag(..., optimizer=)"
+                )
 
     def _goes_dense(self, i: int) -> bool:
         """Whether a sparse gradient of the parameter at a position is to be made dense."""
@@ -275,6 +289,11 @@ def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, n
             )
         found[name] = array_of(value, dtype)
     return found
+
+
+def _is_by_rows(gradient: torch.Tensor | None) -> bool:
+    """Whether there is no gradient that names every row."""
+    return gradient is None or gradient.is_sparse or isinstance(gradient, RowGradients)
 
 
 def _same(one: Iterable, other: Sequence) -> bool:

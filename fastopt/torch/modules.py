@@ -1,0 +1,153 @@
+"""Embedding tables as modules of torch, whose gradients are never made: what their lookups leave goes to the
+optimizer (see row_gradients.py)."""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+import fastopt
+from fastopt._core.indices import IndexPlan
+from fastopt.gradients import BagGradient
+from fastopt.torch.kept import takes
+from fastopt.torch.memory import tensor_over
+from fastopt.torch.row_gradients import Lookup, RowGradients
+
+
+class EmbeddingBag(torch.nn.EmbeddingBag):
+    """``torch.nn.EmbeddingBag`` with the lookups and gradients of :func:`fastopt.embedding_bag`.
+
+    The arguments are torch's. ``weight.grad`` is a :class:`RowGradients`, which the optimizers of
+    :mod:`fastopt.torch` take as it is, and others as a dense gradient; ``sparse`` makes no difference. What
+    fastopt does not take (norms other than L2, other dtypes, strided tables) goes torch's own way.
+    """
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See ``torch.nn.EmbeddingBag``."""
+        if not takes(self.weight):
+            return super().forward(input, offsets, per_sample_weights)
+        _limit_norms(self, input)
+        return _embedding_bag(self, input, offsets, per_sample_weights)
+
+
+class Embedding(torch.nn.Embedding):
+    """``torch.nn.Embedding`` with the lookups and gradients of :func:`fastopt.embedding`; as for
+    :class:`EmbeddingBag`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """See ``torch.nn.Embedding``."""
+        if not takes(self.weight):
+            return super().forward(input)
+        _limit_norms(self, input)
+        return _embedding(self, input)
+
+
+class _Call:
+    """What a lookup was asked for beside its table and weights."""
+
+    def __init__(
+        self, module: torch.nn.Module, indices: torch.Tensor, offsets: torch.Tensor | None, mode: str
+    ) -> None:
+        self.indices = indices
+        self.offsets = offsets
+        self.mode = mode
+        self.padding: Any = module.padding_idx
+        self.by_frequency = bool(module.scale_grad_by_freq) and mode != "max"
+        self.plan = IndexPlan(indices, len(module.weight))  # type: ignore[arg-type]
+
+    def result(self, table: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """What is looked up."""
+        if self.offsets is None:
+            return tensor_over(fastopt.embedding(table, self.plan))
+        found = fastopt.embedding_bag(
+            table,
+            self.plan,
+            self.offsets,
+            mode=self.mode,
+            per_sample_weights=weights,
+            padding_idx=self.padding,
+            include_last_offset=True,
+        )
+        return tensor_over(found)
+
+    def lookup(self, values: torch.Tensor, weights: torch.Tensor | None) -> Lookup:
+        """What is left of it for the table's gradient."""
+        found = Lookup(self.indices, self.offsets, values, self.mode, weights, self.padding, self.plan)
+        if self.offsets is None and (self.padding is not None or self.by_frequency):
+            each = torch.arange(len(self.indices) + 1, device=self.indices.device)
+            found = found._replace(offsets=each)
+        if self.by_frequency:
+            found = found.by_frequency()
+        return found
+
+    def gradient_of_weights(
+        self, table: torch.Tensor, values: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        gradient = BagGradient(
+            self.plan, self.offsets, values, self.mode, weights, self.padding, include_last_offset=True
+        )
+        return tensor_over(gradient.per_sample_weights_grad(table))
+
+
+class _Looked(torch.autograd.Function):
+    """A lookup, and what it leaves in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, weights: torch.Tensor | None, call: _Call) -> torch.Tensor:
+        ctx.table, ctx.call = weight.detach(), call
+        ctx.weights = None if weights is None else weights.detach()
+        if call.mode == "max" or (weights is not None and ctx.needs_input_grad[1]):
+            ctx.save_for_backward(weight)  # the backward pass reads it: it may not have changed
+        return call.result(ctx.table, ctx.weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+        ctx.saved_tensors  # noqa: B018  raises if the table has changed, where that matters
+        values = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
+        of_table = of_weights = None
+        if ctx.needs_input_grad[0]:
+            of_table = RowGradients(ctx.table, [ctx.call.lookup(values, ctx.weights)])
+        if ctx.needs_input_grad[1]:
+            of_weights = ctx.call.gradient_of_weights(ctx.table, values, ctx.weights)
+        return of_table, of_weights, None
+
+
+@torch.compiler.disable
+def _embedding_bag(
+    module: EmbeddingBag,
+    given: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> torch.Tensor:
+    """The pooled lookup of a module."""
+    refused = given.ndim not in (1, 2) or (given.ndim == 1) == (offsets is None)
+    if refused or (weights is not None and (module.mode != "sum" or weights.shape != given.shape)):
+        return torch.nn.EmbeddingBag.forward(module, given, offsets, weights)  # which says why
+    indices = given.reshape(-1)
+    bounds = offsets
+    if bounds is None:
+        bounds = torch.arange(given.shape[0] + 1, device=given.device) * given.shape[1]
+    elif not module.include_last_offset:
+        bounds = torch.cat([bounds, bounds.new_full((1,), indices.numel())])
+    weights = None if weights is None else weights.reshape(-1)
+    return _Looked.apply(module.weight, weights, _Call(module, indices, bounds, module.mode))
+
+
+@torch.compiler.disable
+def _embedding(module: Embedding, given: torch.Tensor) -> torch.Tensor:
+    """The lookup of a module."""
+    found = _Looked.apply(module.weight, None, _Call(module, given.reshape(-1), None, "sum"))
+    return found.reshape(*given.shape, module.embedding_dim)
+
+
+def _limit_norms(module: EmbeddingBag | Embedding, indices: torch.Tensor) -> None:
+    """Scale rows that are too long down, as torch does."""
+    if module.max_norm is not None:
+        with torch.no_grad():
+            torch.embedding_renorm_(module.weight, indices.contiguous(), module.max_norm, module.norm_type)
