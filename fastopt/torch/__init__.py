@@ -6,8 +6,8 @@ Each class is a ``torch.optim.Optimizer``, and where torch has it a subclass of 
 arguments, parameter groups, hooks, state and checkpoints, which load in either direction. Steps are done by
 the kernels of :mod:`fastopt`, which share their memory with ``optimizer.state``.
 
-:class:`EmbeddingBag` and :class:`Embedding` are torch's modules with lookups of :mod:`fastopt`, the gradients of
-which are never made: ``weight.grad`` is a :class:`RowGradients`, what was looked up and what came back.
+:class:`EmbeddingBag` and :class:`Embedding` are torch's modules with lookups of :mod:`fastopt`, and gradients
+that are never made: ``weight.grad`` is a :class:`RowGradients`, what was looked up and what came back.
 """
 
 from fastopt.torch.modules import Embedding, EmbeddingBag
