@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from fastopt._core.backend import host
 from fastopt._core.exclusive import exclusive
 from fastopt._core.groups import Definition
@@ -119,6 +121,11 @@ class Optimizer(Definition):
         """The state arrays of each parameter by its name, or position: those that steps work on, no copies;
         none before its first gradient. A step may put others in their place."""
         return {parameter.key: dict(parameter.state) for parameter in self._parameters.all}
+
+    @property
+    def step_counts(self) -> np.ndarray:
+        """How many steps each parameter has finished, in order: a copy, int64."""
+        return self._parameters.clock[:-1].copy()
 
     @property
     def slots(self) -> dict[str | int, dict[str, Slot]]:

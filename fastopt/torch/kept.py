@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastopt._core.missed import LAST_STEP
 from fastopt._core.options import SHARED, is_immutable, plain
 from fastopt._core.state import Slot
 from fastopt._step.settings import StepInfo
@@ -28,6 +29,11 @@ def takes(p: torch.Tensor) -> bool:
         and own.is_contiguous()
         and not own.is_neg()
     )
+
+
+def _flags(group: Mapping[str, Any]) -> tuple:
+    """The options that send a group torch's own way."""
+    return bool(group.get("capturable")), bool(group.get("differentiable"))
 
 
 def _kind(p: torch.Tensor) -> tuple:
@@ -73,11 +79,12 @@ class Kept:
     def __init__(self, traits: Traits, groups: list[dict[str, Any]], state: Any) -> None:
         self._traits = traits
         self._members = [list(group["params"]) for group in groups]
-        taken = [[p for p in group["params"] if traits.takes(group, p) and takes(p)] for group in groups]
+        taken = [[p for p in group["params"] if self._takes(group, p)] for group in groups]
         self.params = [p for own in taken for p in own]
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
         self._kinds = [*map(_kind, self.params)]
+        self._flags = [*map(_flags, groups)]
         self._numbers = [number for number, own in enumerate(taken) if own]
         self._options = [
             GroupOptions(traits.names(groups[number]), groups[number]) for number in self._numbers
@@ -95,6 +102,7 @@ class Kept:
         self._by_rows = False  # whether the last step had gradients by rows, which state may be moved for
         self._not_shown: list[int] = []  # the positions of parameters that have no state yet
         self.has_shards = any(map(is_shard, self.params))
+        self._shards_at = self._find_shards()
         self._group_of = np.repeat(range(len(self._numbers)), [len(own) for own in taken if own])
         self._take_state()
 
@@ -108,7 +116,19 @@ class Kept:
         pairs = zip(groups, self._members, strict=True)
         if not all(_same(group["params"], own) for group, own in pairs) or not self._is_shown():
             return False
+        if self._flags != [*map(_flags, groups)] or self._shards_at != self._find_shards():
+            return False
+        if any(self._takes(group, p) for group, own in zip(groups, self.left, strict=True) for p in own):
+            return False
         return all(self._adopted(k, groups[number]) for k, number in enumerate(self._numbers))
+
+    def _takes(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
+        return self._traits.takes(group, p) and takes(p)
+
+    def _find_shards(self) -> list[tuple]:
+        """Where the parts of DTensors lie, which may be put elsewhere in the same DTensors."""
+        own = [local(p) for p in self.params] if self.has_shards else []
+        return [(p.data_ptr(), p.dtype, p.shape) for p in own]
 
     def is_outdated(self) -> bool:
         """Whether parameters are no longer what they were."""
@@ -244,13 +264,10 @@ class Kept:
         return info
 
     def _count(self, without: list[int]) -> None:
-        """Count a step of all parameters but some."""
-        stepped: Any = 1
-        if without:
-            stepped = np.ones(len(self.params), np.int64)
-            stepped[without] = 0
-        self._counts += stepped
-        np.add(self._steps, stepped, self._steps, casting="unsafe")
+        """Have torch's state count a step of all parameters but some, and what an interrupt has left out."""
+        assert self._plain is not None
+        self._counts = self._plain.step_counts
+        self._steps[...] = self._counts
         if self._traits.counts_as is int:
             for i in set(range(len(self.params))).difference(without):
                 self._state[self.params[i]][STEP] = int(self._counts[i])
@@ -259,6 +276,12 @@ class Kept:
                 own, values = self._group_of == k, options.values
                 found = products_of(values["betas"][0], values["momentum_decay"], self._products.dtype.name)
                 self._products[own] = found.up_to(self._counts[own])
+
+    def is_behind(self) -> bool:
+        """Whether rows have missed steps."""
+        if self._plain is None or all(options.values["rows"] == "lazy" for options in self._options):
+            return False
+        return any(LAST_STEP in own for own in self._plain.state_dict()["state"].values())
 
     def flush(self) -> None:
         """Bring all rows up to date."""

@@ -12,7 +12,7 @@ import torch
 
 from fastopt._core.options import SHARED, checked_options
 from fastopt._step.settings import StepInfo
-from fastopt.torch.kept import Kept
+from fastopt.torch.kept import Kept, takes
 from fastopt.torch.traits import Traits
 
 
@@ -47,7 +47,7 @@ class KernelStep(torch.optim.Optimizer):
         seed: int = SHARED["seed"],
         **options: Any,
     ) -> None:
-        self._shared = {
+        self._shared: dict[str, Any] = {
             "rows": rows,
             "step_per_row": step_per_row,
             "clip_row_norm": clip_row_norm,
@@ -55,7 +55,7 @@ class KernelStep(torch.optim.Optimizer):
             "master_weights": master_weights,
             "seed": seed,
         }
-        checked_options(self._shared, type(self).__name__)
+        self._shared = checked_options(self._shared, type(self).__name__)
         self._kept: Kept | None = None
         self.info: StepInfo | None = None
         super().__init__(params, *args, **options)
@@ -66,8 +66,9 @@ class KernelStep(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
-        if "__init__" not in vars(cls):  # its arguments are those of torch's class, and the shared ones
-            base: Any = cls.__mro__[2]
+        if KernelStep in cls.__bases__ and "__init__" not in vars(cls):
+            # Its arguments are those of torch's class, and the shared ones.
+            base: Any = cls.__mro__[cls.__mro__.index(KernelStep) + 1]
             theirs = inspect.signature(base.__init__).parameters.values()
             own = [
                 own
@@ -75,6 +76,14 @@ class KernelStep(torch.optim.Optimizer):
                 if own.name in SHARED
             ]
             cls.__signature__ = inspect.Signature([*theirs, *own][1:])  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._kept is not None and self._kept.is_behind():
+            raise RuntimeError(
+                "rows of a table with rows='dense' are behind, which a copy would not know: call flush() "
+                "before the model and its optimizer are copied"
+            )
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._kept = None
@@ -87,16 +96,18 @@ class KernelStep(torch.optim.Optimizer):
 
     def _complete(self, group: dict[str, Any]) -> None:
         """Give a group those of the options that torch does not know."""
-        for name, value in self._shared.items():
-            group.setdefault(name, value)
+        given = {name: group.get(name, value) for name, value in self._shared.items()}
+        group.update(checked_options(given, type(self).__name__))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._complete({**param_group})  # which refuses bad ones
         super().add_param_group(param_group)
         self._complete(self.param_groups[-1])
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; with ``rows="dense"`` all rows are brought up to date first."""
+        """As torch's; with ``rows="dense"`` all rows are brought up to date first: take that of the model
+        afterwards, or call :meth:`flush` before."""
         if self._kept is not None:
             self._kept.flush()
         return super().state_dict()
@@ -109,21 +120,28 @@ class KernelStep(torch.optim.Optimizer):
             ValueError, TypeError: the state does not fit; nothing has changed then.
         """
         before = {name: vars(self)[name] for name in ("state", "param_groups", "_kept")}
+        loaded: list[dict[str, Any]] = []  # what the hooks of the user made of it
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
         try:
             super().load_state_dict(state_dict)
-            self._keep_dtypes(state_dict)
+            self._keep_what_torch_drops(loaded[-1], before["param_groups"])
             self._current()
-        except (ValueError, TypeError, RuntimeError):
+        except BaseException:
             vars(self).update(before)
             raise
+        finally:
+            handle.remove()
 
-    def _keep_dtypes(self, state_dict: dict[str, Any]) -> None:
-        """Put state that torch has converted back as it was saved."""
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+    def _keep_what_torch_drops(self, loaded: dict[str, Any], before: list[dict[str, Any]]) -> None:
+        """Put state that torch has converted back as it was saved, and keep options that were not."""
+        for group, saved, old in zip(self.param_groups, loaded["param_groups"], before, strict=True):
+            group.update({name: old[name] for name in SHARED if name not in saved})
             for p, number in zip(group["params"], saved["params"], strict=True):
-                for name, value in state_dict["state"].get(number, {}).items():
+                for name, value in loaded["state"].get(number, {}).items():
                     own = self.state[p].get(name)
-                    if isinstance(own, torch.Tensor) and own.dtype != value.dtype and value.ndim:
+                    if not isinstance(own, torch.Tensor) or not isinstance(value, torch.Tensor):
+                        continue
+                    if value.ndim and own.dtype != value.dtype and takes(p):
                         self.state[p][name] = value.detach().to(device=own.device, copy=True)
 
     def flush(self) -> None:
@@ -181,6 +199,9 @@ class KernelStep(torch.optim.Optimizer):
 
     def _current(self) -> Kept:
         """What the last step went on with, made anew if the optimizer has changed since."""
+        for group in self.param_groups:
+            if not group.keys() >= SHARED.keys():  # one that was put there by hand
+                self._complete(group)
         if self._kept is not None and not self._kept.fits(self.param_groups, self.state):
             self._let_go()
         if self._kept is None:
@@ -196,6 +217,10 @@ class KernelStep(torch.optim.Optimizer):
     def _step_by_torch(self, left: list[list[torch.Tensor]], grad_scale: float) -> None:
         """Have torch's own step update these parameters of each group."""
         step: Any = _step_of_torch(type(self))
+        for p in (p for own in left for p in own):  # torch's step expects state of the parameter's dtype
+            for name, value in self.state.get(p, {}).items():
+                if isinstance(value, torch.Tensor) and value.ndim and value.is_floating_point():
+                    self.state[p][name] = value.to(p.dtype) if p.is_floating_point() else value
         if grad_scale != 1.0:
             torch._foreach_mul_([p.grad for own in left for p in own if p.grad is not None], grad_scale)
         whole = self.param_groups

@@ -33,7 +33,10 @@ class Traits:
         """Whether kernels can do what the options of a group ask for."""
         if group.get("differentiable") or group.get("capturable"):
             return False
-        return p.ndim == 2 or not self.sparse_alone
+        if not self.sparse_alone:
+            return True
+        by_elements = p.grad is not None and p.grad.is_sparse and p.grad.sparse_dim() != 1
+        return p.ndim == 2 and not by_elements
 
     def goes_dense(self, values: Mapping[str, Any]) -> bool:
         """Whether sparse gradients are to be made dense, in a group with these options, to move what torch

@@ -556,3 +556,155 @@ def test_shards_are_updated_where_they_lie(mesh, name):
         other.step()
         results.append(p.to_local() if sharded else p)
     assert torch.equal(*results)
+
+
+def test_subclasses_are_made_as_ever():
+    class Own(fastopt.torch.AdamW):
+        pass
+
+    class Lion(fastopt.torch.Lion):
+        pass
+
+    net = model()
+    for make in (Own, Lion):
+        train(net, make(net.parameters(), lr=0.01), range(2))
+    assert "state_dtype" in inspect.signature(Own).parameters
+
+
+def test_a_count_that_is_a_number_is_loaded():
+    """As torch's own checkpoints had it before 1.12."""
+    nets = model(), model()
+    for module, net in zip((fastopt.torch, torch.optim), nets, strict=True):
+        opt = torch.optim.Adam(net.parameters(), lr=0.01)
+        train(net, opt, range(3))
+        saved = opt.state_dict()
+        for own in saved["state"].values():
+            own["step"] = int(own["step"])
+        other = module.Adam(net.parameters(), lr=0.01)
+        other.load_state_dict(saved)
+        train(net, other, range(3, 6))
+    assert_same(*nets)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "SGD"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_16_bits_may_change_their_strides(name, dtype):
+    p = torch.nn.Parameter(torch.ones(4, 3, 2, 2, dtype=dtype))
+    opt = getattr(fastopt.torch, name)([p], lr=0.01)
+    for k in range(4):
+        p.grad = torch.ones_like(p)
+        opt.step()
+        if k == 1:
+            p.data = p.data.to(memory_format=torch.channels_last)
+    p.data = p.data.contiguous()
+    p.grad = torch.ones_like(p)
+    opt.step(clip_norm=1.0)  # kernels take it again
+    assert torch.isfinite(p).all() and (p < 1).all()
+
+
+def test_a_shard_that_is_put_elsewhere_is_followed(mesh):
+    from torch.distributed.tensor import distribute_module
+
+    net = distribute_module(torch.nn.Linear(2, 2), mesh)
+    opt = fastopt.torch.SGD(net.parameters(), lr=1.0)
+    for _ in range(3):
+        before = [p.to_local().detach().clone() for p in net.parameters()]
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+        for p, own in zip(net.parameters(), before, strict=True):
+            torch.testing.assert_close(p.to_local().detach(), own - 1)
+        net.double()
+        net.float()
+
+
+def test_rows_that_are_behind_are_not_copied():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(50, 8, dtype=torch.float64))
+    opt = fastopt.torch.Adam([p], lr=0.1, rows="dense")
+    for k in range(3):
+        p.grad = sparse(k, p)
+        opt.step()
+    with pytest.raises(RuntimeError, match=r"call flush\(\) before"):
+        copy.deepcopy((p, opt))
+    opt.flush()
+    own, other = copy.deepcopy((p, opt))
+    for q, its in ((p, opt), (own, other)):
+        q.grad = sparse(5, q)
+        its.step()
+        its.flush()
+    torch.testing.assert_close(p, own, rtol=1e-10, atol=1e-10)
+
+
+def test_sparse_adam_leaves_single_elements_to_torch():
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        p = torch.nn.Parameter(torch.zeros(2, 2))
+        opt = module.SparseAdam([p], lr=0.1)
+        for values in ([[1.0, 1], [1, 1]], [[1.0, 0], [0, 0]]):
+            p.grad = torch.tensor(values).to_sparse(2)
+            opt.step()
+        results.append(p)
+    assert torch.equal(*results)
+
+
+def test_steps_are_counted_though_one_is_interrupted(monkeypatch):
+    p = torch.nn.Parameter(torch.zeros(4))
+    opt = fastopt.torch.Adam([p], lr=0.1)
+    p.grad = torch.ones(4)
+    opt.step()
+
+    def interrupted(self, without):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "_count", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opt.step()
+    opt.step()
+    assert opt.state[p]["step"] == 3
+
+
+def test_parameters_that_are_made_later_are_taken():
+    lazy = torch.nn.LazyLinear(4)
+    opt = fastopt.torch.Lion(lazy.parameters(), lr=0.1)
+    lazy(torch.ones(2, 3)).sum().backward()
+    before = lazy.weight.detach().clone()
+    opt.step()
+    torch.testing.assert_close(lazy.weight.detach(), before - 0.1)
+
+
+def test_flags_that_are_set_later_count():
+    start = torch.nn.Parameter(torch.ones(3))
+    opt = fastopt.torch.SGD([start], lr=0.1)
+    start.grad = torch.ones(3)
+    opt.step()
+    kept = opt._kept
+    opt.param_groups[0]["differentiable"] = True
+    assert opt._current() is not kept and not opt._current().params
+
+
+def test_hooks_of_loading_are_respected():
+    net = model()
+    opt = fastopt.torch.Adam(net.parameters(), lr=0.01)
+    train(net, opt, range(3))
+    other = fastopt.torch.Adam(net.parameters(), lr=0.5)
+    other.register_load_state_dict_pre_hook(lambda own, given: given["opt"])
+    other.load_state_dict({"opt": opt.state_dict()})
+    assert other.param_groups[0]["lr"] == 0.01
+
+
+def test_options_of_groups_stay_with_a_checkpoint_of_torch():
+    net = model(dtype=torch.float32)
+    groups = [{"params": [p]} for p in net.parameters()]
+    twin = torch.optim.Adam([dict(group) for group in groups])
+    groups[1]["state_dtype"] = np.float32
+    opt = fastopt.torch.Adam([dict(group) for group in groups], seed=7)
+    opt.load_state_dict(twin.state_dict())
+    assert [group["state_dtype"] for group in opt.param_groups] == [None, "float32", None, None]
+    assert [group["seed"] for group in opt.param_groups] == [7] * 4
+    with pytest.raises(ValueError, match="rows"):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "rows": "nonsense"})
+    assert len(opt.param_groups) == 4
+    opt.param_groups = twin.param_groups
+    train(net, opt, range(2))
