@@ -10,7 +10,8 @@ from fastopt._core.arrays import LOW_DTYPES
 from fastopt._core.backend import backend_of
 from fastopt._core.state import computed_with
 from fastopt.gradients.pooling import Bags, check_weights, checked_bags, checked_table, weights_dtypes
-from fastopt.gradients.protocol import RowGradient, SparseGradient
+from fastopt.gradients.protocol import SparseGradient
+from fastopt.gradients.rows import RowGradient
 from fastopt.kernels.work import Array
 
 
