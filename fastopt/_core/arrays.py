@@ -170,6 +170,18 @@ def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarr
         raise TypeError(f"{label} can't be seen as a NumPy array: {error}") from error
 
 
+def in_kind(array: Array, given: Any) -> Any:
+    """A new array of ours as what the caller gave is: as a tensor over the same memory for one of torch."""
+    if not is_tensor(given):
+        return array
+    torch = loaded("torch")
+    if not isinstance(array, np.ndarray):
+        return torch.from_dlpack(array)
+    if array.dtype == LOW_DTYPES[1]:  # of which torch knows none of NumPy's
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def article(name: str) -> str:
     return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
 
