@@ -15,7 +15,7 @@ from fastopt.buffer import FlatBuffer
 from fastopt.clipping import clip_grad_norm, clip_grad_value, grad_norm
 from fastopt.custom import register_rule
 from fastopt.embedding import embedding, embedding_bag
-from fastopt.gradients import BagGradient, IndexedSlices, SparseGradient
+from fastopt.gradients import BagGradient, IndexedSlices, SparseGradient, SumOfGradients
 from fastopt.optimizer import Optimizer
 from fastopt.optimizers import (
     LAMB,
@@ -58,6 +58,7 @@ __all__ = [
     "SparseAdam",
     "SparseGradient",
     "StepInfo",
+    "SumOfGradients",
     "Table",
     "clip_grad_norm",
     "clip_grad_value",

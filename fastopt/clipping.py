@@ -11,7 +11,9 @@ from fastopt._core.options import check_limit
 from fastopt._core.structure import leaves
 from fastopt._core.versions import written
 from fastopt._step.norms import DenseSquares, clip_factor, norm_of
-from fastopt.gradients.protocol import RowGradient, SparseGradient
+from fastopt.gradients.given import as_gradient
+from fastopt.gradients.protocol import SparseGradient, numbers_of
+from fastopt.gradients.rows import RowGradient
 from fastopt.kernels.work import Array
 
 
@@ -20,8 +22,9 @@ def grad_norm(grads: Any) -> float:
 
     Args:
         grads: an array, ``IndexedSlices``, ``BagGradient``, or nested lists and dicts of them;
-            ``None`` is skipped. Rows named several times count as their sum. Of a parameter's dtype,
-            C-contiguous.
+            ``None`` is skipped. Rows named several times count as their sum, within one gradient: several of
+            one parameter are to be given as their sum, ``a + b``, since a list of them is taken for those of
+            as many parameters. Of a parameter's dtype, C-contiguous.
 
     Returns:
         The norm: NaN or infinite where a gradient is. The same bits for any number of threads.
@@ -47,9 +50,10 @@ def clip_grad_norm(grads: Any, max_norm: float) -> float:
     norm = _norm(prepared)
     factor = clip_factor(norm, max_norm)
     if factor != 1.0:
-        written([one.value for one in prepared])
-        for one in prepared:
-            backend_of(one.array).scale(one.array, factor)
+        _written(prepared)
+        for _, numbers in prepared:
+            for one in numbers:
+                backend_of(one.array).scale(one.array, factor)
     return norm
 
 
@@ -65,39 +69,64 @@ def clip_grad_value(grads: Any, clip_value: float) -> None:
         clip_value: at least 0.
 
     Raises:
-        ValueError: there is a ``BagGradient``, which has no elements of its own to clip.
+        ValueError: there is a ``BagGradient``, or a sum of several, which have no elements of their own to
+            clip.
     """
     clip_value = check_limit(clip_value, "clip_value")
     prepared = _prepared(grads, writable=True)
-    for _, gradient, array, label in prepared:
-        if gradient is not None and gradient.bags is not None:
-            raise ValueError(f"{label} belongs to a BagGradient, whose rows can't be clipped by value")
-        if gradient is not None and array.dtype in arrays.LOW_DTYPES:
-            raise TypeError(
-                f"{label} has dtype {array.dtype}, in which sums of rows can't be stored: expected "
-                "float32 or float64, or use step(clip_value=...)"
-            )
-    written([one.value for one in prepared])
-    for _, gradient, array, _ in prepared:
-        backend = backend_of(array)
-        if gradient is not None:
-            backend.coalesce(gradient.values, gradient.indices.segments)
-        backend.clip(array, clip_value)
+    for gradient, numbers in prepared:
+        _check_places(gradient, numbers)
+    _written(prepared)
+    for gradient, numbers in prepared:
+        for one in numbers:
+            backend = backend_of(one.array)
+            if gradient is not None:
+                backend.coalesce(gradient.values, gradient.indices.segments)
+            backend.clip(one.array, clip_value)
 
 
-class _Prepared(NamedTuple):
-    """A gradient, checked: the caller's array of its numbers, what it is if it is sparse, a view of the array
-    and the array's label."""
+class _Numbers(NamedTuple):
+    """An array of the caller that a gradient has its numbers from, a view of it, and its label."""
 
     value: Any
-    gradient: RowGradient | None
     array: Array
     label: str
 
 
+class _Prepared(NamedTuple):
+    """A gradient, checked: what it is if it is sparse, and its numbers, of several arrays if it is a sum."""
+
+    gradient: RowGradient | None
+    numbers: list[_Numbers]
+
+
+def _check_places(gradient: RowGradient | None, numbers: list[_Numbers]) -> None:
+    """Refuse to clip the elements of a gradient whose rows have no place of their own."""
+    if gradient is None:
+        return
+    array, label = numbers[0].array, numbers[0].label
+    if len(numbers) > 1:
+        raise ValueError(
+            f"{label} belongs to a sum of gradients, whose rows can't be clipped by value: use "
+            "step(clip_value=...)"
+        )
+    if gradient.bags is not None:
+        raise ValueError(f"{label} belongs to a BagGradient, whose rows can't be clipped by value")
+    if array.dtype in arrays.LOW_DTYPES:
+        raise TypeError(
+            f"{label} has dtype {array.dtype}, in which sums of rows can't be stored: expected "
+            "float32 or float64, or use step(clip_value=...)"
+        )
+
+
+def _written(prepared: list[_Prepared]) -> None:
+    """Have torch know of gradients that are about to change."""
+    written([one.value for _, numbers in prepared for one in numbers])
+
+
 def _norm(prepared: list[_Prepared]) -> float:
     """The norm of all."""
-    whole = [one.array for one in prepared if one.gradient is None]
+    whole = [one.array for gradient, numbers in prepared for one in numbers if gradient is None]
     squares = DenseSquares((backend_of(array), array.dtype, array.size) for array in whole)
     addresses = np.array([backend_of(array).address(array) for array in whole], np.int64)
     return norm_of(squares, addresses, [one.gradient for one in prepared if one.gradient is not None])
@@ -106,23 +135,29 @@ def _norm(prepared: list[_Prepared]) -> float:
 def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
     """Every gradient, checked."""
     found: list[_Prepared] = []
-    remedy = arrays.CLIPPED if writable else arrays.READ
     for value, label in leaves(grads, "grads"):
-        gradient = None
+        value, gradient = as_gradient(value, label), None
         if isinstance(value, SparseGradient):
             gradient = value.checked(label, None)
             if gradient.takes_maxima:
+                label = next(own for part, own in value.parts(label) if part.checked(own, None).takes_maxima)
                 raise ValueError(
                     f"{label}.mode is 'max', whose gradient depends on the table: use step(clip_norm=...)"
                 )
-            value, label = value.numbers(label)
-        array = arrays.array_view(value, label, remedy)
-        arrays.check_float(array, label, value, remedy)
-        arrays.check_contiguous(array, label, value, remedy)
-        if writable:
-            arrays.check_writeable(array, label, value, "a gradient to change in place", remedy)
-        found.append(_Prepared(value, gradient, array, label))
+        numbers = [_checked_numbers(own, own_label, writable) for own, own_label in numbers_of(value, label)]
+        found.append(_Prepared(gradient, numbers))
     sort_together([one.gradient.indices for one in found if one.gradient is not None])
     if writable:
-        arrays.check_apart([(array, label) for _, _, array, label in found])
+        arrays.check_apart([(one.array, one.label) for _, numbers in found for one in numbers])
     return found
+
+
+def _checked_numbers(value: Any, label: str, writable: bool) -> _Numbers:
+    """An array that a gradient has its numbers from."""
+    remedy = arrays.CLIPPED if writable else arrays.READ
+    array = arrays.array_view(value, label, remedy)
+    arrays.check_float(array, label, value, remedy)
+    arrays.check_contiguous(array, label, value, remedy)
+    if writable:
+        arrays.check_writeable(array, label, value, "a gradient to change in place", remedy)
+    return _Numbers(value, array, label)

@@ -26,7 +26,7 @@ def embedding(
     max_norm: float | None = None,
     optimizer: CatchesUp | None = None,
     check_indices: bool = True,
-) -> Array:
+) -> Any:
     """The rows of ``table`` that ``indices`` name, as ``torch.nn.functional.embedding``.
 
     Args:
@@ -42,9 +42,9 @@ def embedding(
             lookups of those out of range give zeros. On the CPU they are checked all the same.
 
     Returns:
-        A new array of shape ``indices.shape + (dim,)`` and the table's dtype: of NumPy or, where the table
-        lies on a CUDA device, one there that offers the CUDA array interface and DLPack, so that
-        ``torch.as_tensor`` or ``cupy.asarray`` take it without a copy.
+        A new array of shape ``indices.shape + (dim,)`` and the table's dtype, where the table lies: a tensor
+        for one of torch, and else one of NumPy, or of a CUDA device, which offers the CUDA array interface
+        and DLPack, so that ``cupy.asarray`` takes it without a copy. Autograd knows nothing of it.
 
     Raises:
         ValueError: an index out of range, a table that is not 2-D or not contiguous.
@@ -54,7 +54,8 @@ def embedding(
     where = Indices.checked(indices, "indices", source.shape[0], check_indices)
     arrays.check_beside(where.array, "indices", indices, source, "table")
     _make_ready(table, source, where, max_norm, optimizer)
-    return backend_of(source).gather(source, where.flat).reshape(*where.array.shape, source.shape[1])
+    found = backend_of(source).gather(source, where.flat).reshape(*where.array.shape, source.shape[1])
+    return arrays.in_kind(found, table)
 
 
 def embedding_bag(
@@ -69,7 +70,7 @@ def embedding_bag(
     max_norm: float | None = None,
     optimizer: CatchesUp | None = None,
     check_indices: bool = True,
-) -> Array:
+) -> Any:
     """Rows of ``table`` pooled by bags, as ``torch.nn.functional.embedding_bag``.
 
     Args:
@@ -90,8 +91,8 @@ def embedding_bag(
         check_indices: as for :func:`embedding`; of offsets too.
 
     Returns:
-        A new array of shape (bags, dim) and the table's dtype, where the table lies. The rows of a bag are
-        added in the order of their indices.
+        A new array of shape (bags, dim) and the table's dtype, as that of :func:`embedding`. The rows of a
+        bag are added in the order of their indices.
 
     Raises:
         ValueError, TypeError: an argument does not fit; nothing has changed then.
@@ -109,7 +110,7 @@ def embedding_bag(
     bags = checked_bags(given, "", source.shape[0], weights_dtypes(source.dtype))
     arrays.check_beside(bags.indices.array, "indices", indices, source, "table")
     _make_ready(table, source, bags.indices, max_norm, optimizer)
-    return bags.pool_max(source)[0] if mode == "max" else bags.pool(source)
+    return arrays.in_kind(bags.pool_max(source)[0] if mode == "max" else bags.pool(source), table)
 
 
 def _table(table: Any, written: bool) -> Array:

@@ -154,7 +154,10 @@ class Optimizer(Definition):
                 dict of all (a sequence as long as there are groups is of all if it holds no list or dict).
                 Each is an array of its parameter's shape and dtype (or float32 for one of 16 bits),
                 :class:`fastopt.IndexedSlices` or :class:`fastopt.BagGradient` for a 2-D parameter, or
-                ``None`` to leave the parameter and its step count alone. They are not changed.
+                ``None`` to leave the parameter and its step count alone. A list or tuple of sparse ones in
+                the place of one gradient, which holds at least one, is their sum (see
+                :class:`fastopt.SumOfGradients`); a sparse tensor of torch with an index for each row stands
+                for its slices. They are not changed.
             clip_norm: scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, norm being the
                 L2 norm over all of them, as ``torch.nn.utils.clip_grad_norm_``.
             clip_value: clip each element to [-clip_value, clip_value], as

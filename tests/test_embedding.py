@@ -5,11 +5,13 @@ import math
 import numba
 import numpy as np
 import pytest
+from devices import CUDA, REAL, Cpu
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
 from fastopt.kernels.cpu import threads as kernel_threads
+from fastopt.kernels.cuda.array import DeviceArray
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -51,6 +53,51 @@ def test_torch_tensors_serve():
     indices = torch.tensor([[4, 0], [1, 4]])
     want = torch.nn.functional.embedding(indices, table).detach().numpy()
     np.testing.assert_array_equal(fastopt.embedding(table, indices), want)
+
+
+@pytest.mark.parametrize("device", [pytest.param(Cpu, id="cpu"), REAL])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_lookups_of_torch_tables_give_tensors(device, dtype):
+    torch = pytest.importorskip("torch")
+    own = device()
+    put, dtype = lambda values: own.tensor(np.asarray(values)), getattr(torch, dtype)
+    table = torch.nn.Parameter(put(np.arange(10, dtype=np.float32).reshape(5, 2)).to(dtype))
+    indices, offsets = put([[4, 0], [1, 4]]), put([0, 3])
+    pooled = put([[8 + 0 + 2, 9 + 1 + 3], [8, 9]]).to(dtype)
+    bags = fastopt.BagGradient(indices.reshape(-1), offsets, torch.ones_like(pooled), mode="sum")
+    found = {
+        "rows": (fastopt.embedding(table, indices), table.detach()[indices]),
+        "none": (fastopt.embedding(table, indices[:0]), table.detach()[indices[:0]]),
+        "pooled": (fastopt.embedding_bag(table, indices.reshape(-1), offsets, mode="sum"), pooled),
+        "largest": (fastopt.embedding_bag(table, indices, mode="max"), put([[8, 9], [8, 9]]).to(dtype)),
+        "of weights": (bags.per_sample_weights_grad(table), put([17, 1, 5, 17]).to(dtype)),
+    }
+    for name, (got, want) in found.items():
+        assert type(got) is torch.Tensor and got.dtype == dtype and got.device == table.device, name
+        assert torch.equal(got, want) and not got.requires_grad, name
+        got.add_(1)  # it is memory of its own, which may be written
+    assert table.detach().flatten().tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("device", CUDA)
+def test_lookups_of_other_arrays_of_a_device_give_its_own(device):
+    own = device()
+    table, indices = own.put(np.ones((5, 2), np.float32)), own.put(np.array([[1, 4]]))
+    gradient = fastopt.BagGradient(indices, None, own.put(np.ones((1, 2), np.float32)), mode="sum")
+    for got in (
+        fastopt.embedding(table, indices),
+        fastopt.embedding_bag(table, indices, mode="mean"),
+        gradient.per_sample_weights_grad(table),
+    ):
+        assert type(got) is DeviceArray
+
+
+def test_the_weights_of_a_torch_table_have_a_tensor_of_their_dtype():
+    torch = pytest.importorskip("torch")
+    table, weights = torch.ones(5, 2, dtype=torch.bfloat16), torch.ones(1, 2)
+    gradient = np.ones((1, 2), np.float32)  # what the table is decides
+    bags = fastopt.BagGradient(np.array([[1, 4]]), None, gradient, "sum", per_sample_weights=weights)
+    assert torch.equal(bags.per_sample_weights_grad(table), torch.tensor([[2.0, 2.0]]))
 
 
 TABLE = np.ones((5, 2), np.float32)

@@ -399,7 +399,9 @@ def test_torch_gradients_that_do_not_fit_are_refused():
     opt = fastopt.Adam([p])
     shared = p.detach().numpy()
     for g, error, message in (
-        (torch.ones(4, 2).to_sparse(1), TypeError, r"grads\[0\] is a sparse tensor: pass fastopt.Indexed"),
+        (torch.ones(4, 2).to_sparse(2), TypeError, r"grads\[0\] is a sparse tensor: pass grads\[0\].to_d"),
+        (torch.ones(5, 2).to_sparse(1), ValueError, r"grads\[0\] has 5 rows but its parameter 4"),
+        (torch.ones(4, 3).to_sparse(1), ValueError, r"grads\[0\].values has rows of 3"),
         (torch.ones(4, 2, dtype=torch.bfloat16), TypeError, r"grads\[0\] has dtype bfloat16"),
         (torch.ones(4, 2, dtype=torch.float64), TypeError, r"grads\[0\] has dtype float64"),
         (torch.ones(2, 4).T, ValueError, "has strides"),

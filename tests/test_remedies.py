@@ -128,11 +128,19 @@ def test_a_gradient_of_another_dtype_is_used_by_the_remedy(dtype):
     assert (ours == 0.5).all() and (p == 0).all()
 
 
-@pytest.mark.parametrize("dims", [1, 2])
-def test_a_sparse_gradient_of_torch_is_used_by_the_remedy(dims):
-    p = torch.zeros(4, 2)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dense: dense.to_sparse(2),
+        lambda dense: dense[1].to_sparse(1),
+        lambda dense: torch.stack([dense, dense]).to_sparse(1),
+    ],
+)
+def test_a_sparse_gradient_of_torch_is_used_by_the_remedy(make):
     dense = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [2.0, 3.0]])
-    g = dense.to_sparse(dims)
+    g = make(dense)
+    dense = g.to_dense()
+    p = torch.zeros_like(dense)
     opt = fastopt.SGD([p], lr=1.0)
     message = refusal(lambda: opt.step([g]))
     grads = [g]

@@ -209,6 +209,58 @@ def test_sparse_gradients_with_duplicates_follow_torch(name, dtype, maximize):
             assert_close(array, torch_opt.state[theirs][slot].numpy(), slot)
 
 
+@pytest.fixture
+def embedded():
+    """A parameter whose gradient is a sparse tensor, not coalesced, and the slices that it stands for."""
+    module = torch.nn.Embedding(20, 3, sparse=True)
+    indices = torch.tensor([[4, 0, 4], [19, 4, 0]])
+    module(indices).square().sum().backward()
+    grad = module.weight.grad
+    assert not grad.is_coalesced() and grad._nnz() == 6
+    return module.weight, grad, fastopt.IndexedSlices(grad._indices()[0].clone(), grad._values().clone())
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_sparse_tensors_are_taken_as_their_slices(embedded, coalesced):
+    weight, grad, slices = embedded
+    other = weight.detach().clone()
+    given = grad.coalesce() if coalesced else grad
+    assert fastopt.grad_norm({"w": given}) == pytest.approx(fastopt.grad_norm(slices), rel=1e-6)
+    info = fastopt.Adam([weight], lr=0.1).step([given], clip_norm=0.5)
+    assert info == fastopt.Adam(other, lr=0.1).step(slices, clip_norm=0.5)
+    assert torch.equal(weight.detach(), other)
+    assert not grad.is_coalesced()  # nobody changed it
+
+
+def test_sparse_tensors_are_added_up_with_others(embedded):
+    weight, grad, slices = embedded
+    other = weight.detach().clone()
+    fastopt.Adam({"w": weight}, lr=0.1).step({"w": [grad, slices, grad.coalesce()]})
+    both = [slices, slices, fastopt.IndexedSlices(grad.coalesce().indices()[0], grad.coalesce().values())]
+    parts = [torch.cat([getattr(one, name) for one in both]) for name in ("indices", "values")]
+    fastopt.Adam(other, lr=0.1).step(fastopt.IndexedSlices(*parts))
+    assert torch.equal(weight.detach(), other)
+    fastopt.Adam(weight).step((grad, slices))  # for a parameter that is alone
+
+
+def test_sparse_tensors_are_clipped_and_cleared_in_place(embedded):
+    weight, grad, slices = embedded
+    norm = fastopt.clip_grad_norm([grad], 0.5)
+    assert torch.equal(grad._values(), slices.values * np.float32(0.5 / (norm + 1e-6)))
+    fastopt.SGD(weight, lr=0.1).step(grad, zero_grads=True)
+    assert not grad._values().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sparse_tensors_of_other_dtypes_and_empty_ones(dtype):
+    p, indices = torch.ones(4, 2, dtype=dtype), torch.tensor([[3, 3]])
+    opt = fastopt.SGD(p, lr=0.5)
+    opt.step(torch.sparse_coo_tensor(indices, torch.ones(2, 2, dtype=dtype), (4, 2)))
+    assert p.tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]]
+    opt.step(torch.sparse_coo_tensor(indices[:, :0], torch.ones(0, 2, dtype=dtype), (4, 2)))
+    assert p.tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]] and opt.steps == 2
+
+
 @pytest.mark.parametrize("wrap", [torch.tensor, lambda a: torch.nn.Parameter(torch.tensor(a))])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_torch_parameters_are_updated_in_their_own_memory(wrap, dtype):

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fastopt._core.backend import backend_of, device_array, device_name, host, library_of, moved
+from fastopt._core.backend import backend_of, device_array, device_name, host, moved
 from fastopt._core.versions import written
 from fastopt.kernels.loaded import is_tensor, loaded
 from fastopt.kernels.work import Array, Segments
@@ -43,6 +43,19 @@ class TableInFiles(ABC):
         """State arrays in files, made if there are none."""
 
 
+class Sparse:
+    """A gradient that names the rows it belongs to (see ``fastopt.gradients``)."""
+
+
+def is_sparse_tensor(value: Any) -> bool:
+    """Whether it is a tensor of torch that holds whole rows, each with its index (``sparse_coo``)."""
+    return (
+        is_tensor(value)
+        and value.layout == loaded("torch").sparse_coo
+        and value.sparse_dim() == value.dense_dim() == 1
+    )
+
+
 class Remedy:
     """What to do about an array that does not fit, as messages say it: for one that is only read, whose copy
     serves as well."""
@@ -66,7 +79,7 @@ class _OfOwn(Remedy):
     """For an array that is written: a copy would be trained in place of what the model reads."""
 
     def changed(self, value: Any, label: str, numpy: str, torch: str) -> str:
-        if library_of(value) != "torch":
+        if _library_of(value) != "torch":
             copy = _expression(value, numpy, torch).format("array")
             return (
                 f"have the model itself use {copy} in its place before the optimizer is built, and pass that"
@@ -90,8 +103,15 @@ READ, GRADIENT, OWN, CLIPPED = Remedy(), _OfGradient(), _OfOwn(), _OfClipped()
 
 def _expression(value: Any, numpy: str, torch: str) -> str:
     """That of the two which suits the library that ``value`` is of; CuPy's functions have NumPy's names."""
-    library = library_of(value)
+    library = _library_of(value)
     return torch if library == "torch" else numpy.replace("np.", f"{library}.")
+
+
+def _library_of(value: Any) -> str:
+    """The module whose functions make a changed copy of an array: np, torch or cupy."""
+    if is_tensor(value):
+        return "torch"
+    return "np" if isinstance(value, np.ndarray) else "cupy"
 
 
 def array_view(value: Any, label: str, remedy: Remedy = READ) -> Array:
@@ -134,8 +154,6 @@ def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarr
         advice = f"pass {label}.to_dense()"
         if remedy is OWN:
             advice = "have the model itself use a dense one, such as .to_dense(), and pass that"
-        elif tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 1:
-            advice = f"pass fastopt.IndexedSlices({label}._indices()[0], {label}._values())"
         raise TypeError(f"{label} is a sparse tensor: {advice}")
     found = device_array(tensor, label)
     if tensor.numel() and not tensor.data_ptr():
@@ -152,6 +170,18 @@ def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarr
         raise TypeError(f"{label} has dtype {dtype}: expected {NAMES}; {advice}") from error
     except RuntimeError as error:
         raise TypeError(f"{label} can't be seen as a NumPy array: {error}") from error
+
+
+def in_kind(array: Array, given: Any) -> Any:
+    """A new array of ours as what the caller gave is: as a tensor over the same memory for one of torch."""
+    if not is_tensor(given):
+        return array
+    torch = loaded("torch")
+    if not isinstance(array, np.ndarray):
+        return torch.from_dlpack(array)
+    if array.dtype == LOW_DTYPES[1]:  # of which torch knows none of NumPy's
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def article(name: str) -> str:

@@ -301,6 +301,19 @@ class Backend(Protocol):
     def take(self, values: Array, segments: Segments) -> Array:
         """The 1-D ``values``, one for each position, in the order of the segments."""
 
+    # Positions of several gradients, brought together
+
+    def shift(self, numbers: Array, by: int) -> None:
+        """Add a whole number to each of the 1-D int32 ``numbers``, in place."""
+
+    def without(self, indices: Array, row: int, *values: Array | None) -> tuple[Any, ...]:
+        """1-D ``indices`` that do not name ``row``, followed by what ``values``, 1-D or None, have at their
+        positions. A device keeps all positions, and has those that named ``row`` name no row of the table."""
+
+    def won_rows(self, values: Array, bags_of: Array, winners: Array, out: Array) -> None:
+        """Set row k of ``out`` to those elements of ``values``, of the row ``bags_of[k]``, whose ``winners``
+        are k, and to zeros elsewhere."""
+
     # Rows that change
 
     def update_rows(self, spec: Spec, works: Sequence[TableWork], factor: Factor = None) -> Launch:
@@ -432,10 +445,3 @@ def moved(value: Any, label: str, device: int) -> str:
     if loaded("torch") is not None:
         return f'torch.as_tensor({label}, device="cuda:{device}")'
     return f"cupy.asarray({label}), with device {device} the current one"
-
-
-def library_of(value: Any) -> str:
-    """The module whose functions make a changed copy of an array: np, torch or cupy."""
-    if is_tensor(value):
-        return "torch"
-    return "np" if isinstance(value, np.ndarray) else "cupy"

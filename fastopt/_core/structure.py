@@ -1,6 +1,6 @@
 """The structures that parameters and gradients come in: an array, a list, a dict, or groups of them."""
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, Set
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,7 @@ class Structure:
         return len(grads) != len(self._containers) or not any(by_group)
 
     def entries(self, grads: Any) -> list | tuple:
-        """The gradient of each parameter, or None.
+        """The gradient of each parameter, or None; a list or tuple where several sparse ones are added up.
 
         Raises:
             ValueError: ``grads`` has another structure.
@@ -199,7 +199,7 @@ class Structure:
                     f"{label} is {_described(grads)}: expected a list of {len(keys)}, one entry a parameter"
                 )
             return list(grads)
-        if isinstance(grads, list | tuple | dict):
+        if isinstance(grads, list | tuple | dict) and not _adds_up(grads):
             raise ValueError(f"{label} is {_described(grads)}: expected one array, as params is one")
         return [grads]
 
@@ -216,6 +216,18 @@ class Gradients:
         """What the gradient of parameter ``index`` is called in messages."""
         return self._structure.label(self._given, index)
 
+    def replace(self, positions: Iterable[int], made: Callable[[Any, str], Any]) -> None:
+        """Have those gradients of these positions that came as a list or a sparse tensor be what is ``made``
+        of them and their label. What the caller passed stays as it is."""
+        entries = self.entries
+        changed: dict[int, Any] = {}
+        for i in positions:
+            value = entries[i]
+            if value is not None and (isinstance(value, list | tuple) or arrays.is_sparse_tensor(value)):
+                changed[i] = made(value, self.label(i))
+        if changed:
+            self.entries = [changed.get(i, value) for i, value in enumerate(entries)]
+
 
 def leaves(grads: Any, label: str) -> Iterator[tuple[Any, str]]:
     """Each gradient of an array, a sparse gradient, or nested lists and dicts of them, with its label."""
@@ -230,6 +242,15 @@ def leaves(grads: Any, label: str) -> Iterator[tuple[Any, str]]:
             yield from leaves(value, f"{label}[{position}]")
     else:
         yield grads, label
+
+
+def _adds_up(grads: Any) -> bool:
+    """Whether it is a list of sparse gradients, which add up to that of one parameter."""
+    return (
+        isinstance(grads, list | tuple)
+        and len(grads) > 0
+        and all(isinstance(entry, arrays.Sparse) or arrays.is_sparse_tensor(entry) for entry in grads)
+    )
 
 
 def _described(grads: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from fastopt._core.arrays import DTYPES
 from fastopt._core.backend import Backend, Norm, Squares, backend_of
 from fastopt._core.state import computed_with, gradient_format
-from fastopt.gradients.protocol import RowGradient
+from fastopt.gradients.rows import RowGradient
 from fastopt.kernels.element import NORM_EPS
 from fastopt.kernels.magnitude import unit_of
 from fastopt.kernels.work import TableGradient

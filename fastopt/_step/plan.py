@@ -174,7 +174,7 @@ class Plan:
             if tracking is not None:
                 adopted += tracking.history.advance(conditions.rates[parameter.group.number])
             if zero_grads:
-                adopted.append(gradient.clear)
+                adopted += gradient.clears
         if self._parameters.in_files:
             for parameter in self.dense:
                 parameter.before_writing(None)
@@ -236,12 +236,13 @@ class Plan:
 
     def written_with(self, entries: Sequence) -> list:
         """``written``, and the values of gradients, which the step sets to zero."""
-        return [*self.written, *(numbers_of(entry, "")[0] for entry in entries if entry is not None)]
+        found = (numbers_of(entry, "") for entry in entries if entry is not None)
+        return [*self.written, *(value for numbers in found for value, _ in numbers)]
 
     def check_apart(self, gradients: Gradients, rows: Sequence[RowUpdate], zero_grads: bool) -> None:
         """Refuse parameters, and gradients that are to become zero, that share memory with others."""
         all_parameters = self._parameters.all
-        values = [update.gradient.values for update in rows]
+        values = [array for update in rows for array in update.gradient.given]
         values_at = [backend_of(array).address(array) for array in values]
         parts = self.parameters_at, self.gradients_at[self._dense_at], np.array(values_at, np.int64)
         starts = np.concatenate(parts)
@@ -250,22 +251,25 @@ class Plan:
         written = np.full(len(starts), zero_grads)
         written[: len(all_parameters)] = True
         found = arrays.overlapping(starts, ends, written)
-        owners = [*self._dense_at.tolist(), *(update.parameter.index for update in rows)]
+        # Whose they are, and the how manieth of its arrays.
+        owners = [(index, 0) for index in self._dense_at.tolist()]
+        for parameter, gradient in rows:
+            owners += [(parameter.index, k) for k in range(len(gradient.given))]
         if found is not None:
             labels = [
                 all_parameters[k].label
                 if k < len(all_parameters)
-                else _numbers_label(gradients, owners[k - len(all_parameters)])
+                else _numbers_of(gradients, *owners[k - len(all_parameters)])[1]
                 for k in found
             ]
             arrays.refuse_overlap(*labels)
-        for index in owners if zero_grads else ():
-            value, label = numbers_of(gradients.entries[index], gradients.label(index))
+        for owner in owners if zero_grads else ():
+            value, label = _numbers_of(gradients, *owner)
             if not arrays.array_view(value, label).flags.writeable:
                 raise ValueError(
                     f"{label} is read-only: expected a gradient that can be set to zero; leave out zero_grads"
                 )
 
 
-def _numbers_label(gradients: Gradients, index: int) -> str:
-    return numbers_of(gradients.entries[index], gradients.label(index))[1]
+def _numbers_of(gradients: Gradients, index: int, which: int) -> tuple[Any, str]:
+    return numbers_of(gradients.entries[index], gradients.label(index))[which]

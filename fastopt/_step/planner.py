@@ -15,7 +15,9 @@ from fastopt._step.catch_up import adopt
 from fastopt._step.numbers import StepOptions, learning_rate
 from fastopt._step.plan import FLOAT32, NONE, ROWS, SAME, Plan, not_captured
 from fastopt._step.rows import RowUpdate
-from fastopt.gradients.protocol import RowGradient, SparseGradient
+from fastopt.gradients.given import as_gradient
+from fastopt.gradients.protocol import SparseGradient
+from fastopt.gradients.rows import RowGradient
 from fastopt.kernels.work import Array
 
 Options = Mapping[str, Any]
@@ -117,6 +119,7 @@ class Planner:
         if kept is None or not same or (zero_grads and not kept.clears):
             gradients = Gradients(entries, grads, self._structure)
             kept, rows = self._looked_at(kept, gradients, options.checked, zero_grads)
+            entries = gradients.entries
         self._plan = kept
         return kept, entries, rows
 
@@ -131,11 +134,13 @@ class Planner:
         self, kept: Plan | None, gradients: Gradients, options: Sequence[Options], zero_grads: bool
     ) -> tuple[Plan, list[RowUpdate]]:
         """A plan for gradients that are not all where they were, and the updates by rows."""
-        everyone, entries = self._parameters.all, gradients.entries
+        everyone = self._parameters.all
         parameters_at, unknown = self._locator.parameters()
         for i in unknown:
             parameters_at[i] = everyone[i].backend.address(everyone[i].view())
         gradients_at, unknown = self._locator.gradients()
+        gradients.replace(unknown, as_gradient)
+        entries = gradients.entries
         kinds = np.full(len(entries), SAME, np.int8)
         rows: list[RowUpdate] = []
         for i in unknown:

@@ -9,7 +9,7 @@ from fastopt._core.missed import ROW_STEPS, Tracking, fold_of
 from fastopt._core.parameters import Parameter
 from fastopt._step.catch_up import catch_up, step_of_catch_up, tracked
 from fastopt._step.numbers import Conditions, decay_numbers, rule_numbers
-from fastopt.gradients.protocol import RowGradient
+from fastopt.gradients.rows import RowGradient
 from fastopt.kernels.formats import PLAIN
 from fastopt.kernels.rule import Lazy, PerRow
 from fastopt.kernels.work import Array, Spec, TableWork

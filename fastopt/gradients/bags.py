@@ -10,7 +10,8 @@ from fastopt._core.arrays import LOW_DTYPES
 from fastopt._core.backend import backend_of
 from fastopt._core.state import computed_with
 from fastopt.gradients.pooling import Bags, check_weights, checked_bags, checked_table, weights_dtypes
-from fastopt.gradients.protocol import RowGradient, SparseGradient
+from fastopt.gradients.protocol import SparseGradient
+from fastopt.gradients.rows import RowGradient
 from fastopt.kernels.work import Array
 
 
@@ -77,16 +78,16 @@ class BagGradient(SparseGradient):
             check_weights(weights, weights_label, weights_dtypes(parameter.dtype))
         return checked
 
-    def per_sample_weights_grad(self, table: Any) -> Array:
+    def per_sample_weights_grad(self, table: Any) -> Any:
         """Gradient of ``per_sample_weights`` (of weights 1 if there were none).
 
         Args:
             table: the parameter, before it is updated.
 
         Returns:
-            An array of the shape of ``indices``: the product of each index's row with its bag's
-            ``grad_output``, divided by the number of the bag's rows for mode "mean". Its dtype is that of
-            the weights or, without any, the table's.
+            An array of the shape of ``indices``, a tensor for a table of torch: the product of each index's
+            row with its bag's ``grad_output``, divided by the number of the bag's rows for mode "mean". Its
+            dtype is that of the weights or, without any, the table's.
 
         Raises:
             ValueError, TypeError: as for a step, or the mode is "max".
@@ -112,7 +113,7 @@ class BagGradient(SparseGradient):
         given = source, flat, of_positions, scales, bags.padding, backend.widen(values)
         products = backend.row_products(*given).reshape(shape)
         if dtype == products.dtype:
-            return products
+            return arrays.in_kind(products, table)
         found = backend.empty(shape, dtype)
         found[...] = products
-        return found
+        return arrays.in_kind(found, table)

@@ -5,7 +5,8 @@ from typing import Any
 
 from fastopt._core import arrays
 from fastopt._core.indices import Indices
-from fastopt.gradients.protocol import RowGradient, SparseGradient
+from fastopt.gradients.protocol import SparseGradient
+from fastopt.gradients.rows import RowGradient
 
 
 @dataclass(frozen=True, eq=False)

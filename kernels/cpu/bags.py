@@ -127,6 +127,22 @@ def take(values, order, first_position, out):
 
 
 @Kernel
+def won_rows(values, bags, winners, out):
+    """``out[k]``: those elements of ``values[bags[k]]`` whose ``winners[bags[k]]`` are ``k``, and zeros
+    elsewhere."""
+    for chunk in prange((bags.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK):
+        first = chunk * ROWS_PER_CHUNK
+        for k in range(first, min(first + ROWS_PER_CHUNK, bags.size)):
+            won_row(values[bags[k]], winners[bags[k]], k, out[k])
+
+
+@restricted_helper
+def won_row(values, winners, position, out):
+    for d in range(out.size):
+        out[d] = values[d] if winners[d] == position else values.dtype.type(0)
+
+
+@Kernel
 def dots(table, indices, bags, scales, padding, grad_output, out):
     """``out[k]``: ``scales[k]`` (1 if it is empty) times the product of row ``indices[k]`` with
     ``grad_output[bags[k]]``; 0 for the row ``padding``."""

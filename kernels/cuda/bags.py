@@ -1,4 +1,5 @@
-"""What gradients of bags of rows need of positions: the bag of each, factors, and values in another order."""
+"""What gradients of bags of rows need of positions: the bag of each, factors, and values in another order;
+and what several gradients of a table need to be brought together."""
 
 from typing import Any
 
@@ -80,3 +81,54 @@ def take(itemsize: int) -> Any:
             j += unchanged(step)
 
     return take
+
+
+@kernel("iii", THREADS)
+def shift() -> Any:
+    """``(numbers, size, by)``: add ``by`` to each of so many int32 numbers."""
+
+    def shift(numbers, size, by):
+        k, step = place_of()
+        while k < size:
+            place = numbers + k * 4
+            store(place, np.int32(load(place, _COUNT) + by))
+            k += unchanged(step)
+
+    return shift
+
+
+@kernel("iii", THREADS)
+def leave_out(itemsize: int) -> Any:
+    """``(indices, size, row)``: have those of so many indices that name ``row`` name -1, which is no row."""
+    cast = np.dtype(f"i{itemsize}").type
+    zero, none = cast(0), cast(-1)
+
+    def leave_out(indices, size, row):
+        k, step = place_of()
+        while k < size:
+            if np.int64(load(indices + k * itemsize, zero)) == row:
+                store(indices + k * itemsize, none)
+            k += unchanged(step)
+
+    return leave_out
+
+
+@kernel("iiiiii", THREADS)
+def won_rows(dtype: np.dtype) -> Any:
+    """``(values, bags, winners, dim, size, out)``: of ``size`` elements, in rows of ``dim``, each that its
+    position has won is that of the position's bag in ``values``, and the others are zeros."""
+    zero, itemsize = dtype.type(0), dtype.itemsize
+
+    def won_rows(values, bags, winners, dim, size, out):
+        k, step = place_of()
+        while k < size:
+            position = k // dim
+            bag = np.int64(load(bags + position * 4, _COUNT))
+            element = bag * dim + k - position * dim
+            x = zero
+            if np.int64(load(winners + element * 4, _COUNT)) == position:
+                x = load(values + element * itemsize, zero)
+            store(out + k * itemsize, x)
+            k += unchanged(step)
+
+    return won_rows

@@ -160,3 +160,49 @@ def test_rows_of_a_large_norm_are_scaled_down(device):
     assert_same([device.get(placed)], [expected])
     device.backend.limit_norms(placed, segments(device, [3], 5), 0.0)
     assert not device.get(placed)[3].any()
+
+
+@pytest.mark.covers("shift")
+def test_numbers_are_shifted_in_place(device):
+    for size in (0, 1, 700):
+        numbers = np.arange(size, dtype=np.int32)
+        placed = device.put(np.concatenate([numbers, numbers]))
+        assert device.backend.shift(placed[size:], 12_345) is None
+        assert_same([device.get(placed)], [np.concatenate([numbers, numbers + np.int32(12_345)])])
+
+
+@pytest.mark.covers("without", "segments_of", "take")
+@pytest.mark.parametrize("integer", [np.int32, np.int64])
+def test_a_row_is_left_out_with_what_belongs_to_it(device, rng, integer):
+    """Of all others the rows, their order and their values stay."""
+    for size in (0, 1, 700):
+        indices = rng.integers(0, 5, size).astype(integer)
+        values = np.arange(size, dtype=np.float32)
+        placed = device.put(indices)
+        own, none, taken = device.backend.without(placed, 3, None, device.put(values))
+        assert none is None
+        assert_same([device.get(placed)], [indices])
+        [found] = device.backend.segments_of([(own, 5)])
+        expected, order = np.unique(indices[indices != 3]), np.argsort(indices, kind="stable")
+        assert_same([device.get(device.backend.distinct_rows(found))], [expected.astype(np.int64)])
+        in_order = device.get(device.backend.take(taken, found))
+        in_order = in_order[np.isin(in_order, values[indices != 3])]
+        assert_same([in_order], [values[order][indices[order] != 3]])
+
+
+@pytest.mark.covers("won_rows")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_elements_go_to_the_positions_that_won_them(device, rng, dtype):
+    for positions, bags, dim in ((0, 3, 4), (5, 1, 1), (700, 90, 7), (3, 2, 0)):
+        values = rng.normal(size=(bags, dim)).astype(dtype)
+        of = np.sort(rng.integers(0, bags, positions)).astype(np.int32)
+        winners = np.full((bags, dim), -1, np.int32)
+        for b in range(bags):
+            own = np.flatnonzero(of == b)
+            if own.size:
+                winners[b] = rng.choice(own, dim)
+        expected = np.where(winners[of] == np.arange(positions)[:, None], values[of], 0).astype(dtype)
+        out = device.put(np.full((positions + 1, dim), 9, dtype))
+        given = device.put(values), device.put(of), device.put(winners), out[1:]
+        assert device.backend.won_rows(*given) is None
+        assert_same([device.get(out)], [np.concatenate([np.full((1, dim), 9, dtype), expected])])

@@ -8,7 +8,7 @@ import numpy as np
 from fastopt import SparseGradient
 from fastopt._core import arrays
 from fastopt._core.indices import Indices
-from fastopt.gradients.protocol import RowGradient
+from fastopt.gradients.rows import RowGradient
 
 
 @dataclass(frozen=True, eq=False)

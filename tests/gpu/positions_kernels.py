@@ -18,10 +18,13 @@ def positions_kernels() -> Iterator[tuple[str, str, Kernel]]:
     """Of each kernel a name, the bytes that it moves for a position or an element, and the kernel."""
     yield "bags of positions", "4", bags.find_bags()
     yield "padding of bags", "12", bags.count_padding()
+    yield "numbers shifted", "8", bags.shift()
+    yield "indices left out", "8", bags.leave_out(8)
     for dtype, lengths in LENGTHS.items():
         size = dtype.itemsize
         yield f"scales of bags, {dtype}", str(4 + 2 * size), bags.divide_scales(dtype)
         yield f"values in order, {dtype}", str(4 + 2 * size), bags.take(size)
+        yield f"elements won, {dtype}", str(4 + 2 * size), bags.won_rows(dtype)
         for length in lengths:
             yield f"limit of norms, {dtype} by {length}", str(size), limit_norms(dtype, length)
             yield f"coalesced, {dtype} by {length}", str(2 * size), coalesce(dtype, length)

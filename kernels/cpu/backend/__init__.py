@@ -31,9 +31,12 @@ from fastopt.kernels.cpu.backend.reads import (
     reblock,
     row_products,
     scale,
+    shift,
     take,
     to_host,
     widen,
+    without,
+    won_rows,
     zeros,
 )
 from fastopt.kernels.cpu.backend.rows import catch_up, sum_squares_rows, update_rows
@@ -81,10 +84,13 @@ __all__ = [
     "run",
     "scale",
     "segments_of",
+    "shift",
     "sum_squares_rows",
     "take",
     "to_host",
     "update_rows",
     "widen",
+    "without",
+    "won_rows",
     "zeros",
 ]

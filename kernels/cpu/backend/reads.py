@@ -118,6 +118,23 @@ def take(values: np.ndarray, segments: Segments) -> np.ndarray:
     return out
 
 
+def shift(numbers: np.ndarray, by: int) -> None:
+    """Add a whole number to each of the 1-D int32 ``numbers``, in place."""
+    numbers += np.int32(by)
+
+
+def without(indices: np.ndarray, row: int, *values: np.ndarray | None) -> tuple[np.ndarray | None, ...]:
+    """1-D ``indices`` that do not name ``row``, followed by what ``values`` have at their positions."""
+    stay = indices != row
+    return tuple(None if own is None else own[stay] for own in (indices, *values))
+
+
+def won_rows(values: np.ndarray, bags_of: np.ndarray, winners: np.ndarray, out: np.ndarray) -> None:
+    """Set row k of ``out`` to those elements of ``values[bags_of[k]]`` whose ``winners`` are k, and to zeros
+    elsewhere."""
+    bags.won_rows(out.size, values, bags_of, winners, out)
+
+
 def row_products(
     table: np.ndarray,
     indices: np.ndarray,

@@ -59,6 +59,32 @@ class Positions:
             bags.take(values.itemsize).ready(self.device, blocks_for(size), *given)()
         return out
 
+    def shift(self, numbers: DeviceArray, by: int) -> None:
+        """Add a whole number to each of the 1-D int32 ``numbers``, in place."""
+        if numbers.size:
+            given = numbers.address, numbers.size, by
+            bags.shift().ready(self.device, blocks_for(numbers.size), *given)()
+
+    def without(
+        self, indices: DeviceArray, row: int, *values: DeviceArray | None
+    ) -> tuple[DeviceArray | None, ...]:
+        """1-D ``indices``, of which those that named ``row`` name no row of the table, and ``values`` as they
+        are: how many indices there are would have to be waited for."""
+        own = indices.copy()
+        if own.size:
+            made = bags.leave_out(own.itemsize)
+            made.ready(self.device, blocks_for(own.size), own.address, own.size, row)()
+        return own, *values
+
+    def won_rows(
+        self, values: DeviceArray, bags_of: DeviceArray, winners: DeviceArray, out: DeviceArray
+    ) -> None:
+        """Set row k of ``out`` to those elements of ``values[bags_of[k]]`` whose ``winners`` are k, and to
+        zeros elsewhere."""
+        if out.size:
+            given = values.address, bags_of.address, winners.address, out.shape[1], out.size, out.address
+            bags.won_rows(out.dtype).ready(self.device, blocks_for(out.size), *given)()
+
     def limit_norms(self, table: DeviceArray, segments: DeviceSegments, max_norm: float) -> None:
         """Scale those of the rows of segments whose norm is above ``max_norm`` down to it."""
         if not segments.positions or not table.size:

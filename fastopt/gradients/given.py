@@ -1,0 +1,45 @@
+"""What callers may give in the place of a sparse gradient: torch's sparse tensors, and lists."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastopt._core.arrays import is_sparse_tensor
+from fastopt.gradients.protocol import SparseGradient, SumOfGradients, check_all_sparse
+from fastopt.gradients.rows import RowGradient
+from fastopt.gradients.slices import IndexedSlices
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSlices(IndexedSlices):
+    """The slices of a sparse tensor that has so many rows."""
+
+    rows: int = 0
+
+    def checked(self, label: str, rows: int | None) -> RowGradient:
+        """The slices, of a tensor with as many rows as the table."""
+        if rows is not None and rows != self.rows:
+            raise ValueError(f"{label} has {self.rows} rows but its parameter {rows}: they must be the same")
+        return super().checked(label, self.rows)
+
+
+def as_gradient(value: Any, label: str) -> Any:
+    """A gradient of one parameter: a list or tuple of sparse ones as their sum, a sparse tensor with an index
+    for each row as its slices, whether it is coalesced or not; anything else as it is.
+
+    Raises:
+        TypeError, ValueError: the list has others beside sparse gradients, or is empty.
+    """
+    if isinstance(value, list | tuple):
+        gradients = [_of_tensor(own) for own in value]
+        if gradients and not any(isinstance(own, SparseGradient) for own in gradients):
+            return value
+        check_all_sparse(gradients, label)
+        return SumOfGradients(gradients)
+    return _of_tensor(value)
+
+
+def _of_tensor(value: Any) -> Any:
+    if not is_sparse_tensor(value):
+        return value
+    tensor = value.detach()
+    return TensorSlices(tensor._indices()[0], tensor._values(), rows=tensor.shape[0])
