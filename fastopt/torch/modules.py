@@ -10,7 +10,6 @@ import fastopt
 from fastopt._core.indices import IndexPlan
 from fastopt.gradients import BagGradient
 from fastopt.torch.kept import takes
-from fastopt.torch.memory import tensor_over
 from fastopt.torch.row_gradients import Lookup, RowGradients
 
 
@@ -63,8 +62,8 @@ class _Call:
     def result(self, table: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """What is looked up."""
         if self.offsets is None:
-            return tensor_over(fastopt.embedding(table, self.plan))
-        found = fastopt.embedding_bag(
+            return fastopt.embedding(table, self.plan)
+        return fastopt.embedding_bag(
             table,
             self.plan,
             self.offsets,
@@ -73,7 +72,6 @@ class _Call:
             padding_idx=self.padding,
             include_last_offset=True,
         )
-        return tensor_over(found)
 
     def lookup(self, values: torch.Tensor, weights: torch.Tensor | None) -> Lookup:
         """What is left of it for the table's gradient."""
@@ -91,7 +89,7 @@ class _Call:
         gradient = BagGradient(
             self.plan, self.offsets, values, self.mode, weights, self.padding, include_last_offset=True
         )
-        return tensor_over(gradient.per_sample_weights_grad(table))
+        return gradient.per_sample_weights_grad(table)
 
 
 class _Looked(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastopt._core.indices import IndexPlan
-from fastopt.gradients import BagGradient, IndexedSlices, SparseGradient
+from fastopt.gradients import BagGradient, IndexedSlices, SparseGradient, SumOfGradients
 
 _aten = torch.ops.aten
 _MAX = 2  # torch's number of the mode
@@ -63,11 +63,6 @@ class Lookup(NamedTuple):
         weights = self.weights_of_all()
         _, positions, counts = self.indices.unique(return_inverse=True, return_counts=True)
         return self._replace(mode="sum", weights=weights / counts[positions])
-
-    def flat(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The indices that count, how many each bag has of them, and their weights; not for "max"."""
-        counting, _, lengths = self._counted()
-        return self.indices[counting], lengths, self.weights_of_all()[counting]
 
     def _counted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Whether each index counts, its bag, and how many of each bag count."""
@@ -134,11 +129,12 @@ class RowGradients(torch.Tensor):
         """As the plain optimizers take it: by rows, where it can be."""
         if self.whole is not None:
             return self.whole
+        if not self.lookups:
+            none = torch.zeros(0, dtype=torch.int64, device=self.table.device)
+            return IndexedSlices(none, self.table.new_zeros(0, self.table.shape[1]))
         if len(self.lookups) == 1:
             return self.lookups[0].gradient()
-        if any(own.mode == "max" for own in self.lookups):
-            return self.dense()
-        return _together(self.table, self.lookups)
+        return SumOfGradients([own.gradient() for own in self.lookups])
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -174,17 +170,3 @@ def _as_dense(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
                     own.lookups, own.whole = (), dense[id(own)]
                     written[id(own)] = own
     return tree_map(lambda own: written.get(returned.get(id(own), 0), own), result)
-
-
-def _together(table: torch.Tensor, lookups: Sequence[Lookup]) -> SparseGradient:
-    """The sum of several lookups as one."""
-    if not lookups:
-        empty = torch.zeros(0, dtype=torch.int64, device=table.device)
-        return IndexedSlices(empty, table.new_zeros(0, table.shape[1]))
-    parts = [own.flat() for own in lookups]
-    indices = torch.cat([own.to(torch.int64) for own, _, _ in parts])
-    lengths = torch.cat([own for _, own, _ in parts])
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    weights = torch.cat([own for _, _, own in parts])
-    values = torch.cat([own.values for own in lookups])
-    return BagGradient(indices, offsets, values, "sum", weights, include_last_offset=True)
