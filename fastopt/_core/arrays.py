@@ -174,14 +174,17 @@ def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarr
 
 def in_kind(array: Array, given: Any) -> Any:
     """A new array of ours as what the caller gave is: as a tensor over the same memory for one of torch."""
-    if not is_tensor(given):
-        return array
+    return tensor_over(array) if is_tensor(given) else array
+
+
+def tensor_over(array: Array) -> Any:
+    """A tensor over the memory of an array; torch is loaded."""
     torch = loaded("torch")
-    if not isinstance(array, np.ndarray):
-        return torch.from_dlpack(array)
     if array.dtype == LOW_DTYPES[1]:  # of which torch knows none of NumPy's
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        return tensor_over(array.view(np.int16)).view(torch.bfloat16)
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(array)
+    return torch.as_tensor(array, device=f"cuda:{array.device}")
 
 
 def article(name: str) -> str:

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastopt._core.arrays import tensor_over
 from fastopt._core.missed import LAST_STEP
 from fastopt._core.options import SHARED, is_immutable, plain
 from fastopt._core.state import Slot
 from fastopt._step.settings import StepInfo
 from fastopt.torch.gradients import Usable, usable
-from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local, tensor_over
+from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local
 from fastopt.torch.nadam import products_of, scalar_dtype
 from fastopt.torch.row_gradients import RowGradients
 from fastopt.torch.traits import PRODUCT, STEP, Traits

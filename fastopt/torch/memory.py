@@ -1,4 +1,4 @@
-"""Torch tensors over the memory of arrays, and the other way round."""
+"""Torch tensors as arrays, and the parts of DTensors that lie here."""
 
 from typing import Any
 
@@ -18,15 +18,6 @@ _TORCH = {dtype: own for own, dtype in DTYPES.items()} | {
     np.dtype(np.uint8): torch.uint8,
     np.dtype(np.int64): torch.int64,
 }
-
-
-def tensor_over(array: Any) -> torch.Tensor:
-    """The memory of an array, of NumPy or of a CUDA device, as a tensor."""
-    if array.dtype == BFLOAT16:
-        return tensor_over(array.view(np.int16)).view(torch.bfloat16)
-    if isinstance(array, np.ndarray):
-        return torch.from_numpy(array)
-    return torch.as_tensor(array, device=f"cuda:{array.device}")
 
 
 def array_of(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:

@@ -57,7 +57,10 @@ class _Call:
         self.mode = mode
         self.padding: Any = module.padding_idx
         self.by_frequency = bool(module.scale_grad_by_freq) and mode != "max"
-        self.plan = IndexPlan(indices, len(module.weight))  # type: ignore[arg-type]
+        # Sorted at once where the backward pass needs it; a lookup alone does not.
+        table: Any = module.weight
+        learns = torch.is_grad_enabled() and table.requires_grad
+        self.plan: Any = IndexPlan(indices, len(table)) if learns else indices
 
     def result(self, table: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """What is looked up."""
