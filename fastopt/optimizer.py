@@ -30,9 +30,9 @@ class Optimizer:
     Every optimizer shares what is said here; its own class says what it computes.
 
     Args:
-        params: the arrays to update: one array, a sequence of arrays, a dict name -> array, or a
-            sequence of groups, dicts with the key ``params`` (any of the former) and options of
-            their own. Arrays are NumPy's, torch tensors or CUDA arrays (any with the CUDA array interface or
+        params: the arrays to update: one array, a sequence of arrays, a dict name -> array, or a sequence of
+            groups, dicts with the key ``params`` (any of the former), options of their own and a ``name`` if
+            you like. Arrays are NumPy's, torch tensors or CUDA arrays (any with the CUDA array interface or
             DLPack), in place and not copied, float32, float64, float16 or bfloat16, C-contiguous, writable,
             and none shares memory with another; or a table in files, of :func:`fastopt.open_table`, which
             has the state in files too. They may lie on several devices; state lies beside its parameter.
