@@ -271,7 +271,7 @@ class Plan:
         written = np.full(len(starts), zero_grads)
         written[: len(all_parameters)] = True
         found = arrays.overlapping(starts, ends, written)
-        # Whose they are, and the how manieth of its arrays.
+        # The parameter whose gradient each belongs to, and its place among the arrays of that gradient.
         owners = [(index, 0) for index in self._dense_at.tolist()]
         for parameter, gradient in rows:
             owners += [(parameter.index, k) for k in range(len(gradient.given))]
