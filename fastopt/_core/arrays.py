@@ -175,11 +175,11 @@ def in_kind(array: Array, given: Any) -> Any:
     if not is_tensor(given):
         return array
     torch = loaded("torch")
-    if not isinstance(array, np.ndarray):
-        return torch.from_dlpack(array)
-    if array.dtype == LOW_DTYPES[1]:  # of which torch knows none of NumPy's
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    if array.dtype == LOW_DTYPES[1]:  # which neither NumPy nor the CUDA array interface has a word for
+        return in_kind(array.view(np.int16), given).view(torch.bfloat16)
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(array)
+    return torch.as_tensor(array, device=device_name(array.device))
 
 
 def article(name: str) -> str:
