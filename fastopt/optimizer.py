@@ -1,6 +1,5 @@
 """The optimizer that all others derive from."""
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -16,19 +15,16 @@ from fastopt._core.parameters import Parameters, Snapshot
 from fastopt._core.state import Slot
 from fastopt._core.versions import written
 from fastopt._step.catch_up import adopt_changed, catch_up
-from fastopt._step.norms import known
 from fastopt._step.numbers import Conditions
 from fastopt._step.plan import CapturedStep
 from fastopt._step.planner import Planner
 from fastopt._step.replay import next_replay
 from fastopt._step.rows import find_winners
-from fastopt._step.settings import StepInfo, checked_settings, scaled
+from fastopt._step.settings import StepInfo, checked_settings
 from fastopt.checkpoint import files
 from fastopt.checkpoint import state_dict as states
 from fastopt.checkpoint.take_over import take_over
 from fastopt.tables import flushing
-
-_DONE = StepInfo()
 
 
 class Optimizer(Definition):
@@ -37,9 +33,9 @@ class Optimizer(Definition):
     Every optimizer shares what is said here; its own class says what it computes.
 
     Args:
-        params: the arrays to update: one array, a sequence of arrays, a dict name -> array, or a
-            sequence of groups, dicts with the key ``params`` (any of the former) and options of
-            their own. Arrays are NumPy's, torch tensors or CUDA arrays (any with the CUDA array interface or
+        params: the arrays to update: one array, a sequence of arrays, a dict name -> array, or a sequence of
+            groups, dicts with the key ``params`` (any of the former), options of their own and a ``name`` if
+            you like. Arrays are NumPy's, torch tensors or CUDA arrays (any with the CUDA array interface or
             DLPack), in place and not copied, float32, float64, float16 or bfloat16, C-contiguous, writable,
             and none shares memory with another; or a table in files, of :func:`fastopt.open_table`, which
             has the state in files too. They may lie on several devices; state lies beside its parameter.
@@ -145,6 +141,7 @@ class Optimizer(Definition):
         grad_scale: float = 1.0,
         skip_nonfinite: bool = False,
         zero_grads: bool = False,
+        norm: bool = False,
     ) -> StepInfo:
         """Update all parameters in place.
 
@@ -154,10 +151,9 @@ class Optimizer(Definition):
                 dict of all (a sequence as long as there are groups is of all if it holds no list or dict).
                 Each is an array of its parameter's shape and dtype (or float32 for one of 16 bits),
                 :class:`fastopt.IndexedSlices` or :class:`fastopt.BagGradient` for a 2-D parameter, or
-                ``None`` to leave the parameter and its step count alone. A list or tuple of sparse ones in
-                the place of one gradient, which holds at least one, is their sum (see
-                :class:`fastopt.SumOfGradients`); a sparse tensor of torch with an index for each row stands
-                for its slices. They are not changed.
+                ``None`` to leave the parameter and its step count alone. Several sparse ones in a list or
+                tuple in the place of one are added up (see :class:`fastopt.SumOfGradients`); a sparse tensor
+                of torch with an index for each row stands for its slices. They are not changed.
             clip_norm: scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, norm being the
                 L2 norm over all of them, as ``torch.nn.utils.clip_grad_norm_``.
             clip_value: clip each element to [-clip_value, clip_value], as
@@ -167,10 +163,11 @@ class Optimizer(Definition):
                 the norm of all is beyond float64.
             zero_grads: set all gradients to zero once they are used, of sparse ones the values; not if the
                 step is skipped.
+            norm: find the norm of all gradients, as ``StepInfo.norm``, where nothing else needs it.
 
         Returns:
-            What was done: ``norm``, ``clipped``, ``skipped``, ``nonfinite``. Work of a device is waited for
-            by ``skip_nonfinite``, and when the first two are asked for; by nothing else.
+            What was done: ``norm``, ``clipped``, ``skipped``, ``nonfinite``; and ``lr``. Work of a device is
+            waited for by ``skip_nonfinite``, and when the first two are asked for; by nothing else.
 
         Raises:
             RuntimeError: the step can't be captured in a graph (see :meth:`before_replay`).
@@ -180,7 +177,7 @@ class Optimizer(Definition):
         all tables with sparse ones, of which each row named gets the sum of its gradients and one update;
         what other rows see is chosen by the option ``rows``.
         """
-        settings = checked_settings(clip_norm, clip_value, grad_scale, skip_nonfinite, zero_grads)
+        settings = checked_settings(clip_norm, clip_value, grad_scale, skip_nonfinite, zero_grads, norm)
         parameters, planner = self._parameters, self._planner
         parameters.check_unchanged(self.param_groups, self)
         options = planner.options(self)
@@ -188,22 +185,19 @@ class Optimizer(Definition):
         capturing = parameters.capturing
         if capturing:
             plan.check_capture(settings, rows)
-        info, scale, factor = _DONE, settings.grad_scale, None
         if options.changed:
             adopt_changed(parameters, options, self)
         if rows:
             find_winners(rows)
+        info, scale, factor = StepInfo(rates=options.rates), settings.grad_scale, None
         if settings.need_norm:
-            norm = plan.norm(rows)
-            if skip_nonfinite:
-                norm = known(norm)
-                if not math.isfinite(norm):
-                    return StepInfo(scale * norm, skipped=True, nonfinite=plan.first_nonfinite(entries, rows))
-            info, scale, factor = scaled(norm, scale, settings.clip_norm)
+            info, scale, factor = plan.scaled(settings, entries, rows, options.rates)
+            if info.skipped:
+                return info
         changed = plan.written_with(entries) if zero_grads else plan.written
         if capturing:
-            alive = CapturedStep(settings, changed, (info, factor))
-            calls = plan.capture(alive, factor)
+            alive = CapturedStep(settings, changed, info, factor)
+            calls = plan.capture(alive)
         else:
             conditions = Conditions(options.rates, scale, settings.limit)
             calls, alive = plan.prepare(rows, conditions, zero_grads, factor)

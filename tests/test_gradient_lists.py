@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from devices import ALL
+from exercises.gradient import RowRange
 
 import fastopt
 from fastopt import BagGradient, IndexedSlices
@@ -118,6 +119,11 @@ KINDS = {
         bags(rng, "max", PADDING, put=put),
         bags(rng, "sum", 4, True, put=put),
     ],
+    "indices of both widths": lambda rng, put: [
+        slices(rng, 20, integer=np.int32, put=put),
+        bags(rng, "sum", 2, put=put),
+        slices(rng, 20, put=put),
+    ],
     "paddings": lambda rng, put: [bags(rng, "sum", PADDING, put=put), bags(rng, "mean", 5, put=put)],
     "a row that is padding of one": lambda rng, put: [
         bags(rng, "sum", PADDING, put=put),
@@ -157,10 +163,11 @@ def test_gradients_of_16_bits_beside_those_of_float32(rng, dtype):
     other = table.copy()
     own = [slices(rng, 40, dtype), slices(rng, 30)]
     wide = IndexedSlices(own[0].indices, own[0].values.astype(np.float32))
+    fastopt.Adam(other, lr=0.1).step(concatenated(wide, own[1]))
     fastopt.Adam(table, lr=0.1).step(own, zero_grads=True)
-    fastopt.Adam(other, lr=0.1).step(concatenated(wide, IndexedSlices(own[1].indices, own[1].values)))
-    assert (table != other).any()  # since those were set to zero: what comes next uses them before
-    np.testing.assert_array_equal(own[0].values.astype(np.float32), 0)
+    np.testing.assert_array_equal(table, other)
+    for one in own:
+        assert not one.values.astype(np.float32).any()
 
 
 def test_plans_serve_as_indices(rng):
@@ -201,6 +208,41 @@ def test_missed_steps_come_before_maxima(rng):
     for opt in (listed, single):
         opt.flush()
     np.testing.assert_array_equal(*tables)
+
+
+def test_lists_of_gradients_without_rows_change_nothing(rng):
+    table = table_of(rng)
+    before, opt = table.copy(), fastopt.Adam(table)
+    empty = BagGradient(
+        np.zeros(0, int), np.zeros(0, int), np.zeros((0, DIM), np.float32), "max", padding_idx=1
+    )
+    info = opt.step([slices(rng, 0), empty, slices(rng, 0, integer=np.int32)], norm=True)
+    assert info.norm == 0 and opt.steps == 1
+    np.testing.assert_array_equal(table, before)
+
+
+def test_indices_of_any_shape_and_kinds_of_users(rng):
+    table = table_of(rng)
+    other = table.copy()
+    values = rng.standard_normal((2, 3, DIM)).astype(np.float32)
+    several = IndexedSlices(rng.integers(0, ROWS, (2, 3)), values)
+    following = RowRange(4, rng.standard_normal((6, DIM)).astype(np.float32))
+    fastopt.Adam(table).step(several + following)
+    fastopt.Adam(other).step(concatenated(several, IndexedSlices(np.arange(4, 10), following.values)))
+    np.testing.assert_array_equal(table, other)
+
+
+def test_torch_is_told_of_all_that_is_written(rng):
+    torch = pytest.importorskip("torch")
+    table = torch.zeros(ROWS, DIM)
+    own = [IndexedSlices(torch.tensor([1, 1]), torch.ones(2, DIM)) for _ in range(2)]
+    tensors = [table, *(one.values for one in own)]
+    versions = [tensor._version for tensor in tensors]
+    fastopt.SGD(table, lr=1.0).step(own)
+    assert [tensor._version for tensor in tensors] == [versions[0] + 1, *versions[1:]]
+    fastopt.SGD(table, lr=1.0).step(own, zero_grads=True)
+    assert [tensor._version for tensor in tensors] == [versions[0] + 2, versions[1] + 1, versions[2] + 1]
+    assert table[1].tolist() == [-8.0] * DIM and not tensors[1].any() and not tensors[2].any()
 
 
 # Structures

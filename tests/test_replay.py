@@ -33,7 +33,12 @@ OPTIMIZERS = [
         [{"params": params[:2], "lr": 0.5}, {"params": params[2:], "weight_decay": 0.1}], lr=0.1, momentum=0.9
     ),
 ]
-ARGUMENTS = [{}, {"clip_norm": 3.0, "grad_scale": 0.5}, {"clip_value": 0.2, "zero_grads": True}]
+ARGUMENTS = [
+    {},
+    {"clip_norm": 3.0, "grad_scale": 0.5},
+    {"clip_value": 0.2, "zero_grads": True},
+    {"norm": True, "grad_scale": 0.5},
+]
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
@@ -63,7 +68,7 @@ def test_replays_have_the_bits_of_ordinary_steps(monkeypatch, make, arguments):
         optimizer.before_replay()
         device.replay()
         assert optimizer.steps == step + 1
-        assert captured == infos[step]
+        assert captured == infos[step] and captured.lr == infos[step].lr
         if "zero_grads" in arguments:
             assert not any(array.any() for array in grads)
     for own, other in zip(params, expected, strict=True):
@@ -82,6 +87,18 @@ def test_changed_learning_rates_go_into_replays(device, monkeypatch):
     optimizer.before_replay()
     device.replay()
     np.testing.assert_array_equal(params[0], 0.25)
+
+
+def test_norms_that_clip_nothing_are_read_when_they_are_asked_for(device):
+    params = [np.zeros(2)]
+    optimizer = fastopt.SGD(params, lr=1.0)
+    info = optimizer.step([np.array([3.0, 4.0])], norm=True, grad_scale=0.5)
+    assert device.norms[-1].reads == 0
+    np.testing.assert_array_equal(params[0], [-1.5, -2.0])
+    assert info == (2.5, False, False, None) and info.lr == 1.0
+    assert device.norms[-1].reads == 1
+    optimizer.step([np.array([3.0, 4.0])])
+    assert len(device.norms) == 1  # which nobody asked for
 
 
 def test_norms_are_read_when_they_are_asked_for(device):
@@ -148,6 +165,8 @@ def test_steps_that_would_do_more_than_launch_are_not_captured(device):
     optimizer.step(grads)
     refused(device, optimizer, [*grads[:2], None], NEW)
     optimizer.step(grads)
+    refused(device, optimizer, grads, NEW, norm=True)
+    optimizer.step(grads, norm=True)
     refused(device, optimizer, grads, NEW, clip_norm=1.0)
     optimizer.step(grads, clip_norm=1.0, skip_nonfinite=True)
     refused(device, optimizer, grads, NEW, clip_norm=1.0)

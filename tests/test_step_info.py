@@ -3,8 +3,10 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 
+import fastopt
 from fastopt import StepInfo
 
 
@@ -59,6 +61,17 @@ def test_it_can_not_be_changed(name):
         setattr(StepInfo(), name, None)
 
 
+def test_learning_rates_stand_beside_the_values():
+    info = StepInfo(2.0, True, rates=[0.5])
+    assert info.lr == 0.5 and type(info.lr) is float
+    assert info == StepInfo(2.0, True) and len(info) == 4
+    assert StepInfo(rates=[0.5, 0.25]).lr == (0.5, 0.25)
+    for copied in (copy.copy(info), pickle.loads(pickle.dumps(info))):
+        assert copied.lr == 0.5 and copied == info
+    with pytest.raises(AttributeError):
+        info.lr = 1.0
+
+
 def test_it_matches_patterns():
     match StepInfo(2.0, skipped=True, nonfinite="w"):
         case StepInfo(_, _, True, name):
@@ -84,3 +97,39 @@ def test_a_norm_on_its_way_is_read_at_each_question():
     norm.found = float("nan")
     assert info.norm != info.norm
     assert info.clipped
+
+
+def test_a_norm_that_clips_nothing_is_read_too():
+    norm = Norm()
+    info = StepInfo.unread(norm, 0.5, None, [0.1])
+    assert info == (1.0, False, False, None) and info.lr == 0.1
+    norm.found = float("nan")
+    assert not info.clipped
+
+
+def test_steps_say_their_learning_rates():
+    params, g = [np.zeros(2), np.zeros(2)], np.array([3.0, 4.0])
+    opt = fastopt.SGD(params[0], lr=2.0 * fastopt.schedules.step(1, 0.5))
+    assert [opt.step(g).lr for _ in range(3)] == [2.0, 1.0, 0.5]
+    assert opt.step(g, clip_norm=1.0).lr == 0.25
+    skipped = opt.step(np.array([np.inf, 0]), skip_nonfinite=True)
+    assert skipped.skipped and skipped.lr == 0.125 == opt.step(g, skip_nonfinite=True).lr
+    groups = [{"params": params[0], "lr": 0.5}, {"params": params[1]}]
+    opt = fastopt.SGD(groups, lr=0.25)
+    first = opt.step([g, g])
+    opt.param_groups[1]["lr"] = 1.0
+    second = opt.step([g, g], norm=True)
+    assert (first.lr, second.lr) == ((0.5, 0.25), (0.5, 1.0))
+
+
+def test_a_step_finds_the_norm_that_is_asked_for():
+    p = np.zeros(2)
+    opt = fastopt.SGD(p, lr=1.0)
+    assert opt.step(np.array([3.0, 4.0]), norm=True, grad_scale=0.5) == (2.5, False, False, None)
+    np.testing.assert_array_equal(p, [-1.5, -2.0])  # which nothing was clipped to
+    assert opt.step(np.array([3.0, 4.0]), norm=False).norm is None
+    assert opt.step(np.array([3.0, 4.0]), norm=True, clip_value=0.5) == (5.0, False, False, None)
+    for wrong in (1, "yes", None):
+        with pytest.raises(TypeError, match=f"norm is {wrong!r}: expected True or False"):
+            opt.step(np.array([3.0, 4.0]), norm=wrong)
+    assert opt.steps == 3

@@ -180,11 +180,11 @@ def in_kind(array: Array, given: Any) -> Any:
 def tensor_over(array: Array) -> Any:
     """A tensor over the memory of an array; torch is loaded."""
     torch = loaded("torch")
-    if array.dtype == LOW_DTYPES[1]:  # of which torch knows none of NumPy's
+    if array.dtype == LOW_DTYPES[1]:  # which neither NumPy nor the CUDA array interface has a word for
         return tensor_over(array.view(np.int16)).view(torch.bfloat16)
     if isinstance(array, np.ndarray):
         return torch.from_numpy(array)
-    return torch.as_tensor(array, device=f"cuda:{array.device}")
+    return torch.as_tensor(array, device=device_name(array.device))
 
 
 def article(name: str) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 from fastopt._core.options import FIXED, SHARED, checked_options, is_immutable
 from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
 
+NAME = "name"  # of a group: beside its options, none of the optimizer's
+
 
 class Definition:
     """What an optimizer's class says of it.
@@ -56,7 +58,7 @@ class ParameterGroup:
     """Parameters that share options.
 
     Attributes:
-        options: the dict that the caller sees and may change.
+        options: the dict that the caller sees and may change. place: where it stands in what the caller gave.
         params: the caller's container. keys: of its parameters, which know their group and not the other way
             round: a circle would keep memory until the collection of garbage.
         checked: the options as they were last adopted, checked.
@@ -66,7 +68,7 @@ class ParameterGroup:
 
     options: dict[str, Any]
     params: Any
-    label: str
+    place: str
     number: int
     keys: list[str | int] = field(default_factory=list)
     checked: dict[str, Any] = field(init=False)
@@ -76,6 +78,17 @@ class ParameterGroup:
     _seen: dict[str, Any] | None = None  # the options as adopted, if they can only change by assignment
     _rate_type: type = float
     _fixed_rate: bool = False
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        name = self.options.get(NAME)
+        return f"{self.place} ({name!r})" if isinstance(name, str) else self.place
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Its name, if it has one, as it stands among its options."""
+        return {NAME: self.options[NAME]} if NAME in self.options else {}
 
     def adopt(self, checked: dict[str, Any], definition: Definition) -> None:
         """Go on with these options, ``options`` as it is now being what they were checked from."""
@@ -118,7 +131,8 @@ class ParameterGroup:
         noun = "array" if len(self.keys) == 1 else "arrays"
         names = (name for name in defaults if self.options.get(name) != SHARED.get(name, ()))
         options = ", ".join(f"{name}={self.options.get(name)!r}" for name in names)
-        return f"{len(self.keys)} {noun}, {size:,} parameters: {options}"
+        name = "".join(f"{name!r}, " for name in self.named.values())
+        return f"{name}{len(self.keys)} {noun}, {size:,} parameters: {options}"
 
 
 def _remembered(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,12 +148,14 @@ def decay_type(definition: Definition, checked: Mapping[str, Any]) -> type:
 
 
 def checked_group(options: Mapping[str, Any], label: str, definition: Definition) -> dict[str, Any]:
-    """A group's options but for ``params``, checked; ``label`` says whose they are.
+    """A group's options but for ``params`` and its name, checked; ``label`` says whose they are.
 
     Raises:
         TypeError, ValueError: an option is unknown or missing, of another type or out of range.
     """
-    own = {name: value for name, value in options.items() if name != "params"}
+    if not isinstance(options.get(NAME, ""), str):
+        raise TypeError(f"name of {label} is {options[NAME]!r}: expected a str, or none at all")
+    own = {name: value for name, value in options.items() if name not in ("params", NAME)}
     unknown = set(own) - set(definition.defaults)
     if unknown:
         raise ValueError(

@@ -269,8 +269,8 @@ class Parameters:
             group.keys.append(key)
             device = arrays.device_of(view)
             parameters.append(Parameter(value, key, own_label, view.shape, dtype, device, group))
-        checked = checked_group(options, label, definition)
-        definition.check_options(checked, label)
+        checked = checked_group(options, group.label, definition)
+        definition.check_options(checked, group.label)
         group.adopt(checked, definition)
         self.groups.append(group)
         self.all += parameters

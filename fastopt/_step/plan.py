@@ -1,5 +1,6 @@
 """A plan: what a step is going to do, found and checked; nothing has changed yet."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,10 +14,10 @@ from fastopt._core.state import gradient_format
 from fastopt._core.structure import Gradients
 from fastopt._step.catch_up import catch_up
 from fastopt._step.dense import DenseUpdate, dense_updates
-from fastopt._step.norms import DenseSquares, unread_norm
+from fastopt._step.norms import DenseSquares, known, unread_norm
 from fastopt._step.numbers import Conditions
 from fastopt._step.rows import RowUpdate, ready_rows, row_launches
-from fastopt._step.settings import Settings
+from fastopt._step.settings import Settings, StepInfo, scaled
 from fastopt.gradients.protocol import numbers_of
 
 # The gradient of a parameter is an array of its dtype, one of float32 for a parameter of 16 bits, none, or
@@ -29,13 +30,15 @@ _SLICE = 1 << 20  # elements that are looked at at a time
 class CapturedStep(NamedTuple):
     """What replays of a step need.
 
-    settings: its arguments. written: the caller's arrays that it changes. alive: what it works on beside
-    them: nobody else may get that memory as long as the step may be replayed.
+    settings: its arguments. written: the caller's arrays that it changes. info: what it answered. factor: of
+    the norm that it clips to. Nobody else may get the memory that these have as long as the step may be
+    replayed.
     """
 
     settings: Settings
     written: Sequence[Any]
-    alive: Any
+    info: StepInfo
+    factor: Factor
 
 
 def not_captured(reason: str) -> RuntimeError:
@@ -80,7 +83,8 @@ class Plan:
         self._squares: DenseSquares | None = None
         self._updates: list[DenseUpdate] | None = None  # kept from the first step on
         self._stepped = False  # whether a step was prepared with everything where it lies now
-        self._clipped = False  # whether one was with a factor of a norm that is on its way
+        self._summed = False  # whether the norm was found with everything where it lies now
+        self._clipped = False  # whether a step was prepared with a factor of a norm that is on its way
         self.captured: CapturedStep | None = None
 
     @property
@@ -99,7 +103,7 @@ class Plan:
         ):
             return False
         self.parameters_at, self.gradients_at = parameters_at, gradients_at
-        self._stepped, self.captured = False, None
+        self._stepped, self._summed, self.captured = False, False, None
         for update in self._updates or ():
             update.place(parameters_at, gradients_at)
         return True
@@ -111,7 +115,22 @@ class Plan:
         if self._squares is None:
             self._squares = DenseSquares((p.backend, self.gradient_dtype(p), p.size) for p in self.dense)
         addresses = self.gradients_at[self._dense_at]
+        self._summed = True
         return unread_norm(self._squares, addresses, [update.gradient for update in rows])
+
+    def scaled(
+        self, settings: Settings, entries: Sequence, rows: Sequence[RowUpdate], rates: list[float]
+    ) -> tuple[StepInfo, float, Factor]:
+        """Of a step that needs the norm: what it answers, the factor on gradients, and what else launches are
+        to multiply them by, if the norm is on its way (see Norm). Where it is skipped nothing is to be done.
+        ``rates``: the learning rate of each group."""
+        scale, norm = settings.grad_scale, self.norm(rows)
+        if settings.skip_nonfinite:
+            norm = known(norm)
+            if not math.isfinite(norm):
+                found = self.first_nonfinite(entries, rows)
+                return StepInfo(scale * norm, skipped=True, nonfinite=found, rates=rates), scale, None
+        return scaled(norm, scale, settings.clip_norm, rates)
 
     def first_nonfinite(self, entries: Sequence, rows: Sequence[RowUpdate]) -> str | int | None:
         """The key of the first parameter whose gradient holds NaN or infinity."""
@@ -207,16 +226,17 @@ class Plan:
         if not all(backend.capturing for backend in backends):
             raise not_captured("some parameters do not lie on a device that captures")
         if settings.need_norm and len(backends) > 1:
-            raise not_captured("the norm over several devices is waited for: leave out clip_norm")
-        ready = self._updates is not None and self._stepped
+            raise not_captured("the norm over several devices is waited for: leave out clip_norm and norm")
+        ready = self._updates is not None and self._stepped and (self._summed or not settings.need_norm)
         if not ready or (settings.clip_norm is not None and not self._clipped):
             raise not_captured("no step before it had its arrays, options and arguments")
 
-    def capture(self, step: CapturedStep, factor: Factor) -> Calls:
+    def capture(self, step: CapturedStep) -> Calls:
         """The calls that put a step, checked by :meth:`check_capture`, into a graph: the one that replays
         make from now on."""
         zero_grads = step.settings.zero_grads
-        calls = [call for update in self._updates or () for call in update.launch.prepare(zero_grads, factor)]
+        launches = [update.launch for update in self._updates or ()]
+        calls = [call for launch in launches for call in launch.prepare(zero_grads, step.factor)]
         self.captured = step
         return calls
 
@@ -230,7 +250,7 @@ class Plan:
         for update in self._updates or ():
             update.set_numbers(conditions)
             calls += update.launch.refresh()
-        return [*calls, self._count]
+        return [*calls, self.captured.info.going_on(rates), self._count]
 
     # Memory
 
@@ -251,7 +271,7 @@ class Plan:
         written = np.full(len(starts), zero_grads)
         written[: len(all_parameters)] = True
         found = arrays.overlapping(starts, ends, written)
-        # Whose they are, and the how manieth of its arrays.
+        # The parameter whose gradient each belongs to, and its place among the arrays of that gradient.
         owners = [(index, 0) for index in self._dense_at.tolist()]
         for parameter, gradient in rows:
             owners += [(parameter.index, k) for k in range(len(gradient.given))]

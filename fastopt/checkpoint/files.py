@@ -48,7 +48,7 @@ def save(
         ],
         "param_groups": [
             {**{k: _to_json(v) for k, v in checked_group(group.options, group.label, definition).items()},
-             "params": list(group.keys)}
+             **group.named, "params": list(group.keys)}
             for group in snapshot.groups
         ],
         "params": params,

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.backend import backend_of, host
-from fastopt._core.groups import Definition, ParameterGroup, checked_group, decay_type
+from fastopt._core.groups import NAME, Definition, ParameterGroup, checked_group, decay_type
 from fastopt._core.missed import LAST_STEP, LR_HISTORY, MOST_COUNTED, ROW_STEPS, Tracking
 from fastopt._core.options import FIXED, SHARED, plain
 from fastopt._core.parameters import Parameter, Snapshot
@@ -32,12 +32,13 @@ class ParameterState(NamedTuple):
 class Restored(NamedTuple):
     """What a state dict or a file holds, checked against an optimizer: all that is to change.
 
-    options: of each group, None to keep its own. states: of each parameter. values: the new value of each
-    parameter, None to keep its own.
+    options: of each group, None to keep its own. names: of each group, its name as it stands among options,
+    or nothing. states: of each parameter. values: the new value of each parameter, None to keep its own.
     """
 
     steps: int
     options: list[dict[str, Any] | None]
+    names: list[dict[str, str]]
     states: list[ParameterState]
     values: list[np.ndarray] | list[None]
 
@@ -126,7 +127,8 @@ def checked_state(
     for key, own in zip(keys, states, strict=True):
         _count(own.step, f"{source}['state'][{key!r}]['step']", steps)
     if options:
-        return Restored(steps, list(saved_options), states, [None] * len(states))
+        names = [{NAME: saved[NAME]} if NAME in saved else {} for saved in groups]
+        return Restored(steps, list(saved_options), names, states, [None] * len(states))
     for parameter, own in zip(snapshot.parameters, states, strict=True):
         saved = saved_options[parameter.group.number]
         if own.tracking is not None and {**saved, "lr": None} != {**parameter.group.checked, "lr": None}:
@@ -134,7 +136,7 @@ def checked_state(
                 f"{source}['state'][{parameter.key!r}] has rows that are behind, which must take the steps "
                 "missed under the saved options: load it with options=True, then change param_groups"
             )
-    return Restored(steps, [None] * len(groups), states, [None] * len(states))
+    return Restored(steps, [None] * len(groups), [{}] * len(groups), states, [None] * len(states))
 
 
 def check_optimizer(saved: Any, snapshot: Snapshot, source: str) -> None:
@@ -153,7 +155,7 @@ def _options(
     expected = {*definition.defaults, "params"}
     if isinstance(saved, Mapping) and saved:  # of a version that lacked some of the options that all have
         saved = {**{name: SHARED[name] for name in SHARED if name in expected}, **saved}
-    if not isinstance(saved, Mapping) or set(saved) != expected:
+    if not isinstance(saved, Mapping) or set(saved) - {NAME} != expected:
         raise ValueError(
             f"{label} has {_told(saved)}: expected the options {', '.join(sorted(expected))}"
             f"{_difference(saved, expected)}"

@@ -16,10 +16,11 @@ def take_over(parameters: Parameters, restored: Restored, definition: Definition
     """Go on with what was restored; tables in files have first values where a state is empty."""
     steps = [*(own.step for own in restored.states), restored.steps]
     calls: list[Callable[[], object]] = [partial(setitem, parameters.clock, ..., np.array(steps))]
-    for group, options in zip(parameters.groups, restored.options, strict=True):
+    for group, options, named in zip(parameters.groups, restored.options, restored.names, strict=True):
         if options is not None:
-            calls.append(partial(group.options.update, options))
-            calls.append(group.adopting(options, {**group.options, **options}, definition))
+            own = {**options, **named}
+            calls.append(partial(group.options.update, own))
+            calls.append(group.adopting(options, {**group.options, **own}, definition))
     for parameter, (_, state, tracking) in zip(parameters.all, restored.states, strict=True):
         calls.append(partial(setattr, parameter, "tracking", tracking))
         if parameter.in_files is None:
