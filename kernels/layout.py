@@ -10,9 +10,11 @@ if there are weights. With winners, [rows of values, dim], only those elements c
 position itself: the gradient of a maximum.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+
+from fastopt.kernels.work import Array, PooledLookup
 
 (
     ARRAY_NUMBERS,  # the row of hyperparameters
@@ -26,6 +28,7 @@ ARRAY_PARAMETER, ARRAY_GRADIENT, ARRAY_STATE = ARRAY_PLACES, ARRAY_PLACES + 2, A
     TABLE_PARAMETER,  # address of [rows, dim]
     TABLE_DIM,
     TABLE_VALUES,  # address of [any number, dim]
+    TABLE_VALUES_STRIDE,  # bytes from row to row; kernels for devices take rows that follow one another
     TABLE_SOURCE,  # address of int32
     TABLE_SOURCE_ORIGIN,
     TABLE_SOURCE_BASE,
@@ -53,7 +56,21 @@ ARRAY_PARAMETER, ARRAY_GRADIENT, ARRAY_STATE = ARRAY_PLACES, ARRAY_PLACES + 2, A
     TABLE_POSITION,  # that random bits are counted from
     TABLE_KEY,  # of the random bits
     TABLE_STATE,  # two addresses each of the state arrays, and of those of one element a row
-) = range(30)
+) = range(31)
+
+(
+    POOL_TABLE,  # address of [rows, dim]
+    POOL_DIM,
+    POOL_INDICES,  # address
+    POOL_POSITIONS,  # how many indices there are
+    POOL_OFFSETS,  # address of int64: where each bag begins, and the last ends
+    POOL_BAGS,
+    POOL_WEIGHTS,  # address: one for each index, or 0
+    POOL_MEAN,  # whether sums are divided
+    POOL_PADDING,  # a row that is left out, or -1
+    POOL_OUT,  # address of [bags, dim]
+    POOL_OUT_STRIDE,  # bytes from row to row
+) = range(11)
 
 _COLUMNS = {
     name.removeprefix("TABLE_").lower(): k for name, k in list(globals().items()) if name.startswith("TABLE_")
@@ -73,6 +90,14 @@ def array_table(
     table[:, ARRAY_PARAMETER + 1] = masters
     table[:, ARRAY_STATE:] = state
     return table
+
+
+def pool_row(lookup: PooledLookup, address: Callable[[Array], int]) -> list[int]:
+    """The row of a pooled lookup; ``address``: what finds where an array lies."""
+    table, indices, offsets, weights, mean, padding, out = lookup
+    of_weights = 0 if weights is None else address(weights)
+    given = address(table), table.shape[1], address(indices), indices.size, address(offsets), len(out)
+    return [*given, of_weights, int(mean), max(padding, -1), address(out), out.strides[0]]
 
 
 def table_row(state: Sequence[int], columns: Mapping[str, int]) -> list[int]:

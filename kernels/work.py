@@ -77,10 +77,27 @@ class Segments(NamedTuple):
     first_position: int = 0
 
 
+class PooledLookup(NamedTuple):
+    """Bags of rows of a table, each added up to a row of ``out``.
+
+    table: [rows, dim]. indices: 1-D, int32 or int64. offsets: int64 [bags + 1]. weights: a factor for each
+    index, or None. mean: whether sums are divided by how many rows they have. padding: a row that is left
+    out, or -1. out: [bags, dim], whose rows may lie apart.
+    """
+
+    table: Array
+    indices: Array
+    offsets: Array
+    weights: Array | None
+    mean: bool
+    padding: int
+    out: Array
+
+
 class TableGradient(NamedTuple):
     """The gradient of a table, as the rows of ``values`` that add up to the gradient of each row.
 
-    values: [any number, dim], of the dtype computed with. source, weights: for each position in the order of
+    values: [any number, dim], of the dtype computed with; on the host, rows may lie apart. source, weights: for each position in the order of
     the segments the row of ``values`` and a factor on it, or None where position k has row k, and where there
     are no factors. winners: int32 like ``values``, or None: only those elements count whose winner is the
     position itself. skipped: a row that gets no gradient, or -1.

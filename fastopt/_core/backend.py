@@ -20,6 +20,7 @@ from fastopt.kernels.work import (
     Array,
     ArrayWork,
     CountFold,
+    PooledLookup,
     RowSteps,
     Segments,
     Spec,
@@ -210,7 +211,8 @@ class Backend(Protocol):
         """Clip each element, of 16 bits too, to [-limit, limit], in place."""
 
     def widen(self, array: Array) -> Array:
-        """``array``, in float32 if it is of 16 bits."""
+        """``array``, in float32 if it is of 16 bits. The rows of a matrix may lie apart, where kernels of rows
+        take such; else they are copied."""
 
     def reblock(
         self,
@@ -271,17 +273,9 @@ class Backend(Protocol):
     def gather(self, table: Array, indices: Array) -> Array:
         """The rows of ``table`` that 1-D indices name."""
 
-    def pool(
-        self,
-        table: Array,
-        indices: Array,
-        offsets: Array,
-        weights: Array | None,
-        mean: bool,
-        padding: int,
-    ) -> Array:
-        """[bags, dim]: sums of rows times weights, or these divided by how many rows; without ``padding``. Of
-        the table's dtype; weights are float32 for one of 16 bits."""
+    def pool(self, lookups: Sequence[PooledLookup]) -> None:
+        """Set the rows of their results to sums of rows times weights, or these divided by how many rows;
+        without padding. Results are of the table's dtype; weights are float32 for one of 16 bits."""
 
     def pool_max(self, table: Array, indices: Array, offsets: Array, padding: int) -> tuple[Array, Array]:
         """[bags, dim]: maxima, of the table's dtype, and the positions, int32, that they come from."""

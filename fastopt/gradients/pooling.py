@@ -10,7 +10,7 @@ from fastopt._core.arrays import LOW_DTYPES
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 from fastopt._core.options import is_flag
-from fastopt.kernels.work import Array
+from fastopt.kernels.work import Array, PooledLookup
 
 MODES = ("sum", "mean", "max")
 
@@ -37,8 +37,16 @@ class Bags:
 
     def pool(self, table: Array) -> Array:
         """[count, dim]: each bag's rows summed or averaged; rows of 16 bits are added in float32."""
-        mean, flat = self.mode == "mean", self.indices.flat
-        return backend_of(table).pool(table, flat, self.offsets, self.weights, mean, self.padding)
+        backend = backend_of(table)
+        out = backend.empty((self.count, table.shape[1]), table.dtype)
+        backend.pool([self.lookup(table, out)])
+        return out
+
+    def lookup(self, table: Array, out: Array) -> PooledLookup:
+        """What is to be written to ``out``, [count, dim]; not for "max"."""
+        mean = self.mode == "mean"
+        given = self.indices.flat, self.offsets, self.weights, mean, self.padding
+        return PooledLookup(table, *given, out)
 
     def pool_max(self, table: Array) -> tuple[Array, Array]:
         """[count, dim]: the largest element of each bag's rows, and the position it comes from."""

@@ -6,6 +6,19 @@ from numba import prange
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.segments import add_row, add_weighted_row, sum_rows
 from fastopt.kernels.intrinsics import AHEAD, prefetch, view
+from fastopt.kernels.layout import (
+    POOL_BAGS,
+    POOL_DIM,
+    POOL_INDICES,
+    POOL_MEAN,
+    POOL_OFFSETS,
+    POOL_OUT,
+    POOL_OUT_STRIDE,
+    POOL_PADDING,
+    POOL_POSITIONS,
+    POOL_TABLE,
+    POOL_WEIGHTS,
+)
 from fastopt.kernels.magnitude import magnitude
 
 BAGS_PER_CHUNK = 64
@@ -14,39 +27,57 @@ ROWS_PER_CHUNK = 256
 
 
 @Kernel
-def pool(table, indices, offsets, weights, mean, padding, out):
-    """``out[b]``: sum of the rows ``indices[offsets[b]:offsets[b + 1]]``, each times its weight if
-    ``weights`` is not empty, without the row ``padding``; divided by how many they are for ``mean``.
+def pool(like, index, lookups, parts):
+    """Of each lookup, a row of ``lookups`` (see layout.py), ``out[b]``: the sum of the rows
+    ``indices[offsets[b]:offsets[b + 1]]``, each times its weight if there are weights, without the row of
+    padding; divided by how many they are for a mean.
+
+    like, index: numbers of the types of tables and of indices. parts: int64 [any number, 3], a lookup, a
+    part, and how many parts that lookup has.
 
     Bytes moved: one row read for each index, one written for each bag.
     """
-    bags = out.shape[0]
-    for chunk in prange((bags + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK):
-        first = chunk * BAGS_PER_CHUNK
-        pool_chunk(
-            table, indices, offsets, weights, mean, padding, out, first, min(first + BAGS_PER_CHUNK, bags)
-        )
+    for k in prange(parts.shape[0]):
+        pool_part(like, index, lookups[parts[k, 0]], parts[k, 1], parts[k, 2])
 
 
 @helper
-def pool_chunk(table, indices, offsets, weights, mean, padding, out, first_bag, last_bag):
-    dim = table.shape[1]
-    stride = dim * table.itemsize
-    start, out_start, like = table.ctypes.data, out.ctypes.data, out.dtype.type(0)
-    for bag in range(first_bag, last_bag):
-        total = view(out_start + bag * stride, dim, like)  # without an owner, whose references are counted
+def pool_part(like, index, lookup, part, parts):
+    """A part's share of :func:`pool`; apart, because what stands in a prange compiles slowly."""
+    dim, positions, padding = lookup[POOL_DIM], lookup[POOL_POSITIONS], lookup[POOL_PADDING]
+    indices = view(lookup[POOL_INDICES], positions, index)
+    weights = view(lookup[POOL_WEIGHTS], positions if lookup[POOL_WEIGHTS] else np.int64(0), like)
+    start, stride = lookup[POOL_TABLE], dim * weights.itemsize
+    offsets = view(lookup[POOL_OFFSETS], lookup[POOL_BAGS] + 1, np.int64(0))
+    for bag in range(first_bag(offsets, part, parts), first_bag(offsets, part + 1, parts)):
+        total = view(lookup[POOL_OUT] + bag * lookup[POOL_OUT_STRIDE], dim, like)
         first, last = offsets[bag], offsets[bag + 1]
         count = last - first
         if padding < 0:
-            sum_rows(start, stride, indices, np.int64(0), weights, first, last, indices.size, total)
+            sum_rows(start, stride, indices, np.int64(0), weights, first, last, positions, total)
         else:
-            count = pool_without(padding, table, indices, weights, first, last, total)
-        if mean and count > 1:
+            count = pool_without(padding, start, stride, indices, weights, first, last, total)
+        if lookup[POOL_MEAN] and count > 1:
             divide_row(total, total.dtype.type(count))
 
 
 @helper
-def pool_without(padding, table, indices, weights, first, last, total):
+def first_bag(offsets, part, parts):
+    """Where part ``part`` of ``parts`` equal shares of the work begins: a bag costs about as much as one of
+    its rows."""
+    low, high = np.int64(0), np.int64(offsets.size - 1)
+    wanted = part * (offsets[high] + high) // parts
+    while low < high:
+        middle = (low + high) // 2
+        if offsets[middle] + middle < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@helper
+def pool_without(padding, start, stride, indices, weights, first, last, total):
     """Sum the rows but for the row ``padding``; returns how many they are."""
     total[:] = 0
     count = 0
@@ -54,10 +85,11 @@ def pool_without(padding, table, indices, weights, first, last, total):
         row = indices[k]
         if row != padding:
             count += 1
+            values = view(start + row * stride, total.size, total[0])
             if weights.size:
-                add_weighted_row(total, weights[k], table[row])
+                add_weighted_row(total, weights[k], values)
             else:
-                add_row(total, table[row])
+                add_row(total, values)
     return count
 
 

@@ -27,6 +27,7 @@ from fastopt.kernels.layout import (
     TABLE_SOURCE_ORIGIN,
     TABLE_STARTS,
     TABLE_VALUES,
+    TABLE_VALUES_STRIDE,
     TABLE_WEIGHTS,
     TABLE_WINNERS,
 )
@@ -197,7 +198,7 @@ def gradient_of(table, like, total, segment):
     end = np.int64(starts[table[TABLE_SEGMENTS]]) - origin
     source = view(table[TABLE_SOURCE], end, np.int32(0))
     base, address = table[TABLE_SOURCE_BASE], table[TABLE_VALUES]
-    stride = total.size * total.itemsize
+    stride = table[TABLE_VALUES_STRIDE]
     weights = view(table[TABLE_WEIGHTS], end if table[TABLE_WEIGHTS] else np.int64(0), like)
     if table[TABLE_WINNERS]:
         sum_won_rows(table, like, total, first, last)
@@ -219,7 +220,7 @@ def sum_won_rows(table, like, total, first, last):
     total[:] = 0
     for j in range(first, last):
         row = source[j] - table[TABLE_SOURCE_BASE]
-        values = view(table[TABLE_VALUES] + row * dim * total.itemsize, dim, like)
+        values = view(table[TABLE_VALUES] + row * table[TABLE_VALUES_STRIDE], dim, like)
         winners = view(table[TABLE_WINNERS] + row * dim * 4, dim, np.int32(0))
         add_won_row(total, np.int32(order[j + origin] - table[TABLE_FIRST_POSITION]), winners, values)
 

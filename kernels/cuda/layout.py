@@ -37,3 +37,12 @@ def with_own_columns(table: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     ROWS_LIMIT,  # bits of a float64: the largest norm of a row's gradient
     ROWS_SHARED,  # the first of the shared columns
 ) = range(7)
+
+# What kernels read of a pooled lookup: its own columns and then those of the CPU's kernels.
+(
+    POOL_ROWS,  # of the table
+    POOL_INDEX_STRIDE,  # bytes from index to index
+    POOL_INDEX_SIZE,  # bytes of an index
+    POOL_LANE_BITS,  # 2 to this are the lanes that take a bag
+    POOL_SHARED,  # the first of the shared columns
+) = range(5)

@@ -16,9 +16,38 @@ from numba.extending import register_jitable
 
 from fastopt.kernels.cuda.lanes import VECTOR_BYTES
 from fastopt.kernels.cuda.launch import kernel
-from fastopt.kernels.cuda.memory import ALL_LANES, WARP, integer, load, load_vector, store, store_vector
+from fastopt.kernels.cuda.layout import (
+    POOL_INDEX_SIZE,
+    POOL_INDEX_STRIDE,
+    POOL_LANE_BITS,
+    POOL_ROWS,
+    POOL_SHARED,
+)
+from fastopt.kernels.cuda.memory import (
+    ALL_LANES,
+    WARP,
+    integer,
+    last_at_most,
+    load,
+    load_vector,
+    store,
+    store_vector,
+)
 from fastopt.kernels.cuda.sort import index_at
 from fastopt.kernels.formats import Format
+from fastopt.kernels.layout import (
+    POOL_BAGS,
+    POOL_DIM,
+    POOL_INDICES,
+    POOL_MEAN,
+    POOL_OFFSETS,
+    POOL_OUT,
+    POOL_OUT_STRIDE,
+    POOL_PADDING,
+    POOL_POSITIONS,
+    POOL_TABLE,
+    POOL_WEIGHTS,
+)
 from fastopt.kernels.source import define
 
 THREADS = 128
@@ -213,41 +242,45 @@ def _max_columns(kind: Format, like: np.dtype, length: int) -> Callable:
     )
 
 
-@kernel("iiiiiiiiiiiiii", THREADS)
+@kernel("iiii", THREADS)
 def pool(kind: Format, like: np.dtype, length: int) -> Any:
-    """``(table, rows, dim, indices, stride, itemsize, size, offsets, bags, weights, mean, padding, bits,
-    out)``: the sums of bags, or means, of a table whose rows are read and added as ``like``, ``length``
-    columns at a time.
+    """``(lookups, columns, bases, count)``: the sums of bags, or means, of ``count`` lookups in tables whose
+    rows are read and added as ``like``, ``length`` columns at a time.
 
-    size: how many indices there are, by which offsets are clamped. weights: an address, or 0. padding: the
-    row that is left out, or -1. Rows outside the table are left out of sums, and counted by means.
+    lookups: the address of a row of ``columns`` numbers for each (see layout.py), which take the blocks from
+    ``bases[k]`` up to ``bases[k + 1]``. Offsets are clamped to the number of indices. Rows outside the table
+    are left out of sums, and counted by means.
     """
-    columns = register_jitable(_pool_columns(kind, like, length))
-    stored = kind.itemsize(like)
+    columns_of_bag = register_jitable(_pool_columns(kind, like, length))
+    row_size = kind.itemsize(like)
 
-    def pool(
-        table,
-        rows,
-        dim,
-        indices,
-        stride,
-        itemsize,
-        size,
-        offsets,
-        bags,
-        weights,
-        mean,
-        padding,
-        bits,
-        out,
-    ):
-        bag, step, member, lanes = share_of(bits)
+    def pool(lookups, columns, bases, count):
+        block = np.int64(cuda.blockIdx.x)
+        k = last_at_most(bases, count, block)
+        own, base = lookups + k * columns * 8, integer(bases, k)
+        shared, bits = own + POOL_SHARED * 8, integer(own, POOL_LANE_BITS)
+        thread, lanes = (block - base) * THREADS + np.int64(cuda.threadIdx.x), np.int64(1) << bits
+        bag, step = thread >> bits, ((integer(bases, k + 1) - base) * THREADS) >> bits
+        bags, size = integer(shared, POOL_BAGS), integer(shared, POOL_POSITIONS)
+        dim, offsets = integer(shared, POOL_DIM), integer(shared, POOL_OFFSETS)
         while bag < bags:
             first, last = clamped(integer(offsets, bag), size), clamped(integer(offsets, bag + 1), size)
-            own, d = out + bag * dim * stored, member * length
+            out, d = bag * integer(shared, POOL_OUT_STRIDE), (thread & (lanes - 1)) * length
             while d < dim:
-                columns(
-                    table, rows, dim, indices, stride, itemsize, first, last, weights, mean, padding, d, own
+                columns_of_bag(
+                    integer(shared, POOL_TABLE),
+                    integer(own, POOL_ROWS),
+                    dim,
+                    integer(shared, POOL_INDICES),
+                    integer(own, POOL_INDEX_STRIDE),
+                    integer(own, POOL_INDEX_SIZE),
+                    first,
+                    last,
+                    integer(shared, POOL_WEIGHTS),
+                    integer(shared, POOL_MEAN),
+                    integer(shared, POOL_PADDING),
+                    d,
+                    integer(shared, POOL_OUT) + out,
                 )
                 d += lanes * length
             bag += step

@@ -1,5 +1,7 @@
 """Lookups on a CUDA device have the CPU's bits."""
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from fastopt.kernels.cpu import backend as cpu
 from fastopt.kernels.cuda.array import empty, upload
 from fastopt.kernels.cuda.backend.basics import Basics
 from fastopt.kernels.cuda.backend.lookups import Lookups
+from fastopt.kernels.work import PooledLookup
 
 ROWS = 40
 DIMS = 1, 3, 8, 20, 64, 128, 260
@@ -78,11 +81,23 @@ def assert_bits(got, want):
     np.testing.assert_array_equal(bits(found), bits(want))
 
 
+def method(backend, name):
+    return functools.partial(pooled, backend) if name == "pool" else getattr(backend, name)
+
+
+def pooled(backend, table, *given):
+    """The bags of one table, as a new array."""
+    out = backend.empty((given[1].size - 1, table.shape[1]), table.dtype)
+    backend.pool([PooledLookup(table, *given, out)])
+    return out
+
+
 def assert_as_cpu(name, *given, place=upload):
     """A method has the bits of the CPU's function; ``place`` brings the table to the device."""
     table = given[0]
-    want = getattr(cpu, name)(*given)
-    got = getattr(BACKEND, name)(place(0, table) if place is upload else place(table), *uploaded(given[1:]))
+    want = method(cpu, name)(*given)
+    own = place(0, table) if place is upload else place(table)
+    got = method(BACKEND, name)(own, *uploaded(given[1:]))
     if isinstance(want, tuple):
         for one, other in zip(got, want, strict=True):
             assert_bits(one, other)
@@ -129,7 +144,7 @@ def test_a_table_without_rows_has_all_indices_outside():
     table, indices, offsets = uploaded([np.empty((0, 8), np.float32), np.arange(5), np.array([0, 5, 5])])
     zeros = np.zeros((2, 8), np.float32)
     assert_bits(BACKEND.gather(table, indices), np.zeros((5, 8), np.float32))
-    assert_bits(BACKEND.pool(table, indices, offsets, None, True, -1), zeros)
+    assert_bits(pooled(BACKEND, table, indices, offsets, None, True, -1), zeros)
     largest, winners = BACKEND.pool_max(table, indices, offsets, -1)
     assert_bits(largest, zeros)
     assert_bits(winners, np.full((2, 8), -1, np.int32))
@@ -153,6 +168,30 @@ def test_pool(rng, dim, dtype):
         (weights, False, PADDING),
     ):
         assert_as_cpu("pool", table, indices, offsets, given, mean, padding)
+
+
+def test_several_lookups_are_written_side_by_side(rng):
+    """Tables of other sizes, dtypes and alignments, each to columns of a matrix of its dtype."""
+    bags, wide, small = 9, np.zeros((9, 100), np.float32), np.zeros((9, 20), ml_dtypes.bfloat16)
+    on_device, columns, places, expected = uploaded([wide, small]), [0, 0], [], []
+    for k, (dim, dtype, rows) in enumerate(
+        [(64, np.float32, 40), (3, np.float32, 7), (20, ml_dtypes.bfloat16, 11), (32, np.float32, 300)]
+    ):
+        table = table_of(rng, dim, dtype, rows)
+        offsets = np.sort(rng.integers(0, 30, bags + 1))
+        offsets[[0, -1]] = 0, 30
+        given = table, rng.integers(0, rows, 30), offsets, None, k % 2 == 0, -1
+        which = int(dtype != np.float32)
+        first, columns[which] = columns[which], columns[which] + dim
+        (wide, small)[which][:, first : first + dim] = pooled(cpu, *given)
+        places.append(PooledLookup(*uploaded(given), on_device[which][:, first : first + dim]))
+        expected.append(PooledLookup(*given, np.zeros((9, 128), dtype)[:, first : first + dim]))
+    BACKEND.pool(places)
+    for got, want in zip(on_device, [wide, small], strict=True):
+        assert_bits(got, want)
+    cpu.pool(expected)
+    for got, want in zip(places, expected, strict=True):
+        np.testing.assert_array_equal(bits(got.out.copy_to_host()), bits(want.out))
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -227,7 +266,7 @@ def test_rows_outside_the_table_are_left_out_of_sums_and_counted_by_means(rng, d
             sums[bag] += weights[k] * table[k]
     counts = np.float32([[1], [6], [7]])
     for mean, want in (False, sums), (True, sums / counts):
-        got = BACKEND.pool(*uploaded([table, indices, offsets, weights]), mean, -1)
+        got = pooled(BACKEND, *uploaded([table, indices, offsets, weights]), mean, -1)
         np.testing.assert_array_equal(got.copy_to_host(), want)
 
 
@@ -247,10 +286,10 @@ def test_offsets_that_nobody_checked_are_clamped(rng):
     table, indices = table_of(rng, 8), rng.integers(0, ROWS, 6)
     offsets = np.array([-(2**62), 2, 9, 4, 2**62])
     within = [indices[:2], indices[2:6], indices[:0], indices[4:6]]
-    got = BACKEND.pool(*uploaded([table, indices, offsets]), None, False, -1)
+    got = pooled(BACKEND, *uploaded([table, indices, offsets]), None, False, -1)
     np.testing.assert_array_equal(
         got.copy_to_host(),
-        cpu.pool(table, np.concatenate(within), np.cumsum([0, *map(len, within)]), None, False, -1),
+        pooled(cpu, table, np.concatenate(within), np.cumsum([0, *map(len, within)]), None, False, -1),
     )
     largest, _ = BACKEND.pool_max(*uploaded([table, indices, offsets]), -1)
     for bag, own in enumerate(within):

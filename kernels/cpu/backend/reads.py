@@ -1,14 +1,19 @@
 """Reading and changing rows and arrays: what lookups, clipping and gradients call, array in, array out."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fastopt.kernels.cpu import bags, norms, stored_rows
 from fastopt.kernels.cpu import rows as row_kernels
+from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.backend.indices import distinct_rows
+from fastopt.kernels.cpu.backend.parts import equal_parts
 from fastopt.kernels.cpu.memory import ALIGNMENT, aligned, empty
 from fastopt.kernels.cpu.widen import widen_bfloat16, widen_half
 from fastopt.kernels.formats import Format, formats
-from fastopt.kernels.work import Segments
+from fastopt.kernels.layout import pool_row
+from fastopt.kernels.work import PooledLookup, Segments
 
 HALF = np.dtype(np.float16)
 
@@ -36,9 +41,10 @@ def to_host(array: np.ndarray) -> np.ndarray:
 
 
 def widen(array: np.ndarray) -> np.ndarray:
-    """``array``, C-contiguous, in float32 if it is of 16 bits."""
+    """``array``, in float32 if it is of 16 bits."""
     if array.dtype.itemsize != 2:
         return array
+    array = contiguous(array)
     out = empty(array.shape, np.float32)
     kernel = widen_half if array.dtype == HALF else widen_bfloat16
     kernel(array.size, array.reshape(-1).view(np.uint16), out.reshape(-1))
@@ -65,23 +71,27 @@ def gather(table: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return out
 
 
-def pool(
-    table: np.ndarray,
-    indices: np.ndarray,
-    offsets: np.ndarray,
-    weights: np.ndarray | None,
-    mean: bool,
-    padding: int,
-) -> np.ndarray:
-    """[bags, dim]: the rows of each bag, times their weights, summed or averaged, without the row
-    ``padding``; those of 16 bits are added in float32."""
-    if table.dtype.itemsize == 2:
-        rows, where, none = _rows_read(table, indices, padding)
-        return pool(rows, where, offsets, weights, mean, none).astype(table.dtype)
-    out = empty((offsets.size - 1, table.shape[1]), table.dtype)
-    given = np.empty(0, table.dtype) if weights is None else weights
-    bags.pool(indices.size * table.shape[1], table, indices, offsets, given, mean, padding, out)
-    return out
+def pool(lookups: Sequence[PooledLookup]) -> None:
+    """Write the sums, or means, of the bags of lookups; rows of 16 bits are added in float32. Those of tables
+    and indices of the same dtypes are one launch."""
+    alike: dict[tuple[np.dtype, np.dtype], list[PooledLookup]] = {}
+    for lookup in lookups:
+        if lookup.table.dtype.itemsize == 2:
+            _pool_small(lookup)
+        else:
+            alike.setdefault((lookup.table.dtype, lookup.indices.dtype), []).append(lookup)
+    for (dtype, index), many in alike.items():
+        amounts = [(own.indices.size + len(own.out)) * own.table.shape[1] for own in many]
+        rows = np.array([pool_row(own, address) for own in many], np.int64)
+        bags.pool(sum(amounts), dtype.type(0), index.type(0), rows, equal_parts(amounts))
+
+
+def _pool_small(lookup: PooledLookup) -> None:
+    """The bags of a table of 16 bits."""
+    rows, where, none = _rows_read(lookup.table, lookup.indices, lookup.padding)
+    out = empty(lookup.out.shape, rows.dtype)
+    pool([lookup._replace(table=rows, indices=where, padding=none, out=out)])
+    lookup.out[...] = out
 
 
 def pool_max(

@@ -8,6 +8,7 @@ import numpy as np
 from fastopt.kernels.cpu import norms
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.backend.indices import distinct_rows
+from fastopt.kernels.cpu.backend.parts import PARTS_PER_THREAD, equal_parts
 from fastopt.kernels.cpu.catch_up import catch_up as catch_up_rows
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.rows import update_tables
@@ -17,7 +18,6 @@ from fastopt.kernels.formats import formats
 from fastopt.kernels.layout import table_row
 from fastopt.kernels.work import RowSteps, Segments, Spec, StoredTable, TableGradient, TableWork
 
-PARTS_PER_THREAD = 8  # of a launch, so that threads that are held up do not hold up the others
 CACHE_LINES = 32  # elements: parts that are a multiple of it apart do not write to the same cache line
 
 
@@ -40,7 +40,7 @@ def update_rows(spec: Spec, works: Sequence[TableWork], factor: None = None) -> 
     """Update the rows of tables that their gradients name, all that share ``spec`` in one launch. There is no
     ``factor``, since norms are at hand at once."""
     amounts = [_work_of(work.gradient) for work in works]
-    parts = _parts(amounts)
+    parts = equal_parts(amounts)
     kinds = formats(*spec.formats)
     widest = max(work.stored.table.shape[1] for work in works)
     arguments = (
@@ -105,6 +105,7 @@ def _of_gradient(gradient: TableGradient) -> dict[str, int]:
     columns = {
         "dim": gradient.values.shape[1],
         "values": address(gradient.values),
+        "values_stride": gradient.values.strides[0],
         "order": address(segments.order),
         "first_position": segments.first_position,
         "rows": address(segments.rows),
@@ -127,17 +128,3 @@ def _of_gradient(gradient: TableGradient) -> dict[str, int]:
 def _buffers(parts: int, kinds: Any, dim: int, compute: np.dtype) -> np.ndarray:
     """Memory for rows, for each part, a multiple of cache lines."""
     return empty((parts, -(-buffer_rows(kinds) * dim // CACHE_LINES) * CACHE_LINES), compute)
-
-
-def _parts(amounts: list[int]) -> np.ndarray:
-    """[table, part, how many parts the table has], the parts being of about equal work."""
-    goal = max(1, sum(amounts) // (PARTS_PER_THREAD * thread_count()))
-    return np.array(
-        [
-            (table, part, parts)
-            for table, amount in enumerate(amounts)
-            for parts in [-(-amount // goal)]
-            for part in range(parts)
-        ],
-        np.int64,
-    ).reshape(-1, 3)

@@ -19,9 +19,9 @@ class Elementwise:
         return array if array.flags.c_contiguous else array.copy()
 
     def widen(self, array: DeviceArray) -> DeviceArray:
-        """``array``, in float32 if it is of 16 bits."""
+        """``array``, in float32 if it is of 16 bits, and C-contiguous."""
         if array.itemsize != 2:
-            return array
+            return self.contiguous(array)
         out = empty(self.device, array.shape, np.float32)
         out[...] = array
         return out

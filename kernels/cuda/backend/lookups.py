@@ -1,14 +1,18 @@
 """Lookups on a device: rows read, pooled into bags, and multiplied with gradients of bags."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from fastopt.kernels.cuda import lookups
-from fastopt.kernels.cuda.array import DeviceArray, empty, zeros
+from fastopt.kernels.cuda.array import DeviceArray, empty, upload, zeros
+from fastopt.kernels.cuda.backend.placed import place
 from fastopt.kernels.cuda.lanes import VECTOR_BYTES, lane_bits, vector_length
 from fastopt.kernels.cuda.lookups import AHEAD, THREADS
 from fastopt.kernels.formats import BFLOAT16, HALF, PLAIN, Format
+from fastopt.kernels.layout import pool_row
+from fastopt.kernels.work import PooledLookup
 
 MOST_BLOCKS = 2**20  # of a launch, each of which then takes several shares
 
@@ -22,9 +26,16 @@ def _read_as(table: DeviceArray) -> tuple[Format, np.dtype]:
     return (PLAIN, table.dtype) if small is None else (small, _SINGLE)
 
 
-def _grid(shares: int, lane_bits: int) -> int:
-    """How many blocks of threads there are for so many shares of so many lanes."""
-    return min(-(-(shares << lane_bits) // THREADS), MOST_BLOCKS)
+def _grid(shares: int, lane_bits: int, lookups: int = 1) -> int:
+    """How many blocks of threads there are for so many shares of so many lanes, in a launch of several
+    lookups."""
+    return min(-(-(shares << lane_bits) // THREADS), max(MOST_BLOCKS // lookups, 1))
+
+
+def _row_of(lookup: PooledLookup, lane_bits: int) -> list[int]:
+    """What kernels are told of a pooled lookup (see layout.py)."""
+    _, stride, size = _indices(lookup.indices)
+    return [len(lookup.table), stride, size, lane_bits, *pool_row(lookup, place)]
 
 
 def _indices(indices: DeviceArray) -> tuple[int, int, int]:
@@ -49,27 +60,25 @@ class Lookups:
             lookups.gather(size).ready(self.device, grid, *given)()
         return out
 
-    def pool(
-        self,
-        table: DeviceArray,
-        indices: DeviceArray,
-        offsets: DeviceArray,
-        weights: DeviceArray | None,
-        mean: bool,
-        padding: int,
-    ) -> DeviceArray:
-        """[bags, dim]: the rows of each bag, times their weights, summed or averaged, without the row
-        ``padding``."""
-        bags, (rows, dim) = offsets.size - 1, table.shape
-        out = empty(self.device, (bags, dim), table.dtype)
-        if out.size:
-            length = vector_length(table.itemsize, dim, table.address)
-            bits = lane_bits(dim // length)
-            given = table.address, rows, dim, *_indices(indices), indices.size, offsets.address, bags
-            how = 0 if weights is None else weights.address, int(mean), max(padding, -1), bits, out.address
-            own = lookups.pool(*_read_as(table), length)
-            own.ready(self.device, _grid(bags, bits), *given, *how)()
-        return out
+    def pool(self, many: Sequence[PooledLookup]) -> None:
+        """Write the sums, or means, of the bags of lookups. Those of tables of the same dtype, whose rows can
+        be read by vectors alike, are one launch."""
+        alike: dict[tuple, list[PooledLookup]] = {}
+        for lookup in many:
+            table, out = lookup.table, lookup.out
+            if out.size:
+                size, dim = table.itemsize, table.shape[1]
+                length = vector_length(size, dim, table.address, out.address, out.strides[0])
+                alike.setdefault((*_read_as(table), length), []).append(lookup)
+        for what, own in alike.items():
+            length = what[-1]
+            bits = [lane_bits(lookup.table.shape[1] // length) for lookup in own]
+            rows = [_row_of(lookup, own_bits) for lookup, own_bits in zip(own, bits, strict=True)]
+            blocks = [_grid(len(lookup.out), b, len(own)) for lookup, b in zip(own, bits, strict=True)]
+            bases = np.cumsum([0, *blocks])
+            memory = upload(self.device, np.concatenate([np.ravel(rows), bases]))
+            given = memory.address, len(rows[0]), memory.address + len(rows) * len(rows[0]) * 8, len(rows)
+            lookups.pool(*what).ready(self.device, int(bases[-1]), *given)()
 
     def pool_max(
         self, table: DeviceArray, indices: DeviceArray, offsets: DeviceArray, padding: int
