@@ -1,7 +1,7 @@
 """Embedding tables as modules of torch, whose gradients are never made: what their lookups leave goes to the
 optimizer (see row_gradients.py)."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -47,13 +47,22 @@ class Embedding(torch.nn.Embedding):
 
 
 class _Call:
-    """What a lookup was asked for beside its table and weights."""
+    """What a lookup was asked for beside its table: copies, where gradients may be made of them later, when
+    the caller may have put other numbers in their place."""
 
     def __init__(
-        self, module: torch.nn.Module, indices: torch.Tensor, offsets: torch.Tensor | None, mode: str
+        self,
+        module: torch.nn.Module,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        mode: str,
     ) -> None:
+        if torch.is_grad_enabled():
+            indices, offsets, weights = _copy(indices), _copy(offsets), _copy(weights)
         self.indices = indices
         self.offsets = offsets
+        self.weights = None if weights is None else weights.detach()
         self.mode = mode
         self.padding: Any = module.padding_idx
         self.by_frequency = bool(module.scale_grad_by_freq) and mode != "max"
@@ -62,7 +71,7 @@ class _Call:
         learns = torch.is_grad_enabled() and table.requires_grad
         self.plan: Any = IndexPlan(indices, len(table)) if learns else indices
 
-    def result(self, table: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def result(self, table: torch.Tensor) -> torch.Tensor:
         """What is looked up."""
         if self.offsets is None:
             return fastopt.embedding(table, self.plan)
@@ -71,14 +80,14 @@ class _Call:
             self.plan,
             self.offsets,
             mode=self.mode,
-            per_sample_weights=weights,
+            per_sample_weights=self.weights,
             padding_idx=self.padding,
             include_last_offset=True,
         )
 
-    def lookup(self, values: torch.Tensor, weights: torch.Tensor | None) -> Lookup:
+    def lookup(self, values: torch.Tensor) -> Lookup:
         """What is left of it for the table's gradient."""
-        found = Lookup(self.indices, self.offsets, values, self.mode, weights, self.padding, self.plan)
+        found = Lookup(self.indices, self.offsets, values, self.mode, self.weights, self.padding, self.plan)
         if self.offsets is None and (self.padding is not None or self.by_frequency):
             each = torch.arange(len(self.indices) + 1, device=self.indices.device)
             found = found._replace(offsets=each)
@@ -86,13 +95,20 @@ class _Call:
             found = found.by_frequency()
         return found
 
-    def gradient_of_weights(
-        self, table: torch.Tensor, values: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def gradient_of_weights(self, table: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         gradient = BagGradient(
-            self.plan, self.offsets, values, self.mode, weights, self.padding, include_last_offset=True
+            self.plan, self.offsets, values, self.mode, self.weights, self.padding, include_last_offset=True
         )
         return gradient.per_sample_weights_grad(table)
+
+
+@overload
+def _copy(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _copy(tensor: None) -> None: ...
+def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A contiguous copy, of which autograd knows nothing."""
+    return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 class _Looked(torch.autograd.Function):
@@ -101,21 +117,20 @@ class _Looked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, weights: torch.Tensor | None, call: _Call) -> torch.Tensor:
         ctx.table, ctx.call = weight.detach(), call
-        ctx.weights = None if weights is None else weights.detach()
         if call.mode == "max" or (weights is not None and ctx.needs_input_grad[1]):
             ctx.save_for_backward(weight)  # the backward pass reads it: it may not have changed
-        return call.result(ctx.table, ctx.weights)
+        return call.result(ctx.table)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         ctx.saved_tensors  # noqa: B018  raises if the table has changed, where that matters
-        values = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
+        values = _copy(grad_output)  # which may be the caller's, or the gradient of others, too
         of_table = of_weights = None
         if ctx.needs_input_grad[0]:
-            of_table = RowGradients(ctx.table, [ctx.call.lookup(values, ctx.weights)])
+            of_table = RowGradients(ctx.table, [ctx.call.lookup(values)])
         if ctx.needs_input_grad[1]:
-            of_weights = ctx.call.gradient_of_weights(ctx.table, values, ctx.weights)
+            of_weights = ctx.call.gradient_of_weights(ctx.table, values)
         return of_table, of_weights, None
 
 
@@ -137,13 +152,13 @@ def _embedding_bag(
     elif not module.include_last_offset:
         bounds = torch.cat([bounds, bounds.new_full((1,), indices.numel())])
     weights = None if weights is None else weights.reshape(-1)
-    return _Looked.apply(module.weight, weights, _Call(module, indices, bounds, module.mode))
+    return _Looked.apply(module.weight, weights, _Call(module, indices, bounds, weights, module.mode))
 
 
 @torch.compiler.disable
 def _embedding(module: Embedding, given: torch.Tensor) -> torch.Tensor:
     """The lookup of a module."""
-    found = _Looked.apply(module.weight, None, _Call(module, given.reshape(-1), None, "sum"))
+    found = _Looked.apply(module.weight, None, _Call(module, given.reshape(-1), None, None, "sum"))
     return found.reshape(*given.shape, module.embedding_dim)
 
 
