@@ -4,6 +4,7 @@ optimizer (see row_gradients.py)."""
 from typing import Any, overload
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 import fastopt
@@ -12,13 +13,16 @@ from fastopt.gradients import BagGradient
 from fastopt.torch.kept import takes
 from fastopt.torch.row_gradients import Lookup, RowGradients
 
+_INTEGERS = {torch.int32, torch.int64}
+
 
 class EmbeddingBag(torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` with the lookups and gradients of :func:`fastopt.embedding_bag`.
 
     The arguments are torch's. ``weight.grad`` is a :class:`RowGradients`, which the optimizers of
     :mod:`fastopt.torch` take as it is, and others as a dense gradient; ``sparse`` makes no difference. What
-    fastopt does not take (norms other than L2, other dtypes, strided tables) goes torch's own way.
+    fastopt does not take goes torch's own way: other dtypes, strided tables, nested tensors, what is traced or
+    under transforms of :mod:`torch.func`.
     """
 
     def forward(
@@ -28,9 +32,6 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``torch.nn.EmbeddingBag``."""
-        if not takes(self.weight):
-            return super().forward(input, offsets, per_sample_weights)
-        _limit_norms(self, input)
         return _embedding_bag(self, input, offsets, per_sample_weights)
 
 
@@ -40,9 +41,6 @@ class Embedding(torch.nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See ``torch.nn.Embedding``."""
-        if not takes(self.weight):
-            return super().forward(input)
-        _limit_norms(self, input)
         return _embedding(self, input)
 
 
@@ -141,10 +139,19 @@ def _embedding_bag(
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The pooled lookup of a module."""
-    refused = given.ndim not in (1, 2) or (given.ndim == 1) == (offsets is None)
-    if refused or (weights is not None and (module.mode != "sum" or weights.shape != given.shape)):
-        return torch.nn.EmbeddingBag.forward(module, given, offsets, weights)  # which says why
+    """The pooled lookup of a module, by torch where it is not fastopt's."""
+    if _is_plain(given, module.weight) and _are_bags(module, given, offsets, weights):
+        _limit_norms(module, given)
+        return _pooled(module, given, offsets, weights)
+    return torch.nn.EmbeddingBag.forward(module, given, offsets, weights)
+
+
+def _pooled(
+    module: EmbeddingBag,
+    given: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> torch.Tensor:
     indices = given.reshape(-1)
     bounds = offsets
     if bounds is None:
@@ -157,9 +164,46 @@ def _embedding_bag(
 
 @torch.compiler.disable
 def _embedding(module: Embedding, given: torch.Tensor) -> torch.Tensor:
-    """The lookup of a module."""
+    """The lookup of a module, by torch where it is not fastopt's."""
+    if not _is_plain(given, module.weight) or given.dtype not in _INTEGERS:
+        return torch.nn.Embedding.forward(module, given)
+    _limit_norms(module, given)
     found = _Looked.apply(module.weight, None, _Call(module, given.reshape(-1), None, None, "sum"))
     return found.reshape(*given.shape, module.embedding_dim)
+
+
+def _is_plain(given: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether kernels can read the memory of both tensors, and nobody needs to know how the result is found
+    but for its gradient: no transform of torch.func, derivative in forward mode, or graph that is recorded."""
+    return (
+        type(given) is torch.Tensor
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and takes(table)
+        and given.device == table.device
+    )
+
+
+def _are_bags(
+    module: EmbeddingBag,
+    given: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> bool:
+    """Whether arguments are of the kinds that fastopt takes; of others torch says what is wrong with them."""
+    if offsets is None:
+        fits = given.ndim == 2 and given.dtype in _INTEGERS
+    else:
+        fits = given.ndim == offsets.ndim == 1 and {given.dtype, offsets.dtype} <= _INTEGERS
+    if module.mode == "max":
+        fits = fits and not (module.sparse or module.scale_grad_by_freq)
+    if weights is None:
+        return fits
+    table = module.weight.dtype
+    dtypes = {table, torch.float32} if table.itemsize == 2 else {table}
+    return fits and module.mode == "sum" and weights.shape == given.shape and weights.dtype in dtypes
 
 
 def _limit_norms(module: EmbeddingBag | Embedding, indices: torch.Tensor) -> None:
