@@ -21,8 +21,8 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
 
     The arguments are torch's. ``weight.grad`` is a :class:`RowGradients`, which the optimizers of
     :mod:`fastopt.torch` take as it is, and others as a dense gradient; ``sparse`` makes no difference. What
-    fastopt does not take goes torch's own way: other dtypes, strided tables, nested tensors, what is traced or
-    under transforms of :mod:`torch.func`.
+    fastopt does not take goes torch's own way: other dtypes, strided tables, nested tensors, what is traced
+    or under transforms of :mod:`torch.func`.
     """
 
     def forward(
@@ -141,8 +141,11 @@ def _embedding_bag(
 ) -> torch.Tensor:
     """The pooled lookup of a module, by torch where it is not fastopt's."""
     if _is_plain(given, module.weight) and _are_bags(module, given, offsets, weights):
-        _limit_norms(module, given)
-        return _pooled(module, given, offsets, weights)
+        try:
+            return _pooled(module, given, offsets, weights)
+        except ValueError:
+            if given.is_cuda or not _ascend(offsets, given):  # which torch's kernels would not look at
+                raise
     return torch.nn.EmbeddingBag.forward(module, given, offsets, weights)
 
 
@@ -152,6 +155,7 @@ def _pooled(
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
 ) -> torch.Tensor:
+    _limit_norms(module, given)
     indices = given.reshape(-1)
     bounds = offsets
     if bounds is None:
@@ -165,16 +169,20 @@ def _pooled(
 @torch.compiler.disable
 def _embedding(module: Embedding, given: torch.Tensor) -> torch.Tensor:
     """The lookup of a module, by torch where it is not fastopt's."""
-    if not _is_plain(given, module.weight) or given.dtype not in _INTEGERS:
-        return torch.nn.Embedding.forward(module, given)
-    _limit_norms(module, given)
-    found = _Looked.apply(module.weight, None, _Call(module, given.reshape(-1), None, None, "sum"))
-    return found.reshape(*given.shape, module.embedding_dim)
+    if _is_plain(given, module.weight) and given.dtype in _INTEGERS:
+        try:
+            _limit_norms(module, given)
+            found = _Looked.apply(module.weight, None, _Call(module, given.reshape(-1), None, None, "sum"))
+            return found.reshape(*given.shape, module.embedding_dim)
+        except ValueError:
+            if given.is_cuda:  # where torch's kernels would not look at indices
+                raise
+    return torch.nn.Embedding.forward(module, given)
 
 
 def _is_plain(given: torch.Tensor, table: torch.Tensor) -> bool:
-    """Whether kernels can read the memory of both tensors, and nobody needs to know how the result is found
-    but for its gradient: no transform of torch.func, derivative in forward mode, or graph that is recorded."""
+    """Whether kernels can read the memory of both tensors, and nothing but gradients is asked of the lookup:
+    no transform of torch.func, derivative in forward mode, or graph that is recorded."""
     return (
         type(given) is torch.Tensor
         and not torch.jit.is_tracing()
@@ -204,6 +212,13 @@ def _are_bags(
     table = module.weight.dtype
     dtypes = {table, torch.float32} if table.itemsize == 2 else {table}
     return fits and module.mode == "sum" and weights.shape == given.shape and weights.dtype in dtypes
+
+
+def _ascend(offsets: torch.Tensor | None, indices: torch.Tensor) -> bool:
+    """Whether bags begin in order, and hold all indices."""
+    if offsets is None:
+        return True
+    return len(indices) == 0 if len(offsets) == 0 else bool((offsets.diff() >= 0).all())
 
 
 def _limit_norms(module: EmbeddingBag | Embedding, indices: torch.Tensor) -> None:
