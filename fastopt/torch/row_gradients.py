@@ -126,6 +126,14 @@ class RowGradients(torch.Tensor):
             total += own.dense(self.table)
         return total
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """The dense gradient as an array."""
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> list:
+        """The dense gradient as lists."""
+        return self.dense().tolist()
+
     def gradient(self) -> SparseGradient | torch.Tensor:
         """As the plain optimizers take it: by rows, where it can be."""
         if self.whole is not None:
