@@ -1,9 +1,10 @@
 """Embedding tables as modules of torch, whose gradients are never made: what their lookups leave goes to the
 optimizer (see row_gradients.py)."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 import fastopt
@@ -12,13 +13,16 @@ from fastopt.gradients import BagGradient
 from fastopt.torch.kept import takes
 from fastopt.torch.row_gradients import Lookup, RowGradients
 
+_INTEGERS = {torch.int32, torch.int64}
+
 
 class EmbeddingBag(torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` with the lookups and gradients of :func:`fastopt.embedding_bag`.
 
     The arguments are torch's. ``weight.grad`` is a :class:`RowGradients`, which the optimizers of
     :mod:`fastopt.torch` take as it is, and others as a dense gradient; ``sparse`` makes no difference. What
-    fastopt does not take (norms other than L2, other dtypes, strided tables) goes torch's own way.
+    fastopt does not take goes torch's own way: other dtypes, strided tables, nested tensors, what is traced
+    or under transforms of :mod:`torch.func`.
     """
 
     def forward(
@@ -28,9 +32,6 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``torch.nn.EmbeddingBag``."""
-        if not takes(self.weight):
-            return super().forward(input, offsets, per_sample_weights)
-        _limit_norms(self, input)
         return _embedding_bag(self, input, offsets, per_sample_weights)
 
 
@@ -40,20 +41,26 @@ class Embedding(torch.nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See ``torch.nn.Embedding``."""
-        if not takes(self.weight):
-            return super().forward(input)
-        _limit_norms(self, input)
         return _embedding(self, input)
 
 
 class _Call:
-    """What a lookup was asked for beside its table and weights."""
+    """What a lookup was asked for beside its table: copies, where gradients may be made of them later, when
+    the caller may have put other numbers in their place."""
 
     def __init__(
-        self, module: torch.nn.Module, indices: torch.Tensor, offsets: torch.Tensor | None, mode: str
+        self,
+        module: torch.nn.Module,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        mode: str,
     ) -> None:
+        if torch.is_grad_enabled():
+            indices, offsets, weights = _copy(indices), _copy(offsets), _copy(weights)
         self.indices = indices
         self.offsets = offsets
+        self.weights = None if weights is None else weights.detach()
         self.mode = mode
         self.padding: Any = module.padding_idx
         self.by_frequency = bool(module.scale_grad_by_freq) and mode != "max"
@@ -62,7 +69,7 @@ class _Call:
         learns = torch.is_grad_enabled() and table.requires_grad
         self.plan: Any = IndexPlan(indices, len(table)) if learns else indices
 
-    def result(self, table: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def result(self, table: torch.Tensor) -> torch.Tensor:
         """What is looked up."""
         if self.offsets is None:
             return fastopt.embedding(table, self.plan)
@@ -71,14 +78,14 @@ class _Call:
             self.plan,
             self.offsets,
             mode=self.mode,
-            per_sample_weights=weights,
+            per_sample_weights=self.weights,
             padding_idx=self.padding,
             include_last_offset=True,
         )
 
-    def lookup(self, values: torch.Tensor, weights: torch.Tensor | None) -> Lookup:
+    def lookup(self, values: torch.Tensor) -> Lookup:
         """What is left of it for the table's gradient."""
-        found = Lookup(self.indices, self.offsets, values, self.mode, weights, self.padding, self.plan)
+        found = Lookup(self.indices, self.offsets, values, self.mode, self.weights, self.padding, self.plan)
         if self.offsets is None and (self.padding is not None or self.by_frequency):
             each = torch.arange(len(self.indices) + 1, device=self.indices.device)
             found = found._replace(offsets=each)
@@ -86,13 +93,20 @@ class _Call:
             found = found.by_frequency()
         return found
 
-    def gradient_of_weights(
-        self, table: torch.Tensor, values: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def gradient_of_weights(self, table: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         gradient = BagGradient(
-            self.plan, self.offsets, values, self.mode, weights, self.padding, include_last_offset=True
+            self.plan, self.offsets, values, self.mode, self.weights, self.padding, include_last_offset=True
         )
         return gradient.per_sample_weights_grad(table)
+
+
+@overload
+def _copy(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _copy(tensor: None) -> None: ...
+def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A contiguous copy, of which autograd knows nothing."""
+    return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 class _Looked(torch.autograd.Function):
@@ -101,21 +115,20 @@ class _Looked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, weights: torch.Tensor | None, call: _Call) -> torch.Tensor:
         ctx.table, ctx.call = weight.detach(), call
-        ctx.weights = None if weights is None else weights.detach()
         if call.mode == "max" or (weights is not None and ctx.needs_input_grad[1]):
             ctx.save_for_backward(weight)  # the backward pass reads it: it may not have changed
-        return call.result(ctx.table, ctx.weights)
+        return call.result(ctx.table)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         ctx.saved_tensors  # noqa: B018  raises if the table has changed, where that matters
-        values = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
+        values = _copy(grad_output)  # which may be the caller's, or the gradient of others, too
         of_table = of_weights = None
         if ctx.needs_input_grad[0]:
-            of_table = RowGradients(ctx.table, [ctx.call.lookup(values, ctx.weights)])
+            of_table = RowGradients(ctx.table, [ctx.call.lookup(values)])
         if ctx.needs_input_grad[1]:
-            of_weights = ctx.call.gradient_of_weights(ctx.table, values, ctx.weights)
+            of_weights = ctx.call.gradient_of_weights(ctx.table, values)
         return of_table, of_weights, None
 
 
@@ -126,10 +139,23 @@ def _embedding_bag(
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The pooled lookup of a module."""
-    refused = given.ndim not in (1, 2) or (given.ndim == 1) == (offsets is None)
-    if refused or (weights is not None and (module.mode != "sum" or weights.shape != given.shape)):
-        return torch.nn.EmbeddingBag.forward(module, given, offsets, weights)  # which says why
+    """The pooled lookup of a module, by torch where it is not fastopt's."""
+    if _is_plain(given, module.weight) and _are_bags(module, given, offsets, weights):
+        try:
+            return _pooled(module, given, offsets, weights)
+        except ValueError:
+            if given.is_cuda or not _ascend(offsets, given):  # which torch's kernels would not look at
+                raise
+    return torch.nn.EmbeddingBag.forward(module, given, offsets, weights)
+
+
+def _pooled(
+    module: EmbeddingBag,
+    given: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> torch.Tensor:
+    _limit_norms(module, given)
     indices = given.reshape(-1)
     bounds = offsets
     if bounds is None:
@@ -137,14 +163,64 @@ def _embedding_bag(
     elif not module.include_last_offset:
         bounds = torch.cat([bounds, bounds.new_full((1,), indices.numel())])
     weights = None if weights is None else weights.reshape(-1)
-    return _Looked.apply(module.weight, weights, _Call(module, indices, bounds, module.mode))
+    return _Looked.apply(module.weight, weights, _Call(module, indices, bounds, weights, module.mode))
 
 
 @torch.compiler.disable
 def _embedding(module: Embedding, given: torch.Tensor) -> torch.Tensor:
-    """The lookup of a module."""
-    found = _Looked.apply(module.weight, None, _Call(module, given.reshape(-1), None, "sum"))
-    return found.reshape(*given.shape, module.embedding_dim)
+    """The lookup of a module, by torch where it is not fastopt's."""
+    if _is_plain(given, module.weight) and given.dtype in _INTEGERS:
+        try:
+            _limit_norms(module, given)
+            found = _Looked.apply(module.weight, None, _Call(module, given.reshape(-1), None, None, "sum"))
+            return found.reshape(*given.shape, module.embedding_dim)
+        except ValueError:
+            if given.is_cuda:  # where torch's kernels would not look at indices
+                raise
+    return torch.nn.Embedding.forward(module, given)
+
+
+def _is_plain(given: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether kernels can read the memory of both tensors, and nothing but gradients is asked of the lookup:
+    no transform of torch.func, derivative in forward mode, or graph that is recorded."""
+    return (
+        type(given) is torch.Tensor
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and takes(table)
+        and given.device == table.device
+    )
+
+
+def _are_bags(
+    module: EmbeddingBag,
+    given: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> bool:
+    """Whether arguments are of the kinds that fastopt takes; of others torch says what is wrong with them."""
+    if offsets is None:
+        fits = given.ndim == 2 and given.dtype in _INTEGERS
+    else:
+        fits = given.ndim == offsets.ndim == 1 and {given.dtype, offsets.dtype} <= _INTEGERS
+    if module.mode == "max":
+        fits = fits and not (module.sparse or module.scale_grad_by_freq)
+        # The rows that maxima come from are found when a gradient is used: none may be scaled before.
+        fits = fits and module.max_norm is None
+    if weights is None:
+        return fits
+    table = module.weight.dtype
+    dtypes = {table, torch.float32} if table.itemsize == 2 else {table}
+    return fits and module.mode == "sum" and weights.shape == given.shape and weights.dtype in dtypes
+
+
+def _ascend(offsets: torch.Tensor | None, indices: torch.Tensor) -> bool:
+    """Whether bags begin in order, and hold all indices."""
+    if offsets is None:
+        return True
+    return len(indices) == 0 if len(offsets) == 0 else bool((offsets.diff() >= 0).all())
 
 
 def _limit_norms(module: EmbeddingBag | Embedding, indices: torch.Tensor) -> None:

@@ -22,9 +22,10 @@ _SUMS = _aten.add.Tensor, _aten.add_.Tensor
 class Lookup(NamedTuple):
     """One lookup, and the gradient of its result.
 
-    indices: 1-D, int32 or int64. offsets: int64 [bags + 1], None where each index is looked up alone. values:
-    [bags, dim], or [indices, dim]. mode: "sum", "mean" or "max". weights: one for each index, with "sum"
-    alone, or None. padding: a row that counts for nothing, or None. plan: of the indices.
+    indices: 1-D, int32 or int64. offsets: int32 or int64 [bags + 1], None where each index is looked up
+    alone. values: [bags, dim], or [indices, dim]. mode: "sum", "mean" or "max". weights: one for each index,
+    with "sum" alone, or None. padding: a row that counts for nothing, or None. plan: of the indices. All are
+    contiguous, and nobody else writes to them: they are read when the gradient is used.
     """
 
     indices: torch.Tensor
@@ -124,6 +125,14 @@ class RowGradients(torch.Tensor):
         for own in self.lookups:
             total += own.dense(self.table)
         return total
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The dense gradient as an array."""
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> list:
+        """The dense gradient as lists."""
+        return self.dense().tolist()
 
     def gradient(self) -> SparseGradient | torch.Tensor:
         """As the plain optimizers take it: by rows, where it can be."""
