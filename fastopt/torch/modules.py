@@ -212,8 +212,6 @@ def _are_bags(
         fits = given.ndim == offsets.ndim == 1 and {given.dtype, offsets.dtype} <= _INTEGERS
     if module.mode == "max":
         fits = fits and not (module.sparse or module.scale_grad_by_freq)
-        # The rows that maxima come from are found when a gradient is used: none may be scaled before.
-        fits = fits and module.max_norm is None
     if weights is None:
         return fits
     dtypes = {table.dtype, torch.float32} if table.dtype.itemsize == 2 else {table.dtype}
