@@ -51,6 +51,7 @@ class _Call:
     def __init__(
         self,
         module: torch.nn.Module,
+        table: torch.Tensor,
         indices: torch.Tensor,
         offsets: torch.Tensor | None,
         weights: torch.Tensor | None,
@@ -65,7 +66,6 @@ class _Call:
         self.padding: Any = module.padding_idx
         self.by_frequency = bool(module.scale_grad_by_freq) and mode != "max"
         # Sorted at once where the backward pass needs it; a lookup alone does not.
-        table: Any = module.weight
         learns = torch.is_grad_enabled() and table.requires_grad
         self.plan: Any = IndexPlan(indices, len(table)) if learns else indices
 
@@ -140,9 +140,10 @@ def _embedding_bag(
     weights: torch.Tensor | None,
 ) -> torch.Tensor:
     """The pooled lookup of a module, by torch where it is not fastopt's."""
-    if _is_plain(given, module.weight) and _are_bags(module, given, offsets, weights):
+    table = module.weight  # read once: it may be computed
+    if _is_plain(given, table) and _are_bags(module, table, given, offsets, weights):
         try:
-            return _pooled(module, given, offsets, weights)
+            return _pooled(module, table, given, offsets, weights)
         except ValueError:
             if given.is_cuda or not _ascend(offsets, given):  # which torch's kernels would not look at
                 raise
@@ -151,11 +152,12 @@ def _embedding_bag(
 
 def _pooled(
     module: EmbeddingBag,
+    table: torch.Tensor,
     given: torch.Tensor,
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
 ) -> torch.Tensor:
-    _limit_norms(module, given)
+    _limit_norms(module, table, given)
     indices = given.reshape(-1)
     bounds = offsets
     if bounds is None:
@@ -163,16 +165,18 @@ def _pooled(
     elif not module.include_last_offset:
         bounds = torch.cat([bounds, bounds.new_full((1,), indices.numel())])
     weights = None if weights is None else weights.reshape(-1)
-    return _Looked.apply(module.weight, weights, _Call(module, indices, bounds, weights, module.mode))
+    return _Looked.apply(table, weights, _Call(module, table, indices, bounds, weights, module.mode))
 
 
 @torch.compiler.disable
 def _embedding(module: Embedding, given: torch.Tensor) -> torch.Tensor:
     """The lookup of a module, by torch where it is not fastopt's."""
-    if _is_plain(given, module.weight) and given.dtype in _INTEGERS:
+    table = module.weight  # read once: it may be computed
+    if _is_plain(given, table) and given.dtype in _INTEGERS:
         try:
-            _limit_norms(module, given)
-            found = _Looked.apply(module.weight, None, _Call(module, given.reshape(-1), None, None, "sum"))
+            _limit_norms(module, table, given)
+            call = _Call(module, table, given.reshape(-1), None, None, "sum")
+            found = _Looked.apply(table, None, call)
             return found.reshape(*given.shape, module.embedding_dim)
         except ValueError:
             if given.is_cuda:  # where torch's kernels would not look at indices
@@ -196,6 +200,7 @@ def _is_plain(given: torch.Tensor, table: torch.Tensor) -> bool:
 
 def _are_bags(
     module: EmbeddingBag,
+    table: torch.Tensor,
     given: torch.Tensor,
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
@@ -207,12 +212,9 @@ def _are_bags(
         fits = given.ndim == offsets.ndim == 1 and {given.dtype, offsets.dtype} <= _INTEGERS
     if module.mode == "max":
         fits = fits and not (module.sparse or module.scale_grad_by_freq)
-        # The rows that maxima come from are found when a gradient is used: none may be scaled before.
-        fits = fits and module.max_norm is None
     if weights is None:
         return fits
-    table = module.weight.dtype
-    dtypes = {table, torch.float32} if table.itemsize == 2 else {table}
+    dtypes = {table.dtype, torch.float32} if table.dtype.itemsize == 2 else {table.dtype}
     return fits and module.mode == "sum" and weights.shape == given.shape and weights.dtype in dtypes
 
 
@@ -223,8 +225,8 @@ def _ascend(offsets: torch.Tensor | None, indices: torch.Tensor) -> bool:
     return len(indices) == 0 if len(offsets) == 0 else bool((offsets.diff() >= 0).all())
 
 
-def _limit_norms(module: EmbeddingBag | Embedding, indices: torch.Tensor) -> None:
+def _limit_norms(module: EmbeddingBag | Embedding, table: torch.Tensor, indices: torch.Tensor) -> None:
     """Scale rows that are too long down, as torch does."""
     if module.max_norm is not None:
         with torch.no_grad():
-            torch.embedding_renorm_(module.weight, indices.contiguous(), module.max_norm, module.norm_type)
+            torch.embedding_renorm_(table, indices.contiguous(), module.max_norm, module.norm_type)

@@ -44,8 +44,8 @@ class Lookup(NamedTuple):
         return BagGradient(self.plan, self.offsets, self.values, *own, include_last_offset=True)
 
     def dense(self, table: torch.Tensor) -> torch.Tensor:
-        """As a tensor of the table's shape."""
-        total = torch.zeros_like(table)
+        """As a tensor of the table's shape, in the dtype that sums are computed in."""
+        total = torch.zeros_like(table, dtype=_computed_with(table))
         if self.mode == "max":
             assert self.offsets is not None
             offsets = self.offsets.to(self.indices.dtype)
@@ -54,10 +54,10 @@ class Lookup(NamedTuple):
                 table, self.indices, offsets, False, _MAX, False, None, True, padding
             )
             filled = sizes[: len(self.values)] > 0
-            return total.scatter_add_(0, rows[filled].to(torch.int64), self.values[filled])
+            return total.scatter_add_(0, rows[filled].to(torch.int64), self.values[filled].to(total.dtype))
         counting, bags, _ = self._counted()
-        weights = self.weights_of_all()[counting].to(self.values.dtype)
-        return total.index_add_(0, self.indices[counting], self.values[bags[counting]] * weights[:, None])
+        values = self.values[bags[counting]] * self.weights_of_all()[counting, None]
+        return total.index_add_(0, self.indices[counting], values)
 
     def by_frequency(self) -> "Lookup":
         """The same with the gradient of each index divided by how often it is named; not for "max"."""
@@ -78,14 +78,20 @@ class Lookup(NamedTuple):
         return counting, bags, torch.bincount(bags[counting], minlength=len(self.values))
 
     def weights_of_all(self) -> torch.Tensor:
-        """The weight of each index; not for "max"."""
+        """The weight of each index, not rounded to 16 bits; not for "max"."""
+        dtype = _computed_with(self.values)
         if self.weights is not None:
-            return self.weights
-        weights = self.values.new_ones(len(self.indices))
+            return self.weights.to(dtype)
+        weights = self.values.new_ones(len(self.indices), dtype=dtype)
         if self.mode == "mean":
             _, bags, lengths = self._counted()
             weights = weights / lengths[bags].clamp(min=1)
         return weights
+
+
+def _computed_with(table: torch.Tensor) -> torch.dtype:
+    """The dtype that a table's gradients are added up in."""
+    return torch.float32 if table.dtype.itemsize == 2 else table.dtype
 
 
 class RowGradients(torch.Tensor):
@@ -121,10 +127,10 @@ class RowGradients(torch.Tensor):
         """The dense gradient."""
         if self.whole is not None:
             return self.whole
-        total = torch.zeros_like(self.table)
+        total = torch.zeros_like(self.table, dtype=_computed_with(self.table))
         for own in self.lookups:
             total += own.dense(self.table)
-        return total
+        return total.to(self.table.dtype)
 
     def numpy(self, *, force: bool = False) -> Any:
         """The dense gradient as an array."""
