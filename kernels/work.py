@@ -97,10 +97,10 @@ class PooledLookup(NamedTuple):
 class TableGradient(NamedTuple):
     """The gradient of a table, as the rows of ``values`` that add up to the gradient of each row.
 
-    values: [any number, dim], of the dtype computed with; on the host, rows may lie apart. source, weights: for each position in the order of
-    the segments the row of ``values`` and a factor on it, or None where position k has row k, and where there
-    are no factors. winners: int32 like ``values``, or None: only those elements count whose winner is the
-    position itself. skipped: a row that gets no gradient, or -1.
+    values: [any number, dim], of the dtype computed with; on the host, rows may lie apart. source, weights:
+    for each position in the order of the segments the row of ``values`` and a factor on it, or None where
+    position k has row k, and where there are no factors. winners: int32 [any number, dim], or None: only
+    those elements count whose winner is the position itself. skipped: a row that gets no gradient, or -1.
     """
 
     values: Array

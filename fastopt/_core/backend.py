@@ -211,8 +211,8 @@ class Backend(Protocol):
         """Clip each element, of 16 bits too, to [-limit, limit], in place."""
 
     def widen(self, array: Array) -> Array:
-        """``array``, in float32 if it is of 16 bits. The rows of a matrix may lie apart, where kernels of rows
-        take such; else they are copied."""
+        """``array``, in float32 if it is of 16 bits. The rows of a matrix may lie apart, and are brought
+        together where kernels of rows do not take such."""
 
     def reblock(
         self,

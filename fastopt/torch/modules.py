@@ -1,17 +1,11 @@
 """Embedding tables as modules of torch, whose gradients are never made: what their lookups leave goes to the
 optimizer (see row_gradients.py)."""
 
-from typing import Any, overload
-
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
-import fastopt
-from fastopt._core.indices import IndexPlan
-from fastopt.gradients import BagGradient
 from fastopt.torch.kept import takes
-from fastopt.torch.row_gradients import Lookup, RowGradients
+from fastopt.torch.lookups import Call, look_up
 
 _INTEGERS = {torch.int32, torch.int64}
 
@@ -44,94 +38,6 @@ class Embedding(torch.nn.Embedding):
         return _embedding(self, input)
 
 
-class _Call:
-    """What a lookup was asked for beside its table: copies, where gradients may be made of them later, when
-    the caller may have put other numbers in their place."""
-
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        table: torch.Tensor,
-        indices: torch.Tensor,
-        offsets: torch.Tensor | None,
-        weights: torch.Tensor | None,
-        mode: str,
-    ) -> None:
-        if torch.is_grad_enabled():
-            indices, offsets, weights = _copy(indices), _copy(offsets), _copy(weights)
-        self.indices = indices
-        self.offsets = offsets
-        self.weights = None if weights is None else weights.detach()
-        self.mode = mode
-        self.padding: Any = module.padding_idx
-        self.by_frequency = bool(module.scale_grad_by_freq) and mode != "max"
-        # Sorted at once where the backward pass needs it; a lookup alone does not.
-        learns = torch.is_grad_enabled() and table.requires_grad
-        self.plan: Any = IndexPlan(indices, len(table)) if learns else indices
-
-    def result(self, table: torch.Tensor) -> torch.Tensor:
-        """What is looked up."""
-        if self.offsets is None:
-            return fastopt.embedding(table, self.plan)
-        return fastopt.embedding_bag(
-            table,
-            self.plan,
-            self.offsets,
-            mode=self.mode,
-            per_sample_weights=self.weights,
-            padding_idx=self.padding,
-            include_last_offset=True,
-        )
-
-    def lookup(self, values: torch.Tensor) -> Lookup:
-        """What is left of it for the table's gradient."""
-        found = Lookup(self.indices, self.offsets, values, self.mode, self.weights, self.padding, self.plan)
-        if self.offsets is None and (self.padding is not None or self.by_frequency):
-            each = torch.arange(len(self.indices) + 1, device=self.indices.device)
-            found = found._replace(offsets=each)
-        if self.by_frequency:
-            found = found.by_frequency()
-        return found
-
-    def gradient_of_weights(self, table: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        gradient = BagGradient(
-            self.plan, self.offsets, values, self.mode, self.weights, self.padding, include_last_offset=True
-        )
-        return gradient.per_sample_weights_grad(table)
-
-
-@overload
-def _copy(tensor: torch.Tensor) -> torch.Tensor: ...
-@overload
-def _copy(tensor: None) -> None: ...
-def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A contiguous copy, of which autograd knows nothing."""
-    return None if tensor is None else tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-class _Looked(torch.autograd.Function):
-    """A lookup, and what it leaves in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, weights: torch.Tensor | None, call: _Call) -> torch.Tensor:
-        ctx.table, ctx.call = weight.detach(), call
-        if call.mode == "max" or (weights is not None and ctx.needs_input_grad[1]):
-            ctx.save_for_backward(weight)  # the backward pass reads it: it may not have changed
-        return call.result(ctx.table)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
-        ctx.saved_tensors  # noqa: B018  raises if the table has changed, where that matters
-        values = _copy(grad_output)  # which may be the caller's, or the gradient of others, too
-        of_table = of_weights = None
-        if ctx.needs_input_grad[0]:
-            of_table = RowGradients(ctx.table, [ctx.call.lookup(values)])
-        if ctx.needs_input_grad[1]:
-            of_weights = ctx.call.gradient_of_weights(ctx.table, values)
-        return of_table, of_weights, None
-
-
 @torch.compiler.disable
 def _embedding_bag(
     module: EmbeddingBag,
@@ -157,15 +63,9 @@ def _pooled(
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
 ) -> torch.Tensor:
+    call = Call(module, table, given, offsets, weights, pooled=True)
     _limit_norms(module, table, given)
-    indices = given.reshape(-1)
-    bounds = offsets
-    if bounds is None:
-        bounds = torch.arange(given.shape[0] + 1, device=given.device) * given.shape[1]
-    elif not module.include_last_offset:
-        bounds = torch.cat([bounds, bounds.new_full((1,), indices.numel())])
-    weights = None if weights is None else weights.reshape(-1)
-    return _Looked.apply(table, weights, _Call(module, table, indices, bounds, weights, module.mode))
+    return look_up([call])
 
 
 @torch.compiler.disable
@@ -174,10 +74,9 @@ def _embedding(module: Embedding, given: torch.Tensor) -> torch.Tensor:
     table = module.weight  # read once: it may be computed
     if _is_plain(given, table) and given.dtype in _INTEGERS:
         try:
+            call = Call(module, table, given, pooled=False)
             _limit_norms(module, table, given)
-            call = _Call(module, table, given.reshape(-1), None, None, "sum")
-            found = _Looked.apply(table, None, call)
-            return found.reshape(*given.shape, module.embedding_dim)
+            return look_up([call]).reshape(*given.shape, module.embedding_dim)
         except ValueError:
             if given.is_cuda:  # where torch's kernels would not look at indices
                 raise

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastopt._core.indices import IndexPlan
-from fastopt.gradients import BagGradient, IndexedSlices, SparseGradient, SumOfGradients
+from fastopt._core.arrays import array_view, tensor_over
+from fastopt._core.indices import Indices
+from fastopt.gradients import IndexedSlices, SparseGradient, SumOfGradients
+from fastopt.gradients.pooling import Bags
+from fastopt.gradients.rows import RowGradient
 
 _aten = torch.ops.aten
 _MAX = 2  # torch's number of the mode
@@ -22,71 +25,85 @@ _SUMS = _aten.add.Tensor, _aten.add_.Tensor
 class Lookup(NamedTuple):
     """One lookup, and the gradient of its result.
 
-    indices: 1-D, int32 or int64. offsets: int32 or int64 [bags + 1], None where each index is looked up
-    alone. values: [bags, dim], or [indices, dim]. mode: "sum", "mean" or "max". weights: one for each index,
-    with "sum" alone, or None. padding: a row that counts for nothing, or None. plan: of the indices. All are
-    contiguous, and nobody else writes to them: they are read when the gradient is used.
+    indices: of the table's rows. bags: whose rows were pooled, None where each was looked up alone. values:
+    [bags, dim], or [indices, dim], whose rows may lie apart. Nobody else writes to these: they are read when
+    the gradient is used.
     """
 
-    indices: torch.Tensor
-    offsets: torch.Tensor | None
+    indices: Indices
+    bags: Bags | None
     values: torch.Tensor
-    mode: str
-    weights: torch.Tensor | None
-    padding: int | None
-    plan: IndexPlan
 
-    def gradient(self) -> SparseGradient:
+    def gradient(self) -> "LookupGradient":
         """As the plain optimizers take it."""
-        if self.offsets is None:
-            return IndexedSlices(self.plan, self.values)
-        own = self.mode, self.weights, self.padding
-        return BagGradient(self.plan, self.offsets, self.values, *own, include_last_offset=True)
+        return LookupGradient(self)
 
     def dense(self, table: torch.Tensor) -> torch.Tensor:
         """As a tensor of the table's shape, in the dtype that sums are computed in."""
+        values, indices = self.values, tensor_over(self.indices.flat)
         total = torch.zeros_like(table, dtype=_computed_with(table))
-        if self.mode == "max":
-            assert self.offsets is not None
-            offsets = self.offsets.to(self.indices.dtype)
-            padding = -1 if self.padding is None else self.padding
+        if self.bags is not None and self.bags.mode == "max":
+            offsets = tensor_over(self.bags.offsets).to(indices.dtype)
             _, _, sizes, rows = torch._embedding_bag(
-                table, self.indices, offsets, False, _MAX, False, None, True, padding
+                table, indices, offsets, False, _MAX, False, None, True, self.bags.padding
             )
-            filled = sizes[: len(self.values)] > 0
-            return total.scatter_add_(0, rows[filled].to(torch.int64), self.values[filled].to(total.dtype))
+            filled = sizes[: len(values)] > 0
+            return total.scatter_add_(0, rows[filled].to(torch.int64), values[filled].to(total.dtype))
         counting, bags, _ = self._counted()
-        values = self.values[bags[counting]] * self.weights_of_all()[counting, None]
-        return total.index_add_(0, self.indices[counting], values)
+        values = values[bags[counting]] * self.weights_of_all()[counting, None]
+        return total.index_add_(0, indices[counting], values)
 
     def by_frequency(self) -> "Lookup":
-        """The same with the gradient of each index divided by how often it is named; not for "max"."""
+        """The same with the gradient of each index divided by how often it is named; pooled, and not for
+        "max"."""
+        assert self.bags is not None
         weights = self.weights_of_all()
-        _, positions, counts = self.indices.unique(return_inverse=True, return_counts=True)
-        return self._replace(mode="sum", weights=weights / counts[positions])
+        _, positions, counts = tensor_over(self.indices.flat).unique(return_inverse=True, return_counts=True)
+        weights = array_view(weights / counts[positions], "weights")
+        return self._replace(bags=Bags(self.indices, self.bags.offsets, "sum", weights, self.bags.padding))
 
     def _counted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Whether each index counts, its bag, and how many of each bag count."""
-        if self.offsets is None:
-            bags = torch.arange(len(self.indices), device=self.indices.device)
+        indices = tensor_over(self.indices.flat)
+        if self.bags is None:
+            bags = torch.arange(len(indices), device=indices.device)
         else:
-            lengths = self.offsets.diff().to(torch.int64)
+            lengths = tensor_over(self.bags.offsets).diff()
             bags = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         counting = torch.ones_like(bags, dtype=torch.bool)
-        if self.padding is not None:
-            counting = self.indices != self.padding
+        if self.bags is not None and self.bags.padding >= 0:
+            counting = indices != self.bags.padding
         return counting, bags, torch.bincount(bags[counting], minlength=len(self.values))
 
     def weights_of_all(self) -> torch.Tensor:
         """The weight of each index, not rounded to 16 bits; not for "max"."""
-        dtype = _computed_with(self.values)
-        if self.weights is not None:
-            return self.weights.to(dtype)
-        weights = self.values.new_ones(len(self.indices), dtype=dtype)
-        if self.mode == "mean":
+        if self.bags is not None and self.bags.weights is not None:
+            return tensor_over(self.bags.weights)
+        weights = self.values.new_ones(self.indices.flat.size, dtype=_computed_with(self.values))
+        if self.bags is not None and self.bags.mode == "mean":
             _, bags, lengths = self._counted()
             weights = weights / lengths[bags].clamp(min=1)
         return weights
+
+
+class LookupGradient(SparseGradient):
+    """What one lookup adds to the gradient of its table."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup = lookup
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The gradient of its result."""
+        return self._lookup.values
+
+    def numbers(self, label: str) -> tuple[torch.Tensor, str]:
+        """The gradient of its result."""
+        return self.values, label
+
+    def checked(self, label: str, rows: int | None) -> RowGradient:
+        """The gradient with its bags, which the lookup has checked."""
+        return RowGradient(array_view(self.values, label), self._lookup.indices, self._lookup.bags)
 
 
 def _computed_with(table: torch.Tensor) -> torch.dtype:

@@ -252,7 +252,6 @@ def pool(kind: Format, like: np.dtype, length: int) -> Any:
     are left out of sums, and counted by means.
     """
     columns_of_bag = register_jitable(_pool_columns(kind, like, length))
-    row_size = kind.itemsize(like)
 
     def pool(lookups, columns, bases, count):
         block = np.int64(cuda.blockIdx.x)

@@ -1,0 +1,170 @@
+"""Lookups in tables that are parameters of torch, and what they leave for the optimizer in the backward
+pass."""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastopt._core.arrays import array_view, tensor_over
+from fastopt._core.backend import backend_of
+from fastopt._core.indices import Indices, sort_together
+from fastopt.gradients import BagGradient
+from fastopt.gradients.pooling import Bags, checked_bags, weights_dtypes
+from fastopt.torch.memory import DTYPES
+from fastopt.torch.row_gradients import Lookup, RowGradients
+
+
+class Call:
+    """What one lookup is asked for, checked.
+
+    Of what the caller gave there are copies where gradients may be made of it later, when other numbers may
+    be in its place.
+
+    Args:
+        module: an ``EmbeddingBag`` or ``Embedding`` of torch, whose options count. table: its weight.
+        indices, offsets, weights: as its ``forward`` takes them.
+        pooled: whether rows are pooled.
+
+    Attributes:
+        table, weights: as given, the latter a copy. indices: checked. bags: of a pooled lookup.
+
+    Raises:
+        ValueError: an index is out of range, or offsets are not those of bags.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        table: torch.Tensor,
+        indices: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        *,
+        pooled: bool,
+    ) -> None:
+        if torch.is_grad_enabled():
+            indices, weights = _copy(indices), None if weights is None else _copy(weights)
+        self.table = table
+        self.weights = weights
+        self._padding = module.padding_idx
+        self._by_frequency = bool(module.scale_grad_by_freq) and not (pooled and module.mode == "max")
+        self.bags: Bags | None = None
+        if pooled:
+            given = SimpleNamespace(
+                indices=indices,
+                offsets=offsets,
+                mode=module.mode,
+                per_sample_weights=weights,
+                padding_idx=module.padding_idx,
+                include_last_offset=module.include_last_offset and offsets is not None,
+                check_indices=True,
+            )
+            self.bags = checked_bags(given, "", len(table), weights_dtypes(DTYPES[table.dtype]))
+            self.indices = self.bags.indices
+        else:
+            self.indices = Indices.checked(indices, "indices", len(table))
+
+    @property
+    def rows(self) -> int:
+        """How many rows the result has."""
+        return self.indices.flat.size if self.bags is None else self.bags.count
+
+    @property
+    def reads_table(self) -> bool:
+        """Whether the table is read once more where the gradient is used."""
+        return self.bags is not None and self.bags.mode == "max"
+
+    def lookup(self, values: torch.Tensor) -> Lookup:
+        """What is left of it for the table's gradient, ``values`` being that of the result."""
+        bags, own = self.bags, self.indices
+        if bags is None and (self._by_frequency or self._padding is not None):
+            offsets = backend_of(own.array).regular_offsets(own.flat.size, 1)
+            bags = Bags(own, offsets, "sum", None, -1 if self._padding is None else self._padding)
+        found = Lookup(own, bags, values)
+        return found.by_frequency() if self._by_frequency else found
+
+    def gradient_of_weights(self, values: torch.Tensor) -> torch.Tensor:
+        """The gradient of the weights of a pooled lookup."""
+        bags = self.bags
+        assert bags is not None and self.weights is not None
+        gradient = BagGradient(
+            Indices(self.indices.flat, self.indices.rows),
+            tensor_over(bags.offsets),
+            values.contiguous(),
+            bags.mode,
+            self.weights.reshape(-1),
+            None if bags.padding < 0 else bags.padding,
+            include_last_offset=True,
+        )
+        return gradient.per_sample_weights_grad(self.table.detach()).reshape(self.weights.shape)
+
+
+def look_up(calls: Sequence[Call]) -> torch.Tensor:
+    """The results of lookups side by side, [rows, sum of dims]; all have as many rows, and their tables one
+    dtype and device."""
+    weights = [call.weights for call in _weighted(calls)]
+    return _LookedUp.apply(calls, *(call.table for call in calls), *weights)
+
+
+class _LookedUp(torch.autograd.Function):
+    """Lookups, and what they leave in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, calls: Sequence[Call], *given: torch.Tensor) -> torch.Tensor:
+        ctx.calls = calls
+        of_weights = ctx.needs_input_grad[1 + len(calls) :]
+        reread = [call.table for call in calls if call.reads_table]
+        reread += [call.table for call, needed in zip(_weighted(calls), of_weights, strict=True) if needed]
+        ctx.save_for_backward(*reread)  # the backward pass reads them: they may not have changed
+        return _results(calls)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
+        ctx.saved_tensors  # noqa: B018  raises if a table has changed, where that matters
+        calls: Sequence[Call] = ctx.calls
+        needed = ctx.needs_input_grad[1:]
+        grad_output = _copy(grad_output)  # which may be the caller's, or the gradient of others, too
+        values = dict(zip(calls, grad_output.split([call.table.shape[1] for call in calls], 1), strict=True))
+        sort_together([call.indices for call, learns in zip(calls, needed, strict=False) if learns])
+        of_tables = (
+            RowGradients(call.table, [call.lookup(values[call])]) if learns else None
+            for call, learns in zip(calls, needed, strict=False)
+        )
+        of_weights = (
+            call.gradient_of_weights(values[call]) if learns else None
+            for call, learns in zip(_weighted(calls), needed[len(calls) :], strict=True)
+        )
+        return None, *of_tables, *of_weights
+
+
+def _weighted(calls: Sequence[Call]) -> list[Call]:
+    return [call for call in calls if call.weights is not None]
+
+
+def _results(calls: Sequence[Call]) -> torch.Tensor:
+    """What is looked up."""
+    tables = [array_view(call.table.detach(), "table") for call in calls]
+    backend = backend_of(tables[0])
+    bounds = [*accumulate((table.shape[1] for table in tables), initial=0)]
+    out = backend.empty((calls[0].rows, bounds[-1]), tables[0].dtype)
+    columns = [out[:, a:b] for a, b in pairwise(bounds)]
+    pooled = []
+    for call, table, own in zip(calls, tables, columns, strict=True):
+        if call.bags is None:
+            own[...] = backend.gather(table, call.indices.flat)
+        elif call.bags.mode == "max":
+            own[...] = call.bags.pool_max(table)[0]
+        else:
+            pooled.append(call.bags.lookup(table, own))
+    backend.pool(pooled)
+    return tensor_over(out)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy."""
+    return tensor.clone(memory_format=torch.contiguous_format)
