@@ -14,6 +14,7 @@ from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices, sort_together
 from fastopt.gradients import BagGradient
 from fastopt.gradients.pooling import Bags, checked_bags, weights_dtypes
+from fastopt.torch import fused
 from fastopt.torch.memory import DTYPES
 from fastopt.torch.row_gradients import Lookup, RowGradients
 
@@ -30,7 +31,8 @@ class Call:
         pooled: whether rows are pooled.
 
     Attributes:
-        table, weights: as given, the latter a copy. indices: checked. bags: of a pooled lookup.
+        table, weights: as given, the latter a copy. indices: checked. bags: of a pooled lookup. fused:
+            whether the backward pass updates the table.
 
     Raises:
         ValueError: an index is out of range, or offsets are not those of bags.
@@ -50,6 +52,7 @@ class Call:
             indices, weights = _copy(indices), None if weights is None else _copy(weights)
         self.table = table
         self.weights = weights
+        self.fused = bool(getattr(module, "fused", False))
         self._padding = module.padding_idx
         self._by_frequency = bool(module.scale_grad_by_freq) and not (pooled and module.mode == "max")
         self.bags: Bags | None = None
@@ -128,18 +131,20 @@ class _LookedUp(torch.autograd.Function):
         ctx.saved_tensors  # noqa: B018  raises if a table has changed, where that matters
         calls: Sequence[Call] = ctx.calls
         needed = ctx.needs_input_grad[1:]
-        grad_output = _copy(grad_output)  # which may be the caller's, or the gradient of others, too
+        learning = [call for call, learns in zip(calls, needed, strict=False) if learns]
+        if not all(call.fused for call in learning):
+            grad_output = _copy(grad_output)  # which may be the caller's, or the gradient of others, too
+        elif grad_output.stride(1) != 1:
+            grad_output = grad_output.contiguous()
         values = dict(zip(calls, grad_output.split([call.table.shape[1] for call in calls], 1), strict=True))
-        sort_together([call.indices for call, learns in zip(calls, needed, strict=False) if learns])
-        of_tables = (
-            RowGradients(call.table, [call.lookup(values[call])]) if learns else None
-            for call, learns in zip(calls, needed, strict=False)
-        )
-        of_weights = (
+        sort_together([call.indices for call in learning])
+        of_tables = {call: RowGradients(call.table, [call.lookup(values[call])]) for call in learning}
+        of_weights = [
             call.gradient_of_weights(values[call]) if learns else None
             for call, learns in zip(_weighted(calls), needed[len(calls) :], strict=True)
-        )
-        return None, *of_tables, *of_weights
+        ]
+        fused.update((call.table, of_tables.pop(call)) for call in learning if call.fused)
+        return None, *map(of_tables.get, calls), *of_weights
 
 
 def _weighted(calls: Sequence[Call]) -> list[Call]:

@@ -1,0 +1,95 @@
+"""What modules are called with: whether kernels take it, or torch does, which then says what is wrong."""
+
+import torch
+from torch.autograd import forward_ad
+
+from fastopt.torch.kept import takes
+from fastopt.torch.lookups import Call
+
+_INTEGERS = {torch.int32, torch.int64}
+
+
+def pooled_call(
+    module: torch.nn.EmbeddingBag,
+    given: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> Call | None:
+    """A pooled lookup with the rows that it names ready, or None if it is torch's."""
+    table = module.weight  # read once: it may be computed
+    if not _is_plain(given, table) or not _are_bags(module, table, given, offsets, weights):
+        return None
+    try:
+        call = Call(module, table, given, offsets, weights, pooled=True)
+    except ValueError:
+        if given.is_cuda or not _ascend(offsets, given):  # which torch's kernels would not look at
+            raise
+        return None
+    _limit_norms(module, table, given)
+    return call
+
+
+def call_of_each(module: torch.nn.Embedding, given: torch.Tensor) -> Call | None:
+    """A lookup of each index with the rows that it names ready, or None if it is torch's."""
+    table = module.weight  # read once: it may be computed
+    if not _is_plain(given, table) or given.dtype not in _INTEGERS:
+        return None
+    try:
+        call = Call(module, table, given, pooled=False)
+    except ValueError:
+        if given.is_cuda:  # where torch's kernels would not look at indices
+            raise
+        return None
+    _limit_norms(module, table, given)
+    return call
+
+
+def _is_plain(given: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether kernels can read the memory of both tensors, and nothing but gradients is asked of the lookup:
+    no transform of torch.func, derivative in forward mode, or graph that is recorded."""
+    return (
+        type(given) is torch.Tensor
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and table.ndim == 2
+        and takes(table)
+        and given.device == table.device
+    )
+
+
+def _are_bags(
+    module: torch.nn.EmbeddingBag,
+    table: torch.Tensor,
+    given: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> bool:
+    """Whether arguments are of the kinds that fastopt takes; of others torch says what is wrong with them."""
+    if offsets is None:
+        fits = given.ndim == 2 and given.dtype in _INTEGERS
+    else:
+        fits = given.ndim == offsets.ndim == 1 and {given.dtype, offsets.dtype} <= _INTEGERS
+    if module.mode == "max":
+        fits = fits and not (module.sparse or module.scale_grad_by_freq)
+    if weights is None:
+        return fits
+    dtypes = {table.dtype, torch.float32} if table.dtype.itemsize == 2 else {table.dtype}
+    return fits and module.mode == "sum" and weights.shape == given.shape and weights.dtype in dtypes
+
+
+def _ascend(offsets: torch.Tensor | None, indices: torch.Tensor) -> bool:
+    """Whether bags begin in order, and hold all indices."""
+    if offsets is None:
+        return True
+    return len(indices) == 0 if len(offsets) == 0 else bool((offsets.diff() >= 0).all())
+
+
+def _limit_norms(
+    module: torch.nn.EmbeddingBag | torch.nn.Embedding, table: torch.Tensor, indices: torch.Tensor
+) -> None:
+    """Scale rows that are too long down, as torch does."""
+    if module.max_norm is not None:
+        with torch.no_grad():
+            torch.embedding_renorm_(table, indices.contiguous(), module.max_norm, module.norm_type)

@@ -1,0 +1,135 @@
+"""Many embedding tables as one module, whose lookups are one launch, and whose gradients are sorted at once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fastopt.torch.calls import pooled_call
+from fastopt.torch.lookups import Call, look_up
+
+Bags = torch.Tensor | tuple[torch.Tensor | None, ...]  # the arguments of a lookup in a table
+
+
+class _Feature(NamedTuple):
+    """A feature, the name of its table, and the columns of results that it has."""
+
+    name: str
+    table: str
+    first: int
+    last: int
+
+
+class EmbeddingBagCollection(torch.nn.Module):
+    """Embedding tables that are looked up together, each by one feature or by several.
+
+    Args:
+        tables: modules ``torch.nn.EmbeddingBag``, of fastopt or of torch itself, by name. Each keeps its own
+            options: ``mode``, ``padding_idx``, ``include_last_offset``, ``fused`` and others. All have one
+            dtype and device.
+        features: the names of the features that look each table up, by the name of the table; a table that
+            is not named has one feature, of its own name.
+
+    Attributes:
+        tables: the modules, a ``ModuleDict``. features: the names of the features, in the order of columns.
+
+    Raises:
+        TypeError: a table is no ``EmbeddingBag``.
+        ValueError: ``features`` has a name twice, or one of a table that there is not.
+
+    Example:
+        >>> tables = {"item": EmbeddingBag(1000, 8, mode="sum"), "country": EmbeddingBag(200, 4, mode="sum")}
+        >>> collection = EmbeddingBagCollection(tables, features={"item": ["shown", "bought"]})
+        >>> ids = torch.tensor([[1], [2]])
+        >>> pooled = collection({"shown": ids, "bought": (torch.tensor([7, 8, 9]), torch.tensor([0, 2])), "country": ids})
+        >>> pooled.shape, collection.split(pooled)["country"].shape
+        (torch.Size([2, 20]), torch.Size([2, 4]))
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, torch.nn.EmbeddingBag],
+        features: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, table in tables.items():
+            if not isinstance(table, torch.nn.EmbeddingBag):
+                raise TypeError(f"tables[{name!r}] is {type(table).__name__}: expected an EmbeddingBag")
+        features = {} if features is None else features
+        unknown = [name for name in features if name not in tables]
+        if unknown:
+            raise ValueError(f"features names the table {unknown[0]!r}: expected one of {[*tables]}")
+        self.tables = torch.nn.ModuleDict(tables)
+        self._features: list[_Feature] = []
+        for name, table in tables.items():
+            for feature in features.get(name, [name]):
+                if feature in self.features:
+                    raise ValueError(f"features has {feature!r} twice: expected different names")
+                first = self._features[-1].last if self._features else 0
+                self._features.append(_Feature(feature, name, first, first + table.embedding_dim))
+
+    @property
+    def features(self) -> list[str]:
+        return [feature.name for feature in self._features]
+
+    def forward(self, inputs: Mapping[str, Bags]) -> torch.Tensor:
+        """The pooled rows of all features.
+
+        Args:
+            inputs: what each feature looks up, by name: ``indices`` of two dimensions, with a bag in each
+                row, or a tuple of the arguments of ``EmbeddingBag``: ``(indices, offsets)`` or ``(indices,
+                offsets, per_sample_weights)``. All have as many bags.
+
+        Returns:
+            A tensor of shape (bags, sum of the dims of all features), side by side in the order of
+            ``features``; :meth:`split` gives each its own.
+
+        Raises:
+            ValueError: ``inputs`` has other features, or features have different numbers of bags.
+        """
+        if inputs.keys() != set(self.features):
+            raise ValueError(f"inputs has the features {sorted(inputs)}: expected {sorted(self.features)}")
+        return _looked_up(self, [_arguments(inputs[name], name) for name in self.features])
+
+    def split(self, pooled: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What each feature has of the result: views of its columns, by name."""
+        return {feature.name: pooled[..., feature.first : feature.last] for feature in self._features}
+
+    def modules_of_features(self) -> list[torch.nn.EmbeddingBag]:
+        """The table of each feature."""
+        return [self.tables[feature.table] for feature in self._features]  # type: ignore[misc]
+
+
+def _arguments(given: Bags, name: str) -> tuple[Any, Any, Any]:
+    """The indices, offsets and weights of a feature."""
+    own = given if isinstance(given, tuple) else (given,)
+    if not 1 <= len(own) <= 3 or not isinstance(own[0], torch.Tensor):
+        raise TypeError(
+            f"inputs[{name!r}] is {type(given).__name__}: expected indices, (indices, offsets) or (indices, "
+            "offsets, per_sample_weights)"
+        )
+    indices, offsets, weights = (*own, None, None)[:3]
+    return indices, offsets, weights
+
+
+@torch.compiler.disable
+def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> torch.Tensor:
+    """The lookups of all features; table by table, by torch, where some are not fastopt's."""
+    modules = collection.modules_of_features()
+    calls = [pooled_call(module, *own) for module, own in zip(modules, given, strict=True)]
+    if not calls or any(call is None for call in calls):
+        found = [module(*own) for module, own in zip(modules, given, strict=True)]
+        _check_bags(collection, [len(own) for own in found])
+        return torch.cat(found, 1)
+    known: list[Call] = [call for call in calls if call is not None]
+    _check_bags(collection, [call.rows for call in known])
+    kinds = {(call.table.dtype, call.table.device) for call in known}
+    if len(kinds) > 1:
+        raise ValueError(f"tables have the dtypes and devices {sorted(map(str, kinds))}: expected one of each")
+    return look_up(known)
+
+
+def _check_bags(collection: EmbeddingBagCollection, counts: Sequence[int]) -> None:
+    if len(set(counts)) > 1:
+        own = dict(zip(collection.features, counts, strict=True))
+        raise ValueError(f"inputs have these numbers of bags: {own}; expected the same number of all")
