@@ -1,7 +1,7 @@
 """What a torch optimizer's step by kernels goes on with from step to step."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from operator import is_, itemgetter
+from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from fastopt.torch.gradients import Usable, usable
 from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local
 from fastopt.torch.nadam import products_of, scalar_dtype
 from fastopt.torch.row_gradients import RowGradients
+from fastopt.torch.shown import Shown, same
 from fastopt.torch.traits import PRODUCT, STEP, Traits
 
 
@@ -98,11 +99,10 @@ class Kept:
         self._plain = traits.plain(own_groups) if own_groups else None
         self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
         self._seen: list[dict[str, Any]] = [{} for _ in self.params]  # the arrays that torch's state shows
-        self._shown: dict[str, tuple[list[dict], list[Any]]] = {}
-        self._dicts: list[dict] = []
         self._by_rows = False  # whether the last step had gradients by rows, which state may be moved for
         self._not_shown: list[int] = []  # the positions of parameters that have no state yet
         self.has_shards = any(map(is_shard, self.params))
+        self._shown = Shown(state, self.has_shards)
         self._shards_at = self._find_shards()
         self._group_of = np.repeat(range(len(self._numbers)), [len(own) for own in taken if own])
         self._take_state()
@@ -115,7 +115,7 @@ class Kept:
         if state is not self._state or len(groups) != len(self._members):
             return False
         pairs = zip(groups, self._members, strict=True)
-        if not all(_same(group["params"], own) for group, own in pairs) or not self._is_shown():
+        if not all(same(group["params"], own) for group, own in pairs) or not self._is_shown():
             return False
         if self._flags != [*map(_flags, groups)] or self._shards_at != self._find_shards():
             return False
@@ -139,13 +139,7 @@ class Kept:
         """Whether torch's state is what was put there."""
         if self._plain is None:
             return True
-        if not _same(self._state.values(), self._dicts):
-            return False
-        try:
-            for name, (dicts, tensors) in self._shown.items():
-                if not all(map(is_, map(itemgetter(name), dicts), tensors)):
-                    return False
-        except KeyError:  # some was taken out
+        if not self._shown.holds():
             return False
         return self._traits.counts_as is not torch.Tensor or bool((self._steps == self._counts).all())
 
@@ -210,16 +204,7 @@ class Kept:
 
     def _remember(self) -> None:
         self._not_shown = [i for i, seen in enumerate(self._seen) if not seen]
-        self._dicts = list(self._state.values())
-        self._shown = {}
-        for i, p in enumerate(self.params):
-            if self._seen[i] and p in self._state:
-                own = self._state[p]
-                for name, tensor in own.items():
-                    if isinstance(tensor, torch.Tensor):
-                        dicts, tensors = self._shown.setdefault(name, ([], []))
-                        dicts.append(own)
-                        tensors.append(tensor)
+        self._shown.remember(zip(self.params, self._seen, strict=True), (STEP, PRODUCT))
 
     # Steps
 
@@ -318,9 +303,3 @@ def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, n
 def _is_by_rows(gradient: torch.Tensor | None) -> bool:
     """Whether there is no gradient that names every row."""
     return gradient is None or gradient.is_sparse or isinstance(gradient, RowGradients)
-
-
-def _same(one: Iterable, other: Sequence) -> bool:
-    """Whether both hold the same objects in the same order."""
-    one = list(one)
-    return len(one) == len(other) and all(map(is_, one, other))

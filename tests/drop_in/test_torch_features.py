@@ -416,6 +416,28 @@ def test_state_is_the_memory_that_kernels_work_on():
     assert torch.equal(opt.state[p]["momentum_buffer"], torch.ones(4))
 
 
+def put(own, new):
+    own.data = new
+
+
+@pytest.mark.parametrize(
+    "move",
+    [lambda own, new: own.set_(new), lambda own, new: own.share_memory_().copy_(new), put],
+    ids=["set_", "share_memory_", "data"],
+)
+def test_other_memory_within_a_tensor_of_the_state_counts(move):
+    p = torch.nn.Parameter(torch.zeros(4))
+    opt = fastopt.torch.SGD([p], lr=1.0, momentum=0.5)
+    p.grad = torch.ones(4)
+    opt.step()
+    old = opt.state[p]["momentum_buffer"].data  # whose memory stays where it is
+    move(opt.state[p]["momentum_buffer"], torch.full((4,), 4.0))
+    for expected in (3.0, 2.5):
+        opt.step()
+        assert torch.equal(opt.state[p]["momentum_buffer"], torch.full((4,), expected))
+    assert old[0] in (1.0, 4.0)
+
+
 def test_a_count_of_steps_that_is_changed_counts():
     results = []
     for module in (fastopt.torch, torch.optim):
