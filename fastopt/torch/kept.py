@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from fastopt._core.arrays import tensor_over
+from fastopt._core.groups import checked_group
 from fastopt._core.missed import LAST_STEP
-from fastopt._core.options import SHARED, is_immutable, plain
+from fastopt._core.options import SHARED, is_immutable
 from fastopt._core.state import Slot
 from fastopt._step.settings import StepInfo
-from fastopt.torch.gradients import Usable, usable
-from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local
+from fastopt.torch.gradients import Usable, taken_dtype, usable
+from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local, sharing
 from fastopt.torch.nadam import products_of, scalar_dtype
 from fastopt.torch.row_gradients import RowGradients
 from fastopt.torch.shown import Shown, same
@@ -43,22 +44,23 @@ def _kind(p: torch.Tensor) -> tuple:
 
 
 class GroupOptions:
-    """The options of a group for the plain optimizer, by ``names``, which are looked at in every step.
+    """The options of a group for the plain optimizer, which are looked at in every step.
 
     Attributes:
         values: as they were last read, tensors among them as the numbers they held.
     """
 
-    def __init__(self, names: tuple[str, ...], group: dict[str, Any]) -> None:
-        self._names = names
-        self._get = itemgetter(*names)
+    def __init__(self, traits: Traits, group: dict[str, Any]) -> None:
+        self._traits = traits
+        self._names = traits.names(group)
+        self._get = itemgetter(*self._names)
         self.read(group)
 
     def read(self, group: dict[str, Any]) -> None:
         """Take the options as they are now."""
         self._seen = self._get(group)
         self._fixed = all(map(is_immutable, self._seen))
-        self.values = dict(zip(self._names, map(plain, self._seen), strict=True))
+        self.values = self._traits.plain_options(dict(zip(self._names, self._seen, strict=True)))
 
     def may_differ(self, group: dict[str, Any]) -> bool:
         """Whether they may have changed: a tensor may at any time."""
@@ -82,26 +84,27 @@ class Kept:
         self._traits = traits
         self._members = [list(group["params"]) for group in groups]
         taken = [[p for p in group["params"] if self._takes(group, p)] for group in groups]
+        self._sharing = _sharing(taken) if traits.in_torch else set()
+        taken = [[p for p in own if id(p) not in self._sharing] for own in taken]
         self.params = [p for own in taken for p in own]
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
         self._kinds = [*map(_kind, self.params)]
         self._flags = [*map(_flags, groups)]
         self._numbers = [number for number, own in enumerate(taken) if own]
-        self._options = [
-            GroupOptions(traits.names(groups[number]), groups[number]) for number in self._numbers
-        ]
+        self._options = [GroupOptions(traits, groups[number]) for number in self._numbers]
         self._state = state
         own_groups = [
             {**options.values, "params": [local(p) for p in taken[number]]}
             for number, options in zip(self._numbers, self._options, strict=True)
         ]
-        self._plain = traits.plain(own_groups) if own_groups else None
+        self._plain = traits.make(own_groups) if own_groups else None
         self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
         self._seen: list[dict[str, Any]] = [{} for _ in self.params]  # the arrays that torch's state shows
         self._by_rows = False  # whether the last step had gradients by rows, which state may be moved for
         self._not_shown: list[int] = []  # the positions of parameters that have no state yet
         self.has_shards = any(map(is_shard, self.params))
+        self._as_they_are = not self.has_shards  # whether gradients need no closer look
         self._shown = Shown(state, self.has_shards)
         self._shards_at = self._find_shards()
         self._group_of = np.repeat(range(len(self._numbers)), [len(own) for own in taken if own])
@@ -119,8 +122,9 @@ class Kept:
             return False
         if self._flags != [*map(_flags, groups)] or self._shards_at != self._find_shards():
             return False
-        if any(self._takes(group, p) for group, own in zip(groups, self.left, strict=True) for p in own):
-            return False
+        for group, own in zip(groups, self.left, strict=True):
+            if any(self._takes(group, p) and id(p) not in self._sharing for p in own):
+                return False
         return all(self._adopted(k, groups[number]) for k, number in enumerate(self._numbers))
 
     def _takes(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
@@ -133,7 +137,18 @@ class Kept:
 
     def is_outdated(self) -> bool:
         """Whether parameters are no longer what they were."""
-        return any(not takes(p) or _kind(p) != kind for p, kind in zip(self.params, self._kinds, strict=True))
+        pairs = zip(self.params, self._kinds, strict=True)
+        if any(not takes(p) or _kind(p) != kind for p, kind in pairs):
+            return True
+        return self._traits.in_torch and bool(_sharing([self.params]))
+
+    def meets_other_dtypes(self) -> bool:
+        """Whether gradients are of dtypes that have to be converted, which they are from now on."""
+        if not self._as_they_are:
+            return False
+        pairs = ((p.grad, p) for p in self.params if p.grad is not None)
+        self._as_they_are = all(gradient.dtype == taken_dtype(gradient, p) for gradient, p in pairs)
+        return not self._as_they_are
 
     def _is_shown(self) -> bool:
         """Whether torch's state is what was put there."""
@@ -212,12 +227,15 @@ class Kept:
         """The gradients of the parameters as the plain optimizer takes them.
 
         Raises:
-            RuntimeError: one is dense, where only sparse ones are expected.
+            RuntimeError: one is dense, where only sparse ones are expected, or sparse, where only dense ones
+                are.
         """
         given = [p.grad for p in self.params]
         if self._traits.sparse_alone and not all(map(_is_by_rows, given)):
             raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
-        found = usable(given, self.params, self.has_shards, self._goes_dense)
+        if self._traits.dense_alone and any(map(_is_sparse, given)):
+            raise RuntimeError(f"{self._traits.plain.__name__} does not support sparse gradients")
+        found = usable(given, self.params, self._as_they_are, self._goes_dense)
         if found.by_rows:
             self._check_lookups(given)
         return found
@@ -235,6 +253,19 @@ class Kept:
     def _goes_dense(self, i: int) -> bool:
         """Whether a sparse gradient of the parameter at a position is to be made dense."""
         return self._traits.goes_dense(self._options[self._group_of[i]].values)
+
+    def check(self) -> None:
+        """Refuse gradients and options that a step would refuse.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: nothing has changed.
+        """
+        if self._plain is None:
+            return
+        self.gradients()
+        for k, own in enumerate(self._plain.param_groups):
+            checked = checked_group(own, f"param_groups[{self._numbers[k]}]", self._plain)
+            self._plain.check_options(checked, f"param_groups[{self._numbers[k]}]")
 
     def step(self, **arguments: Any) -> StepInfo:
         """Update those of the parameters that have gradients."""
@@ -298,6 +329,16 @@ def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, n
             )
         found[name] = array_of(value, dtype)
     return found
+
+
+def _sharing(taken: list[list[torch.Tensor]]) -> set[int]:
+    """The ids of parameters that share memory with another, which kernels would update at the same time."""
+    params = [p for own in taken for p in own]
+    return {id(params[i]) for i in sharing([*map(local, params)])}
+
+
+def _is_sparse(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and gradient.is_sparse
 
 
 def _is_by_rows(gradient: torch.Tensor | None) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from fastopt._core.options import SHARED, checked_options
 from fastopt._step.settings import StepInfo
+from fastopt.torch import left
 from fastopt.torch.kept import Kept, takes
 from fastopt.torch.traits import Traits
 
@@ -61,7 +62,8 @@ class KernelStep(torch.optim.Optimizer):
         super().__init__(params, *args, **options)
         self.defaults.update(self._shared)
         self._step_supports_amp_scaling = True
-        if _step_of_torch(type(self)) is None:  # torch has checked nothing
+        if not self.traits.in_torch:  # torch has checked nothing
+            self.traits.check(self.param_groups)
             self._current()
 
     def __init_subclass__(cls, **given: Any) -> None:
@@ -176,26 +178,50 @@ class KernelStep(torch.optim.Optimizer):
         grad_scale = 1.0 if scale is None else 1.0 / scale.item()
         arguments = {"grad_scale": grad_scale, "clip_norm": clip_norm, "clip_value": clip_value}
         try:
-            left, self.info = self._step_by_kernels(arguments)
+            self.info = self._step_of_all(arguments)
         except (ValueError, TypeError):  # before anything was updated
-            if self._kept is None or not self._kept.is_outdated():
+            if not self._renewed():
                 raise
-            self._kept = None
-            left, self.info = self._step_by_kernels(arguments)
-        if any(left):
-            self._step_by_torch(left, grad_scale)
+            self.info = self._step_of_all(arguments)
         return loss
 
-    def _step_by_kernels(self, arguments: dict[str, Any]) -> tuple[list[list[torch.Tensor]], StepInfo]:
-        """Update the parameters that kernels take; returns those of each group that are left to torch, and
-        what was done."""
+    def _step_of_all(self, arguments: dict[str, Any]) -> StepInfo:
+        """Update the parameters that kernels take, and before those the others, since torch's step may still
+        refuse what kernels' checks let pass."""
         kept = self._current()
-        left = [[p for p in own if p.grad is not None] for own in kept.left]
-        if arguments["clip_norm"] is not None or arguments["clip_value"] is not None:
-            _check_clipping(kept, left)
-        if any(left) and _step_of_torch(type(self)) is None:
-            _refuse(type(self).__name__, next(p for own in left for p in own))
-        return left, kept.step(**arguments)
+        others = [[p for p in own if p.grad is not None] for own in kept.left]
+        clips = arguments["clip_norm"] is not None or arguments["clip_value"] is not None
+        if clips and kept.has_shards:
+            raise ValueError(
+                "clip_norm and clip_value see the parts of DTensors that lie here alone: expected neither, "
+                "use torch.nn.utils.clip_grad_norm_ before the step"
+            )
+        if any(others):
+            if self._renewed():
+                return self._step_of_all(arguments)
+            for group, own in zip(self.param_groups, others, strict=True):
+                self._check_left(group, own, clips)
+            kept.check()
+            self._step_by_torch(others, arguments["grad_scale"])
+        return kept.step(**arguments)
+
+    def _check_left(self, group: dict[str, Any], own: list[torch.Tensor], clips: bool) -> None:
+        """Refuse parameters of a group that are left to torch's step, if it can't do what is asked for."""
+        if own and not self.traits.in_torch:
+            left.refuse(type(self).__name__, own[0])
+        if clips:
+            left.check_clipping(own)
+        left.check_options(group, own)
+
+    def _renewed(self) -> bool:
+        """Take in what is not looked at in each step; returns whether parameters or the dtypes of gradients
+        are other than they were."""
+        if self._kept is None:
+            return False
+        if self._kept.is_outdated():
+            self._kept = None
+            return True
+        return self._kept.meets_other_dtypes()
 
     def _current(self) -> Kept:
         """What the last step went on with, made anew if the optimizer has changed since."""
@@ -214,22 +240,22 @@ class KernelStep(torch.optim.Optimizer):
             self._kept.flush()
         self._kept = None
 
-    def _step_by_torch(self, left: list[list[torch.Tensor]], grad_scale: float) -> None:
+    def _step_by_torch(self, others: list[list[torch.Tensor]], grad_scale: float) -> None:
         """Have torch's own step update these parameters of each group."""
-        step: Any = _step_of_torch(type(self))
-        for p in (p for own in left for p in own):  # torch's step expects state of the parameter's dtype
+        step = _step_of_torch(type(self))
+        for p in (p for own in others for p in own):  # torch's step expects state of the parameter's dtype
             for name, value in self.state.get(p, {}).items():
                 if isinstance(value, torch.Tensor) and value.ndim and value.is_floating_point():
                     self.state[p][name] = value.to(p.dtype) if p.is_floating_point() else value
         if grad_scale != 1.0:
-            torch._foreach_mul_([p.grad for own in left for p in own if p.grad is not None], grad_scale)
+            torch._foreach_mul_([p.grad for own in others for p in own if p.grad is not None], grad_scale)
         whole = self.param_groups
         scaling: dict[str, Any] = {
             name: vars(self).pop(name) for name in ("grad_scale", "found_inf") if name in vars(self)
         }
         self.param_groups = [
             {**group, "params": own} | ({"fused": None} if "fused" in group else {})
-            for group, own in zip(whole, left, strict=True)
+            for group, own in zip(whole, others, strict=True)
         ]
         try:
             step(self)
@@ -238,37 +264,11 @@ class KernelStep(torch.optim.Optimizer):
             vars(self).update(scaling)
 
 
-def _step_of_torch(cls: type) -> Callable[[Any], Any] | None:
+def _step_of_torch(cls: type) -> Callable[[Any], Any]:
     """The step of torch's class that a class is made of, without the hooks, which are those of the whole
-    step; None if it has none."""
+    step."""
     after = cls.__mro__[cls.__mro__.index(KernelStep) + 1 :]
     step: Any = next(vars(own)["step"] for own in after if "step" in vars(own))
-    if step is torch.optim.Optimizer.step:
-        return None
     while getattr(step, "hooked", False):
         step = step.__wrapped__
     return step
-
-
-def _refuse(name: str, p: torch.Tensor) -> None:
-    """Refuse a parameter that neither kernels nor a class of torch can update."""
-    raise TypeError(
-        f"a parameter has dtype {p.dtype}, shape {tuple(p.shape)} and layout {p.layout} on {p.device}: "
-        f"{name} takes C-contiguous tensors of float32, float64, float16 or bfloat16 on the CPU or a CUDA "
-        "device"
-    )
-
-
-def _check_clipping(kept: Kept, left: list[list[torch.Tensor]]) -> None:
-    """Refuse to clip where a part of the gradients is not seen."""
-    if kept.has_shards:
-        raise ValueError(
-            "clip_norm and clip_value see the parts of DTensors that lie here alone: expected neither, use "
-            "torch.nn.utils.clip_grad_norm_ before the step"
-        )
-    for p in (p for own in left for p in own):
-        raise ValueError(
-            f"a parameter of dtype {p.dtype} and shape {tuple(p.shape)} is updated by torch's own step, "
-            "which does not clip: expected neither clip_norm nor clip_value, use "
-            "torch.nn.utils.clip_grad_norm_"
-        )

@@ -88,13 +88,13 @@ class NAdam(KernelStep, torch.optim.NAdam):
 class Adafactor(KernelStep, torch.optim.Adafactor):
     """``torch.optim.Adafactor`` by kernels (see :class:`fastopt.Adafactor`)."""
 
-    traits = Traits(fastopt.Adafactor, (*_COMMON, "beta2_decay", "eps", "d"))
+    traits = Traits(fastopt.Adafactor, (*_COMMON, "beta2_decay", "eps", "d"), dense_alone=True)
 
 
 class Lion(KernelStep):
     """Lion as a torch optimizer (see :class:`fastopt.Lion`, also for the arguments)."""
 
-    traits = Traits(fastopt.Lion, (*_COMMON, "betas"))
+    traits = Traits(fastopt.Lion, (*_COMMON, "betas"), in_torch=False)
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Lion(KernelStep):
 class LAMB(KernelStep):
     """LAMB as a torch optimizer (see :class:`fastopt.LAMB`, also for the arguments)."""
 
-    traits = Traits(fastopt.LAMB, _ADAM)
+    traits = Traits(fastopt.LAMB, _ADAM, in_torch=False)
 
     def __init__(
         self,
@@ -137,6 +137,7 @@ class RowwiseAdagrad(KernelStep):
     traits = Traits(
         fastopt.RowwiseAdaGrad,
         (*_COMMON, "lr_decay", "initial_accumulator_value", "eps", "decoupled_weight_decay"),
+        in_torch=False,
     )
 
     def __init__(
@@ -168,7 +169,7 @@ class RowwiseAdam(KernelStep):
     """Adam with one second moment a row as a torch optimizer (see :class:`fastopt.RowwiseAdam`, also for the
     arguments)."""
 
-    traits = Traits(fastopt.RowwiseAdam, (*_ADAM, "decoupled_weight_decay"))
+    traits = Traits(fastopt.RowwiseAdam, (*_ADAM, "decoupled_weight_decay"), in_torch=False)
 
     def __init__(
         self,

@@ -15,6 +15,9 @@ import fastopt.torch
 from fastopt.torch.kept import Kept
 
 LIMIT = 1e-10
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+# Optimizers take parameters with their names since torch 2.6.
+NAMED = torch.nn.Module.named_parameters if VERSION >= (2, 6) else torch.nn.Module.parameters
 PAIRS = ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "RAdam", "NAdam", "Adafactor"]
 OWN = ["Lion", "LAMB", "RowwiseAdagrad", "RowwiseAdam"]
 
@@ -91,6 +94,54 @@ def test_a_scheduler_that_moves_momentum(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_numbers_below_zero_are_taken_in_mid_run(name, option):
+    """As from a schedule that goes on beyond its end."""
+    pairs = both(name, lr=0.01, weight_decay=0.1)
+    for net, opt in pairs:
+        train(net, opt, range(3))
+        opt.param_groups[0][option] = -0.01
+        train(net, opt, range(3, 6))
+        opt.param_groups[0][option] = 0.01
+        train(net, opt, range(6, 8))
+    assert_same(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_classes_that_torch_lacks_take_a_learning_rate_below_zero(name):
+    """The step goes as far the other way."""
+    ends = []
+    for lr in (0.5, -0.5):
+        p = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+        opt = getattr(fastopt.torch, name)([p], lr=0.1, weight_decay=0.0)
+        opt.param_groups[0]["lr"] = lr
+        p.grad = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
+        opt.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(ends[0] - 1, 1 - ends[1])
+    assert (ends[0] < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "options"),
+    [
+        ("SGD", "nesterov", {"momentum": 0.9}),
+        ("SGD", "maximize", {}),
+        ("RMSprop", "centered", {}),
+        ("Adam", "amsgrad", {}),
+        ("RAdam", "decoupled_weight_decay", {"weight_decay": 0.1}),
+    ],
+)
+def test_flags_go_by_their_truth(name, flag, options):
+    pairs = both(name, lr=0.01, **options, **{flag: 1})
+    for net, opt in pairs:
+        train(net, opt, range(3))
+        opt.param_groups[0][flag] = 0
+        train(net, opt, range(3, 6))
+    assert_same(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.parametrize("name", PAIRS)
 def test_a_learning_rate_that_is_a_tensor_is_read_at_each_step(name):
     rates = [torch.tensor(0.02, dtype=torch.float64) for _ in range(2)]
     pairs = [both(name, lr=rate)[k] for k, rate in enumerate(rates)]
@@ -103,7 +154,7 @@ def test_a_learning_rate_that_is_a_tensor_is_read_at_each_step(name):
 def test_groups_options_and_new_groups(name):
     nets, opts = [model(), model()], []
     for module, net in zip((fastopt.torch, torch.optim), nets, strict=True):
-        first, last = list(net[0].named_parameters()), list(net[2].named_parameters())
+        first, last = (list(NAMED(net[k])) for k in (0, 2))
         opt = getattr(module, name)([{"params": first, "lr": 0.03, "weight_decay": 0.1}], lr=0.01)
         train(net, opt, range(3))
         opt.add_param_group({"params": last, "maximize": True})
@@ -111,7 +162,8 @@ def test_groups_options_and_new_groups(name):
         opt.param_groups[0]["lr"] = 0.001
         opt.param_groups[1]["weight_decay"] = 0.2
         train(net, opt, range(5, 8))
-        assert opt.param_groups[0]["param_names"] == ["weight", "bias"]
+        if NAMED is torch.nn.Module.named_parameters:
+            assert opt.param_groups[0]["param_names"] == ["weight", "bias"]
         opts.append(opt)
     assert_same(*nets)
     assert set(opts[0].state_dict()["state"]) == set(opts[1].state_dict()["state"])
@@ -301,6 +353,96 @@ def test_others_go_the_way_of_torch(name):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_other_parameters_are_left_alone_where_the_step_of_torch_refuses_one():
+    whole, odd = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    opt = fastopt.torch.Adafactor([whole, odd], lr=0.1)
+    for p in (whole, odd):
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="does not support complex parameters"):
+        opt.step()
+    assert torch.equal(whole.detach(), torch.ones(3)) and not opt.state[whole]
+    opt = fastopt.torch.Adam([whole, odd], lr=0.1)
+    opt.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr"):
+        opt.step()
+    assert torch.equal(odd.detach(), torch.ones_like(odd))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "dtype"),
+    [
+        ("state_dtype", "8bit", torch.float32),
+        ("master_weights", True, torch.bfloat16),
+        ("clip_row_norm", 1.0, torch.float32),
+    ],
+)
+def test_options_that_the_step_of_torch_does_not_know_are_refused(option, value, dtype):
+    p, other = torch.nn.Parameter(torch.ones(4, 3, dtype=dtype).t()), torch.nn.Parameter(torch.ones(2, 2))
+    opt = fastopt.torch.AdamW([p, other], lr=0.1, **{option: value})
+    other.grad = torch.ones(2, 2)
+    opt.step()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=rf"{option} is .* torch's own step"):
+        opt.step()
+    p.data = p.data.contiguous()
+    opt.step()
+    assert (p < 1).all()
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_parameters_that_share_memory_go_the_way_of_torch(name):
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        torch.manual_seed(0)
+        flat = torch.nn.Parameter(torch.randn(12))
+        params = [flat, torch.nn.Parameter(flat.data[4:8]), torch.nn.Parameter(torch.randn(3))]
+        apart = torch.nn.Parameter(torch.randn(3))
+        opt = getattr(module, name)([*params, apart], lr=0.1)
+        for k in range(4):
+            for p in (*params, apart):
+                p.grad = torch.full_like(p, k + 1.0)
+            opt.step()
+            if k == 1:
+                apart.data = params[2].data
+        results += [torch.cat([flat, apart])]
+    torch.testing.assert_close(*results)
+    with pytest.raises(ValueError, match="shares memory"):
+        fastopt.torch.Lion([flat, params[1]])
+
+
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad"])  # torch's others refuse it
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float64")])
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no p.grad_dtype")
+def test_gradients_may_be_of_another_dtype(name, dtypes):
+    own, other = (getattr(torch, dtype) for dtype in dtypes)
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        torch.manual_seed(0)
+        p, q = torch.nn.Parameter(torch.randn(4, 3, dtype=own)), torch.nn.Parameter(torch.randn(3, dtype=own))
+        opt = getattr(module, name)([p, q], lr=0.1)
+        for k in range(4):
+            if k == 1:
+                p.grad, p.grad_dtype = None, other
+            p.grad = torch.randn(4, 3).to(p.grad_dtype)
+            q.grad = torch.ones_like(q)
+            opt.step()
+        results.append(torch.cat([p.detach(), q.detach()[None]]))
+    torch.testing.assert_close(*results, rtol=1e-5 if own is torch.float32 else 0.03, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no p.grad_dtype")
+def test_sparse_gradients_may_be_of_another_dtype():
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        p = torch.nn.Parameter(torch.ones(50, 8))
+        p.grad_dtype = dtype
+        opt = fastopt.torch.Adam([p], lr=0.1)
+        p.grad = sparse(1, p).to(dtype)
+        opt.step()
+        results.append(p.detach())
+    assert torch.equal(*results) and (results[0] != 1).any()
+
+
 def test_a_class_that_torch_lacks_refuses_them():
     for p in odd_parameters()[:3]:
         opt = fastopt.torch.Lion([p])
@@ -373,6 +515,34 @@ def test_sparse_gradients_do_what_torch_does(name, options):
             opt.step()
         results.append(p)
     assert torch.allclose(*results, rtol=LIMIT, atol=LIMIT)
+
+
+def test_sparse_values_may_be_strided():
+    results = []
+    for values in (torch.ones(1, 4).expand(3, 4), torch.ones(3, 4)):
+        p = torch.nn.Parameter(torch.zeros(6, 4))
+        opt = fastopt.torch.Adam([p], lr=0.1)
+        p.grad = torch.sparse_coo_tensor(torch.tensor([[1, 2, 1]]), values, p.shape, check_invariants=True)
+        opt.step(clip_norm=1.0)
+        results.append(p.detach())
+    assert torch.equal(*results) and results[0].any()
+
+
+def test_adafactor_refuses_sparse_gradients_as_torch_does():
+    p = torch.nn.Parameter(torch.zeros(6, 4))
+    p.grad = sparse(0, p)
+    for module in (fastopt.torch, torch.optim):
+        with pytest.raises(RuntimeError, match=r"^Adafactor does not support sparse gradients$"):
+            module.Adafactor([p]).step()
+    assert not p.any()
+    results = []
+    for module in (fastopt.torch, torch.optim):  # the gradient of a module is dense where it has to be
+        torch.manual_seed(0)
+        own = fastopt.torch.Embedding(6, 4)
+        own(torch.tensor([1, 2, 1])).sum().backward()
+        module.Adafactor(own.parameters(), lr=0.1).step()
+        results.append(own.weight.detach())
+    torch.testing.assert_close(*results)
 
 
 def test_dense_and_sparse_gradients_may_alternate():
