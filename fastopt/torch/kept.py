@@ -15,7 +15,7 @@ from fastopt._core.state import Slot
 from fastopt._step.settings import StepInfo
 from fastopt.torch.gradients import Usable, taken_dtype, usable
 from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local, sharing
-from fastopt.torch.nadam import products_of, scalar_dtype
+from fastopt.torch.nadam import PART, NAdamOfTorch, scalar_dtype
 from fastopt.torch.row_gradients import RowGradients
 from fastopt.torch.shown import Shown, same
 from fastopt.torch.traits import PRODUCT, STEP, Traits
@@ -86,18 +86,21 @@ class Kept:
         taken = [[p for p in group["params"] if self._takes(group, p)] for group in groups]
         self._sharing = _sharing(taken) if traits.in_torch else set()
         taken = [[p for p in own if id(p) not in self._sharing] for own in taken]
-        self.params = [p for own in taken for p in own]
+        parts = [(number, own) for number, all_of in enumerate(taken) for own in self._parts(all_of, state)]
+        self.params = [p for _, own in parts for p in own]
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
         self._kinds = [*map(_kind, self.params)]
         self._flags = [*map(_flags, groups)]
-        self._numbers = [number for number, own in enumerate(taken) if own]
+        self._numbers = [number for number, _ in parts]
         self._options = [GroupOptions(traits, groups[number]) for number in self._numbers]
         self._state = state
         own_groups = [
-            {**options.values, "params": [local(p) for p in taken[number]]}
-            for number, options in zip(self._numbers, self._options, strict=True)
+            {**options.values, "params": [*map(local, own)]}
+            for (_, own), options in zip(parts, self._options, strict=True)
         ]
+        if traits.has_product:
+            own_groups = [{**group, PART: k} for k, group in enumerate(own_groups)]
         self._plain = traits.make(own_groups) if own_groups else None
         self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
         self._seen: list[dict[str, Any]] = [{} for _ in self.params]  # the arrays that torch's state shows
@@ -107,7 +110,8 @@ class Kept:
         self._as_they_are = not self.has_shards  # whether gradients need no closer look
         self._shown = Shown(state, self.has_shards)
         self._shards_at = self._find_shards()
-        self._group_of = np.repeat(range(len(self._numbers)), [len(own) for own in taken if own])
+        self._group_of = np.repeat(range(len(parts)), [len(own) for _, own in parts])
+        self._differ = False  # whether parameters of a part are no longer alike
         self._take_state()
 
     # Whether it still holds
@@ -115,7 +119,7 @@ class Kept:
     def fits(self, groups: list[dict[str, Any]], state: Any) -> bool:
         """Whether the torch optimizer is what it was, but for options that may change between steps, which
         are adopted."""
-        if state is not self._state or len(groups) != len(self._members):
+        if state is not self._state or len(groups) != len(self._members) or self._differ:
             return False
         pairs = zip(groups, self._members, strict=True)
         if not all(same(group["params"], own) for group, own in pairs) or not self._is_shown():
@@ -126,6 +130,15 @@ class Kept:
             if any(self._takes(group, p) and id(p) not in self._sharing for p in own):
                 return False
         return all(self._adopted(k, groups[number]) for k, number in enumerate(self._numbers))
+
+    def _parts(self, params: list[torch.Tensor], state: Any) -> list[list[torch.Tensor]]:
+        """The parameters of a group by what the hyperparameters of their steps depend on."""
+        parts: dict[tuple, list[torch.Tensor]] = {}
+        for p in params:
+            own = state.get(p, {})
+            key = (self._traits.steps(own), _product(own)) if self._traits.has_product else ()
+            parts.setdefault(key, []).append(p)
+        return list(parts.values())
 
     def _takes(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
         return self._traits.takes(group, p) and takes(p)
@@ -181,9 +194,11 @@ class Kept:
         scalar = scalar_dtype()
         self._counts = np.array([self._traits.steps(own) for own in states], np.int64)
         self._steps: np.ndarray = self._counts.astype(scalar)
-        self._products: np.ndarray = np.array([float(own.get(PRODUCT, 1.0)) for own in states], scalar)
+        self._products: np.ndarray = np.array([*map(_product, states)], scalar)
         if self._plain is None:
             return
+        if isinstance(self._plain, NAdamOfTorch):
+            self._plain.products.begin(self._products, self._counts, self._group_of)
         if any(states):
             saved, slots = self._plain.state_dict(), self._plain.slots
             saved["steps"] = int(self._counts.max())
@@ -288,11 +303,9 @@ class Kept:
         if self._traits.counts_as is int:
             for i in set(range(len(self.params))).difference(without):
                 self._state[self.params[i]][STEP] = int(self._counts[i])
-        if self._traits.has_product:
-            for k, options in enumerate(self._options):
-                own, values = self._group_of == k, options.values
-                found = products_of(values["betas"][0], values["momentum_decay"], self._products.dtype.name)
-                self._products[own] = found.up_to(self._counts[own])
+        if isinstance(self._plain, NAdamOfTorch):
+            self._plain.products.count(self._counts, [options.values for options in self._options])
+            self._differ = self._plain.products.differ()
 
     def is_behind(self) -> bool:
         """Whether rows have missed steps."""
@@ -304,6 +317,11 @@ class Kept:
         """Bring all rows up to date."""
         if self._plain is not None:
             self._plain.flush()
+
+
+def _product(own: Mapping[str, Any]) -> float:
+    """NAdam's product in a parameter's state in torch."""
+    return float(own.get(PRODUCT, 1.0))
 
 
 def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:

@@ -76,11 +76,8 @@ class RAdam(KernelStep, torch.optim.RAdam):
 
 
 class NAdam(KernelStep, torch.optim.NAdam):
-    """``torch.optim.NAdam`` by kernels (see :class:`fastopt.NAdam`).
-
-    The product of momenta is torch's, rounded as there in each step, but computed anew from the step: it is
-    as if the first beta had always been what it is now.
-    """
+    """``torch.optim.NAdam`` by kernels (see :class:`fastopt.NAdam`), with the product of momenta as torch
+    keeps it, whatever the betas have been."""
 
     traits = Traits(NAdamOfTorch, (*_ADAM, "momentum_decay", "decoupled_weight_decay"), has_product=True)
 

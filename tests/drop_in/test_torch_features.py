@@ -84,7 +84,7 @@ def test_schedulers(name, schedule):
     assert_same(pairs[0][0], pairs[1][0])
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam"])
 def test_a_scheduler_that_moves_momentum(name):
     options = {"lr": 0.05, "momentum": 0.8} if name == "SGD" else {"lr": 0.05}
     pairs = both(name, **options)
@@ -139,6 +139,24 @@ def test_flags_go_by_their_truth(name, flag, options):
         opt.param_groups[0][flag] = 0
         train(net, opt, range(3, 6))
     assert_same(pairs[0][0], pairs[1][0])
+
+
+def test_products_of_momenta_are_those_of_each_parameter():
+    """Parameters that make equally many steps make them with other betas."""
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        params = [torch.nn.Parameter(torch.full((3,), k + 1.0, dtype=torch.float64)) for k in range(3)]
+        opt = module.NAdam(params, lr=0.1)
+        for k in range(12):
+            opt.param_groups[0]["betas"] = 0.95 - 0.07 * k, 0.999
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, k - 3.0) if k % 4 != i else None
+            opt.step()
+            if k == 5:
+                opt.state[params[1]]["mu_product"].mul_(0.9)
+        results.append((*params, *(opt.state[p]["mu_product"] for p in params)))
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6 if p.ndim == 0 else 1e-10, atol=0)
 
 
 @pytest.mark.parametrize("name", PAIRS)
