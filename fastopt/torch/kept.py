@@ -14,7 +14,8 @@ from fastopt._core.options import SHARED, is_immutable
 from fastopt._core.state import Slot
 from fastopt._step.settings import StepInfo
 from fastopt.torch.gradients import Usable, taken_dtype, usable
-from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local, sharing
+from fastopt.torch.masters import Masters
+from fastopt.torch.memory import DTYPES, HALF, array_of, beside, is_shard, local, sharing
 from fastopt.torch.nadam import PART, NAdamOfTorch, scalar_dtype
 from fastopt.torch.row_gradients import RowGradients
 from fastopt.torch.shown import Shown, same
@@ -111,6 +112,7 @@ class Kept:
         self._shown = Shown(state, self.has_shards)
         self._shards_at = self._find_shards()
         self._group_of = np.repeat(range(len(parts)), [len(own) for _, own in parts])
+        self._masters = Masters([p for i, p in enumerate(self.params) if self._has_master(i)], state)
         self._differ = False  # whether parameters of a part are no longer alike
         self._take_state()
 
@@ -265,6 +267,9 @@ class Kept:
                     "that are behind: expected 'lazy', or lookups by fastopt.embedding_bag(..., optimizer=)"
                 )
 
+    def _has_master(self, i: int) -> bool:
+        return self.params[i].dtype in HALF and self._options[self._group_of[i]].values["master_weights"]
+
     def _goes_dense(self, i: int) -> bool:
         """Whether a sparse gradient of the parameter at a position is to be made dense."""
         return self._traits.goes_dense(self._options[self._group_of[i]].values)
@@ -287,7 +292,9 @@ class Kept:
         if self._plain is None:
             return StepInfo()
         gradients, by_rows, without = self.gradients()
+        self._masters.follow()
         info = self._plain.step(gradients, **arguments)
+        self._masters.remember()
         if not info.skipped:
             self._count(without)
             if by_rows or self._by_rows or any(gradients[i] is not None for i in self._not_shown):

@@ -47,6 +47,10 @@ def assert_same(one, other, limit=LIMIT):
         np.testing.assert_allclose(p.detach().numpy(), q.detach().numpy(), rtol=limit, atol=limit)
 
 
+def put(own, new):
+    own.data = new
+
+
 def both(name, **options):
     """Pairs of a model and its optimizer, ours and torch's."""
     ours, theirs = model(), model()
@@ -244,6 +248,56 @@ def test_state_in_other_formats_is_saved_and_loaded_to_the_bit(dtype, state_dtyp
     train(first, opt, range(6, 9))
     train(second, other, range(6, 9))
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_what_is_written_to_a_parameter_reaches_its_master():
+    torch.manual_seed(0)
+    start = torch.randn(40, dtype=torch.bfloat16)
+    results = []
+    for write in (
+        lambda p: p.copy_(start),
+        lambda p: put(p, start.clone()),
+        lambda p: p[:20].copy_(start[:20]),
+        lambda p: None,
+    ):
+        p = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16))
+        opt = fastopt.torch.SGD([p], lr=1e-3, master_weights=True)
+        for k in range(6):
+            p.grad = torch.full_like(p, 0.125)
+            opt.step()
+            if k == 2:
+                with torch.no_grad():
+                    write(p)
+        assert torch.equal(opt.state[p]["master"].bfloat16(), p.detach())
+        results.append(opt.state[p]["master"])
+    copied, replaced, partly, left = results
+    expected = start.float()
+    for _ in range(3):
+        expected = expected - 1e-3 * 0.125
+    torch.testing.assert_close(copied, expected)
+    assert torch.equal(replaced, copied) and torch.equal(partly, torch.cat([copied[:20], left[20:]]))
+    torch.testing.assert_close(left, torch.full((40,), 1 - 6 * 1e-3 * 0.125))
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_masters_are_loaded_to_the_bit_before_or_after_the_model(model_first):
+    first, second = model(0, torch.bfloat16), model(1, torch.bfloat16)
+    options = {"lr": 1e-3, "master_weights": True}
+    opt = fastopt.torch.AdamW(first.parameters(), **options)
+    train(first, opt)
+    other = fastopt.torch.AdamW(second.parameters(), **options)
+    train(second, other, range(2))
+    saved = copy.deepcopy((first.state_dict(), opt.state_dict()))
+    loads = [lambda: second.load_state_dict(saved[0]), lambda: other.load_state_dict(saved[1])]
+    for load in loads if model_first else reversed(loads):
+        load()
+    train(first, opt, range(6, 9))
+    train(second, other, range(6, 9))
+    masters = [
+        [own[p]["master"] for p in net.parameters()]
+        for own, net in ((opt.state, first), (other.state, second))
+    ]
+    assert all(map(torch.equal, *masters))
 
 
 def test_numbers_are_not_loaded_as_codes():
@@ -602,10 +656,6 @@ def test_state_is_the_memory_that_kernels_work_on():
     opt.state.clear()
     opt.step()
     assert torch.equal(opt.state[p]["momentum_buffer"], torch.ones(4))
-
-
-def put(own, new):
-    own.data = new
 
 
 @pytest.mark.parametrize(
