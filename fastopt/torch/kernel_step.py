@@ -6,7 +6,7 @@ and so is whatever updates parameters that kernels can't take. Only the step of 
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 
@@ -15,6 +15,8 @@ from fastopt._step.settings import StepInfo
 from fastopt.torch import left
 from fastopt.torch.kept import Kept, takes
 from fastopt.torch.traits import Traits
+
+Loss = TypeVar("Loss")  # what a closure returns
 
 
 class KernelStep(torch.optim.Optimizer):
@@ -31,7 +33,7 @@ class KernelStep(torch.optim.Optimizer):
     other devices, subclasses of tensors) are updated by torch's own step.
 
     Attributes:
-        info: what the last step answered (see :class:`fastopt.StepInfo`), None before the first.
+        info: what the last step answered (see :class:`fastopt.StepInfo`), an empty answer before the first.
     """
 
     traits: ClassVar[Traits]
@@ -58,7 +60,7 @@ class KernelStep(torch.optim.Optimizer):
         }
         self._shared = checked_options(self._shared, type(self).__name__)
         self._kept: Kept | None = None
-        self.info: StepInfo | None = None
+        self.info = StepInfo()
         super().__init__(params, *args, **options)
         self.defaults.update(self._shared)
         self._step_supports_amp_scaling = True
@@ -68,16 +70,21 @@ class KernelStep(torch.optim.Optimizer):
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
-        if KernelStep in cls.__bases__ and "__init__" not in vars(cls):
-            # Its arguments are those of torch's class, and the shared ones.
+        own: Any = vars(cls).get("__init__")
+        if KernelStep in cls.__bases__:
+            # Its arguments are its own, or those of torch's class, and the shared ones.
             base: Any = cls.__mro__[cls.__mro__.index(KernelStep) + 1]
-            theirs = inspect.signature(base.__init__).parameters.values()
-            own = [
-                own
-                for own in inspect.signature(KernelStep.__init__).parameters.values()
-                if own.name in SHARED
+            made_by = inspect.signature(own or base.__init__).parameters.values()
+            shared = inspect.signature(KernelStep.__init__).parameters.values()
+            parameters = [
+                *(one for one in made_by if one.kind is not inspect.Parameter.VAR_KEYWORD),
+                *(one for one in shared if one.name in SHARED),
             ]
-            cls.__signature__ = inspect.Signature([*theirs, *own][1:])  # type: ignore[attr-defined]
+        elif own is not None:  # of a user's class
+            parameters = list(inspect.signature(own).parameters.values())
+        else:
+            return
+        cls.__signature__ = inspect.Signature(parameters[1:])  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         if self._kept is not None and self._kept.is_behind():
@@ -90,7 +97,7 @@ class KernelStep(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._kept = None
         super().__setstate__(state)
-        self.__dict__.setdefault("info", None)
+        self.__dict__.setdefault("info", StepInfo())
         self._shared = {name: self.defaults.get(name, value) for name, value in SHARED.items()}
         self._step_supports_amp_scaling = True
         for group in self.param_groups:
@@ -149,6 +156,20 @@ class KernelStep(torch.optim.Optimizer):
     def flush(self) -> None:
         """With ``rows="dense"``, bring all rows up to date (see :meth:`fastopt.Optimizer.flush`)."""
         self._current().flush()
+
+    @overload
+    def step(
+        self, closure: None = None, *, clip_norm: float | None = None, clip_value: float | None = None
+    ) -> None: ...
+
+    @overload
+    def step(
+        self,
+        closure: Callable[[], Loss],
+        *,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+    ) -> Loss: ...
 
     def step(
         self,

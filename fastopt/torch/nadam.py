@@ -86,7 +86,8 @@ class NAdamOfTorch(fastopt.NAdam):
     def __init__(self, params: Any) -> None:
         self.products = Products()
         # The kernels are those of NAdamH, which it folds.
-        self._rule = dataclasses.replace(rules.NADAM, hyper=self.products)
+        folded: Any = self.products
+        self._rule = dataclasses.replace(rules.NADAM, hyper=folded)
         fastopt.Optimizer.__init__(
             self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, momentum_decay=4e-3,
             decoupled_weight_decay=False, maximize=False, **{PART: 0},

@@ -38,7 +38,8 @@ class Shown:
         """Take what is in the state now for what was put there: of parameters, arrays and numbers by their
         names."""
         self._dicts = list(self._state.values())
-        self._numbers, dicts_of = {}, {}
+        self._numbers = {}
+        dicts_of: dict[str, list[dict]] = {}
         for p, names in shown:
             own = self._state.get(p, {})
             for name, tensor in own.items():

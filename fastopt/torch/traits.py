@@ -38,7 +38,11 @@ class Traits:
 
     def make(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The plain optimizer of groups, which takes what torch's class takes in a step."""
-        return _as_in_torch(self.plain)(groups)
+        return self._as_in_torch(groups)
+
+    @functools.cached_property
+    def _as_in_torch(self) -> type[Optimizer]:
+        return type(self.plain.__name__, (self.plain,), {"signed": _SIGNED})
 
     def check(self, groups: list[dict[str, Any]]) -> None:
         """Refuse options that no optimizer begins with."""
@@ -75,8 +79,3 @@ class Traits:
         if self.counts_as is None:
             return int(any(isinstance(value, torch.Tensor) for value in state.values()))
         return int(state.get(STEP, 0))
-
-
-@functools.cache
-def _as_in_torch(cls: type[Optimizer]) -> type[Optimizer]:
-    return type(cls.__name__, (cls,), {"signed": _SIGNED})
