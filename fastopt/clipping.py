@@ -136,7 +136,7 @@ def _prepared(grads: Any, writable: bool) -> list[_Prepared]:
     """Every gradient, checked."""
     found: list[_Prepared] = []
     for value, label in leaves(grads, "grads"):
-        value, gradient = as_gradient(value, label), None
+        value, gradient = as_gradient(value, label, writable), None
         if isinstance(value, SparseGradient):
             gradient = value.checked(label, None)
             if gradient.takes_maxima:

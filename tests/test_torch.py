@@ -251,6 +251,20 @@ def test_sparse_tensors_are_clipped_and_cleared_in_place(embedded):
     assert not grad._values().any()
 
 
+def test_strided_values_of_sparse_tensors_are_copied_where_they_are_only_read():
+    """As autograd leaves them of a sum: one row for all indices."""
+    weight, indices = torch.zeros(20, 3), torch.tensor([[4, 0, 4]])
+    grad = torch.sparse_coo_tensor(indices, torch.ones(1, 3).expand(3, 3), (20, 3), check_invariants=True)
+    assert fastopt.grad_norm([grad]) == pytest.approx(15**0.5)
+    opt = fastopt.SGD([weight], lr=0.5)
+    opt.step([grad])
+    assert weight[:5, 0].tolist() == [-0.5, 0, 0, 0, -1]
+    for writes in (lambda: opt.step([grad], zero_grads=True), lambda: fastopt.clip_grad_norm([grad], 0.5)):
+        with pytest.raises(ValueError, match="expected a C-contiguous array"):
+            writes()
+    assert weight[:5, 0].tolist() == [-0.5, 0, 0, 0, -1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_sparse_tensors_of_other_dtypes_and_empty_ones(dtype):
     p, indices = torch.ones(4, 2, dtype=dtype), torch.tensor([[3, 3]])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from fastopt._core.options import FIXED, SHARED, checked_options, is_immutable
 from fastopt.kernels.rule import L2, Decoupled, Rule, Scaled
@@ -16,9 +16,11 @@ class Definition:
 
     Attributes:
         defaults: its options, with the values that groups have which say nothing else.
+        signed: the options that may be negative, whatever their range is, but with ``rows="dense"``.
     """
 
     defaults: dict[str, Any]
+    signed: ClassVar[tuple[str, ...]] = ()
 
     def rule(self, options: Mapping[str, Any]) -> Rule:
         """The update rule that the options choose."""
@@ -165,7 +167,7 @@ def checked_group(options: Mapping[str, Any], label: str, definition: Definition
     missing = set(definition.defaults) - set(own)
     if missing:
         raise ValueError(f"{label} lacks the option {min(missing)!r}: set it again")
-    return checked_options(own, label)
+    return checked_options(own, label, () if own["rows"] == "dense" else definition.signed)
 
 
 def changed_options(group: ParameterGroup, definition: Definition) -> dict[str, Any]:

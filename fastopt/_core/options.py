@@ -3,7 +3,7 @@
 import math
 import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypedDict
 
@@ -103,8 +103,9 @@ def is_flag(value: Any) -> bool:
     return isinstance(value, bool | np.bool)
 
 
-def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """A copy of ``options`` with plain Python numbers. ``label`` names their parameter group in errors.
+def checked_options(options: Mapping[str, Any], label: str, signed: Collection[str] = ()) -> dict[str, Any]:
+    """A copy of ``options`` with plain Python numbers. ``label`` names their parameter group in errors;
+    ``signed``: those that may be negative, whatever their range is.
 
     Raises:
         TypeError, ValueError: an option has a wrong type or is out of range.
@@ -141,7 +142,7 @@ def checked_options(options: Mapping[str, Any], label: str) -> dict[str, Any]:
         elif is_flag(value) and name not in _RANGES:
             checked[name] = bool(value)
         else:
-            checked[name] = _number(value, where, _RANGES.get(name, _ANY))
+            checked[name] = _number(value, where, _ANY if name in signed else _RANGES.get(name, _ANY))
     return checked
 
 

@@ -1,6 +1,7 @@
 """From gradients to a plan: what is the same as in the step before is not found out again."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,7 @@ class Planner:
         for i in unknown:
             parameters_at[i] = everyone[i].backend.address(everyone[i].view())
         gradients_at, unknown = self._locator.gradients()
-        gradients.replace(unknown, as_gradient)
+        gradients.replace(unknown, partial(as_gradient, writes=zero_grads))
         entries = gradients.entries
         kinds = np.full(len(entries), SAME, np.int8)
         rows: list[RowUpdate] = []

@@ -22,24 +22,27 @@ class TensorSlices(IndexedSlices):
         return super().checked(label, self.rows)
 
 
-def as_gradient(value: Any, label: str) -> Any:
+def as_gradient(value: Any, label: str, writes: bool = False) -> Any:
     """A gradient of one parameter: a list or tuple of sparse ones as their sum, a sparse tensor with an index
     for each row as its slices, whether it is coalesced or not; anything else as it is.
+
+    Values of a sparse tensor that are strided are copied, but where the step ``writes`` them.
 
     Raises:
         TypeError, ValueError: the list has others beside sparse gradients, or is empty.
     """
     if isinstance(value, list | tuple):
-        gradients = [_of_tensor(own) for own in value]
+        gradients = [_of_tensor(own, writes) for own in value]
         if gradients and not any(isinstance(own, SparseGradient) for own in gradients):
             return value
         check_all_sparse(gradients, label)
         return SumOfGradients(gradients)
-    return _of_tensor(value)
+    return _of_tensor(value, writes)
 
 
-def _of_tensor(value: Any) -> Any:
+def _of_tensor(value: Any, writes: bool) -> Any:
     if not is_sparse_tensor(value):
         return value
     tensor = value.detach()
-    return TensorSlices(tensor._indices()[0], tensor._values(), rows=tensor.shape[0])
+    values = tensor._values() if writes else tensor._values().contiguous()
+    return TensorSlices(tensor._indices()[0], values, rows=tensor.shape[0])

@@ -8,8 +8,10 @@ the kernels of :mod:`fastopt`, which share their memory with ``optimizer.state``
 
 :class:`EmbeddingBag` and :class:`Embedding` are torch's modules with lookups of :mod:`fastopt`, and gradients
 that are never made: ``weight.grad`` is a :class:`RowGradients`, what was looked up and what came back.
+:class:`EmbeddingBagCollection` looks many tables up at once.
 """
 
+from fastopt.torch.collection import EmbeddingBagCollection
 from fastopt.torch.modules import Embedding, EmbeddingBag
 from fastopt.torch.optimizers import (
     LAMB,
@@ -37,6 +39,7 @@ __all__ = [
     "AdamW",
     "Embedding",
     "EmbeddingBag",
+    "EmbeddingBagCollection",
     "Lion",
     "NAdam",
     "RAdam",

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastopt.gradients import IndexedSlices, SparseGradient
-from fastopt.torch.memory import local
+from fastopt.gradients import SparseGradient
+from fastopt.gradients.given import as_gradient
+from fastopt.torch.memory import HALF, local
 from fastopt.torch.row_gradients import RowGradients
 
 _is_contiguous: Any = torch.Tensor.is_contiguous
@@ -23,16 +24,17 @@ class Usable(NamedTuple):
 def usable(
     given: list[torch.Tensor | None],
     params: Sequence[torch.Tensor],
-    has_shards: bool,
+    as_they_are: bool,
     goes_dense: Callable[[int], bool],
 ) -> Usable:
     """The gradients of parameters as the plain optimizers take them.
 
-    has_shards: whether some are DTensors. goes_dense: whether a sparse gradient of the parameter at a
-    position is to be made dense.
+    as_they_are: whether dense ones that are contiguous need no closer look: none is a DTensor, or of a dtype
+    that kernels do not take. goes_dense: whether a sparse gradient of the parameter at a position is to be
+    made dense.
     """
     try:
-        if set(map(type, given)) == {torch.Tensor} and all(map(_is_contiguous, given)) and not has_shards:
+        if as_they_are and set(map(type, given)) == {torch.Tensor} and all(map(_is_contiguous, given)):
             return Usable(given, False, [])
     except (TypeError, RuntimeError):  # None, and a sparse tensor
         pass
@@ -48,8 +50,16 @@ def _usable(
 ) -> torch.Tensor | SparseGradient:
     if isinstance(gradient, RowGradients):
         return gradient.dense() if goes_dense(i) else gradient.gradient()
+    gradient = gradient.to(taken_dtype(gradient, p))
     if gradient.layout is torch.sparse_coo:
         if p.ndim == 2 and gradient.sparse_dim() == 1 and not goes_dense(i):
-            return IndexedSlices(gradient._indices()[0], gradient._values().contiguous())
+            return as_gradient(gradient, "gradient")
         gradient = gradient.to_dense()
     return gradient.resolve_neg().contiguous()
+
+
+def taken_dtype(gradient: torch.Tensor, p: torch.Tensor) -> torch.dtype:
+    """The dtype that kernels take a gradient in, its own if they do: ``p.grad_dtype`` allows any."""
+    if p.dtype in HALF and gradient.dtype != p.dtype:
+        return torch.float32
+    return p.dtype

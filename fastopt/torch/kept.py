@@ -1,21 +1,24 @@
 """What a torch optimizer's step by kernels goes on with from step to step."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from operator import is_, itemgetter
+from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastopt._core.arrays import tensor_over
+from fastopt._core.groups import checked_group
 from fastopt._core.missed import LAST_STEP
-from fastopt._core.options import SHARED, is_immutable, plain
+from fastopt._core.options import SHARED, is_immutable
 from fastopt._core.state import Slot
 from fastopt._step.settings import StepInfo
-from fastopt.torch.gradients import Usable, usable
-from fastopt.torch.memory import DTYPES, array_of, beside, is_shard, local
-from fastopt.torch.nadam import products_of, scalar_dtype
+from fastopt.torch.gradients import Usable, taken_dtype, usable
+from fastopt.torch.masters import Masters
+from fastopt.torch.memory import DTYPES, HALF, array_of, beside, is_shard, local, sharing
+from fastopt.torch.nadam import PART, NAdamOfTorch, scalar_dtype
 from fastopt.torch.row_gradients import RowGradients
+from fastopt.torch.shown import Shown, same
 from fastopt.torch.traits import PRODUCT, STEP, Traits
 
 
@@ -42,22 +45,23 @@ def _kind(p: torch.Tensor) -> tuple:
 
 
 class GroupOptions:
-    """The options of a group for the plain optimizer, by ``names``, which are looked at in every step.
+    """The options of a group for the plain optimizer, which are looked at in every step.
 
     Attributes:
         values: as they were last read, tensors among them as the numbers they held.
     """
 
-    def __init__(self, names: tuple[str, ...], group: dict[str, Any]) -> None:
-        self._names = names
-        self._get = itemgetter(*names)
+    def __init__(self, traits: Traits, group: dict[str, Any]) -> None:
+        self._traits = traits
+        self._names = traits.names(group)
+        self._get = itemgetter(*self._names)
         self.read(group)
 
     def read(self, group: dict[str, Any]) -> None:
         """Take the options as they are now."""
         self._seen = self._get(group)
         self._fixed = all(map(is_immutable, self._seen))
-        self.values = dict(zip(self._names, map(plain, self._seen), strict=True))
+        self.values = self._traits.plain_options(dict(zip(self._names, self._seen, strict=True)))
 
     def may_differ(self, group: dict[str, Any]) -> bool:
         """Whether they may have changed: a tensor may at any time."""
@@ -81,30 +85,35 @@ class Kept:
         self._traits = traits
         self._members = [list(group["params"]) for group in groups]
         taken = [[p for p in group["params"] if self._takes(group, p)] for group in groups]
-        self.params = [p for own in taken for p in own]
+        self._sharing = _sharing(taken) if traits.in_torch else set()
+        taken = [[p for p in own if id(p) not in self._sharing] for own in taken]
+        parts = [(number, own) for number, all_of in enumerate(taken) for own in self._parts(all_of, state)]
+        self.params = [p for _, own in parts for p in own]
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
         self._kinds = [*map(_kind, self.params)]
         self._flags = [*map(_flags, groups)]
-        self._numbers = [number for number, own in enumerate(taken) if own]
-        self._options = [
-            GroupOptions(traits.names(groups[number]), groups[number]) for number in self._numbers
-        ]
+        self._numbers = [number for number, _ in parts]
+        self._options = [GroupOptions(traits, groups[number]) for number in self._numbers]
         self._state = state
         own_groups = [
-            {**options.values, "params": [local(p) for p in taken[number]]}
-            for number, options in zip(self._numbers, self._options, strict=True)
+            {**options.values, "params": [*map(local, own)]}
+            for (_, own), options in zip(parts, self._options, strict=True)
         ]
-        self._plain = traits.plain(own_groups) if own_groups else None
+        if traits.has_product:
+            own_groups = [{**group, PART: k} for k, group in enumerate(own_groups)]
+        self._plain = traits.make(own_groups) if own_groups else None
         self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
         self._seen: list[dict[str, Any]] = [{} for _ in self.params]  # the arrays that torch's state shows
-        self._shown: dict[str, tuple[list[dict], list[Any]]] = {}
-        self._dicts: list[dict] = []
         self._by_rows = False  # whether the last step had gradients by rows, which state may be moved for
         self._not_shown: list[int] = []  # the positions of parameters that have no state yet
         self.has_shards = any(map(is_shard, self.params))
+        self._as_they_are = not self.has_shards  # whether gradients need no closer look
+        self._shown = Shown(state, self.has_shards)
         self._shards_at = self._find_shards()
-        self._group_of = np.repeat(range(len(self._numbers)), [len(own) for own in taken if own])
+        self._group_of = np.repeat(range(len(parts)), [len(own) for _, own in parts])
+        self._masters = Masters([p for i, p in enumerate(self.params) if self._has_master(i)], state)
+        self._differ = False  # whether parameters of a part are no longer alike
         self._take_state()
 
     # Whether it still holds
@@ -112,16 +121,26 @@ class Kept:
     def fits(self, groups: list[dict[str, Any]], state: Any) -> bool:
         """Whether the torch optimizer is what it was, but for options that may change between steps, which
         are adopted."""
-        if state is not self._state or len(groups) != len(self._members):
+        if state is not self._state or len(groups) != len(self._members) or self._differ:
             return False
         pairs = zip(groups, self._members, strict=True)
-        if not all(_same(group["params"], own) for group, own in pairs) or not self._is_shown():
+        if not all(same(group["params"], own) for group, own in pairs) or not self._is_shown():
             return False
         if self._flags != [*map(_flags, groups)] or self._shards_at != self._find_shards():
             return False
-        if any(self._takes(group, p) for group, own in zip(groups, self.left, strict=True) for p in own):
-            return False
+        for group, own in zip(groups, self.left, strict=True):
+            if any(self._takes(group, p) and id(p) not in self._sharing for p in own):
+                return False
         return all(self._adopted(k, groups[number]) for k, number in enumerate(self._numbers))
+
+    def _parts(self, params: list[torch.Tensor], state: Any) -> list[list[torch.Tensor]]:
+        """The parameters of a group by what the hyperparameters of their steps depend on."""
+        parts: dict[tuple, list[torch.Tensor]] = {}
+        for p in params:
+            own = state.get(p, {})
+            key = (self._traits.steps(own), _product(own)) if self._traits.has_product else ()
+            parts.setdefault(key, []).append(p)
+        return list(parts.values())
 
     def _takes(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
         return self._traits.takes(group, p) and takes(p)
@@ -133,19 +152,24 @@ class Kept:
 
     def is_outdated(self) -> bool:
         """Whether parameters are no longer what they were."""
-        return any(not takes(p) or _kind(p) != kind for p, kind in zip(self.params, self._kinds, strict=True))
+        pairs = zip(self.params, self._kinds, strict=True)
+        if any(not takes(p) or _kind(p) != kind for p, kind in pairs):
+            return True
+        return self._traits.in_torch and bool(_sharing([self.params]))
+
+    def meets_other_dtypes(self) -> bool:
+        """Whether gradients are of dtypes that have to be converted, which they are from now on."""
+        if not self._as_they_are:
+            return False
+        pairs = ((p.grad, p) for p in self.params if p.grad is not None)
+        self._as_they_are = all(gradient.dtype == taken_dtype(gradient, p) for gradient, p in pairs)
+        return not self._as_they_are
 
     def _is_shown(self) -> bool:
         """Whether torch's state is what was put there."""
         if self._plain is None:
             return True
-        if not _same(self._state.values(), self._dicts):
-            return False
-        try:
-            for name, (dicts, tensors) in self._shown.items():
-                if not all(map(is_, map(itemgetter(name), dicts), tensors)):
-                    return False
-        except KeyError:  # some was taken out
+        if not self._shown.holds():
             return False
         return self._traits.counts_as is not torch.Tensor or bool((self._steps == self._counts).all())
 
@@ -172,9 +196,11 @@ class Kept:
         scalar = scalar_dtype()
         self._counts = np.array([self._traits.steps(own) for own in states], np.int64)
         self._steps: np.ndarray = self._counts.astype(scalar)
-        self._products: np.ndarray = np.array([float(own.get(PRODUCT, 1.0)) for own in states], scalar)
+        self._products: np.ndarray = np.array([*map(_product, states)], scalar)
         if self._plain is None:
             return
+        if isinstance(self._plain, NAdamOfTorch):
+            self._plain.products.begin(self._products, self._counts, self._group_of)
         if any(states):
             saved, slots = self._plain.state_dict(), self._plain.slots
             saved["steps"] = int(self._counts.max())
@@ -210,29 +236,27 @@ class Kept:
 
     def _remember(self) -> None:
         self._not_shown = [i for i, seen in enumerate(self._seen) if not seen]
-        self._dicts = list(self._state.values())
-        self._shown = {}
-        for i, p in enumerate(self.params):
-            if self._seen[i] and p in self._state:
-                own = self._state[p]
-                for name, tensor in own.items():
-                    if isinstance(tensor, torch.Tensor):
-                        dicts, tensors = self._shown.setdefault(name, ([], []))
-                        dicts.append(own)
-                        tensors.append(tensor)
+        self._shown.remember(zip(self.params, self._seen, strict=True), (STEP, PRODUCT))
 
     # Steps
 
-    def gradients(self) -> Usable:
-        """The gradients of the parameters as the plain optimizer takes them.
+    @property
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Those that the parameters have."""
+        return [p.grad for p in self.params]
+
+    def usable(self, given: list[torch.Tensor | None]) -> Usable:
+        """Gradients of the parameters as the plain optimizer takes them.
 
         Raises:
-            RuntimeError: one is dense, where only sparse ones are expected.
+            RuntimeError: one is dense, where only sparse ones are expected, or sparse, where only dense ones
+                are.
         """
-        given = [p.grad for p in self.params]
         if self._traits.sparse_alone and not all(map(_is_by_rows, given)):
             raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
-        found = usable(given, self.params, self.has_shards, self._goes_dense)
+        if self._traits.dense_alone and any(map(_is_sparse, given)):
+            raise RuntimeError(f"{self._traits.plain.__name__} does not support sparse gradients")
+        found = usable(given, self.params, self._as_they_are, self._goes_dense)
         if found.by_rows:
             self._check_lookups(given)
         return found
@@ -247,16 +271,34 @@ class Kept:
                     "that are behind: expected 'lazy', or lookups by fastopt.embedding_bag(..., optimizer=)"
                 )
 
+    def _has_master(self, i: int) -> bool:
+        return self.params[i].dtype in HALF and self._options[self._group_of[i]].values["master_weights"]
+
     def _goes_dense(self, i: int) -> bool:
         """Whether a sparse gradient of the parameter at a position is to be made dense."""
         return self._traits.goes_dense(self._options[self._group_of[i]].values)
 
-    def step(self, **arguments: Any) -> StepInfo:
-        """Update those of the parameters that have gradients."""
+    def check(self) -> None:
+        """Refuse gradients and options that a step would refuse.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: nothing has changed.
+        """
+        if self._plain is None:
+            return
+        self.usable(self.gradients)
+        for k, own in enumerate(self._plain.param_groups):
+            checked = checked_group(own, f"param_groups[{self._numbers[k]}]", self._plain)
+            self._plain.check_options(checked, f"param_groups[{self._numbers[k]}]")
+
+    def step(self, given: list[torch.Tensor | None], **arguments: Any) -> StepInfo:
+        """Update those of the parameters that have gradients, which are given."""
         if self._plain is None:
             return StepInfo()
-        gradients, by_rows, without = self.gradients()
+        gradients, by_rows, without = self.usable(given)
+        self._masters.follow()
         info = self._plain.step(gradients, **arguments)
+        self._masters.remember()
         if not info.skipped:
             self._count(without)
             if by_rows or self._by_rows or any(gradients[i] is not None for i in self._not_shown):
@@ -272,11 +314,9 @@ class Kept:
         if self._traits.counts_as is int:
             for i in set(range(len(self.params))).difference(without):
                 self._state[self.params[i]][STEP] = int(self._counts[i])
-        if self._traits.has_product:
-            for k, options in enumerate(self._options):
-                own, values = self._group_of == k, options.values
-                found = products_of(values["betas"][0], values["momentum_decay"], self._products.dtype.name)
-                self._products[own] = found.up_to(self._counts[own])
+        if isinstance(self._plain, NAdamOfTorch):
+            self._plain.products.count(self._counts, [options.values for options in self._options])
+            self._differ = self._plain.products.differ()
 
     def is_behind(self) -> bool:
         """Whether rows have missed steps."""
@@ -288,6 +328,11 @@ class Kept:
         """Bring all rows up to date."""
         if self._plain is not None:
             self._plain.flush()
+
+
+def _product(own: Mapping[str, Any]) -> float:
+    """NAdam's product in a parameter's state in torch."""
+    return float(own.get(PRODUCT, 1.0))
 
 
 def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
@@ -315,12 +360,16 @@ def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, n
     return found
 
 
+def _sharing(taken: list[list[torch.Tensor]]) -> set[int]:
+    """The ids of parameters that share memory with another, which kernels would update at the same time."""
+    params = [p for own in taken for p in own]
+    return {id(params[i]) for i in sharing([*map(local, params)])}
+
+
+def _is_sparse(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and gradient.is_sparse
+
+
 def _is_by_rows(gradient: torch.Tensor | None) -> bool:
     """Whether there is no gradient that names every row."""
     return gradient is None or gradient.is_sparse or isinstance(gradient, RowGradients)
-
-
-def _same(one: Iterable, other: Sequence) -> bool:
-    """Whether both hold the same objects in the same order."""
-    one = list(one)
-    return len(one) == len(other) and all(map(is_, one, other))

@@ -5,15 +5,20 @@ and so is whatever updates parameters that kernels can't take. Only the step of 
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 
 from fastopt._core.options import SHARED, checked_options
 from fastopt._step.settings import StepInfo
+from fastopt.torch import left
+from fastopt.torch.fused import register
 from fastopt.torch.kept import Kept, takes
+from fastopt.torch.row_gradients import RowGradients
 from fastopt.torch.traits import Traits
+
+Loss = TypeVar("Loss")  # what a closure returns
 
 
 class KernelStep(torch.optim.Optimizer):
@@ -30,7 +35,7 @@ class KernelStep(torch.optim.Optimizer):
     other devices, subclasses of tensors) are updated by torch's own step.
 
     Attributes:
-        info: what the last step answered (see :class:`fastopt.StepInfo`), None before the first.
+        info: what the last step answered (see :class:`fastopt.StepInfo`), an empty answer before the first.
     """
 
     traits: ClassVar[Traits]
@@ -57,25 +62,31 @@ class KernelStep(torch.optim.Optimizer):
         }
         self._shared = checked_options(self._shared, type(self).__name__)
         self._kept: Kept | None = None
-        self.info: StepInfo | None = None
+        self.info = StepInfo()
         super().__init__(params, *args, **options)
         self.defaults.update(self._shared)
         self._step_supports_amp_scaling = True
-        if _step_of_torch(type(self)) is None:  # torch has checked nothing
+        if not self.traits.in_torch:  # torch has checked nothing
+            self.traits.check(self.param_groups)
             self._current()
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
-        if KernelStep in cls.__bases__ and "__init__" not in vars(cls):
-            # Its arguments are those of torch's class, and the shared ones.
+        own: Any = vars(cls).get("__init__")
+        if KernelStep in cls.__bases__:
+            # Its arguments are its own, or those of torch's class, and the shared ones.
             base: Any = cls.__mro__[cls.__mro__.index(KernelStep) + 1]
-            theirs = inspect.signature(base.__init__).parameters.values()
-            own = [
-                own
-                for own in inspect.signature(KernelStep.__init__).parameters.values()
-                if own.name in SHARED
+            made_by = inspect.signature(own or base.__init__).parameters.values()
+            shared = inspect.signature(KernelStep.__init__).parameters.values()
+            parameters = [
+                *(one for one in made_by if one.kind is not inspect.Parameter.VAR_KEYWORD),
+                *(one for one in shared if one.name in SHARED),
             ]
-            cls.__signature__ = inspect.Signature([*theirs, *own][1:])  # type: ignore[attr-defined]
+        elif own is not None:  # of a user's class
+            parameters = list(inspect.signature(own).parameters.values())
+        else:
+            return
+        cls.__signature__ = inspect.Signature(parameters[1:])  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         if self._kept is not None and self._kept.is_behind():
@@ -88,11 +99,12 @@ class KernelStep(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._kept = None
         super().__setstate__(state)
-        self.__dict__.setdefault("info", None)
+        self.__dict__.setdefault("info", StepInfo())
         self._shared = {name: self.defaults.get(name, value) for name, value in SHARED.items()}
         self._step_supports_amp_scaling = True
         for group in self.param_groups:
             self._complete(group)
+            register(self, group["params"])
 
     def _complete(self, group: dict[str, Any]) -> None:
         """Give a group those of the options that torch does not know."""
@@ -103,6 +115,7 @@ class KernelStep(torch.optim.Optimizer):
         self._complete({**param_group})  # which refuses bad ones
         super().add_param_group(param_group)
         self._complete(self.param_groups[-1])
+        register(self, self.param_groups[-1]["params"])
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,6 +161,20 @@ class KernelStep(torch.optim.Optimizer):
         """With ``rows="dense"``, bring all rows up to date (see :meth:`fastopt.Optimizer.flush`)."""
         self._current().flush()
 
+    @overload
+    def step(
+        self, closure: None = None, *, clip_norm: float | None = None, clip_value: float | None = None
+    ) -> None: ...
+
+    @overload
+    def step(
+        self,
+        closure: Callable[[], Loss],
+        *,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+    ) -> Loss: ...
+
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -176,26 +203,65 @@ class KernelStep(torch.optim.Optimizer):
         grad_scale = 1.0 if scale is None else 1.0 / scale.item()
         arguments = {"grad_scale": grad_scale, "clip_norm": clip_norm, "clip_value": clip_value}
         try:
-            left, self.info = self._step_by_kernels(arguments)
+            self.info = self._step_of_all(arguments)
         except (ValueError, TypeError):  # before anything was updated
-            if self._kept is None or not self._kept.is_outdated():
+            if not self._renewed():
                 raise
-            self._kept = None
-            left, self.info = self._step_by_kernels(arguments)
-        if any(left):
-            self._step_by_torch(left, grad_scale)
+            self.info = self._step_of_all(arguments)
         return loss
 
-    def _step_by_kernels(self, arguments: dict[str, Any]) -> tuple[list[list[torch.Tensor]], StepInfo]:
-        """Update the parameters that kernels take; returns those of each group that are left to torch, and
-        what was done."""
+    def _step_of_all(self, arguments: dict[str, Any]) -> StepInfo:
+        """Update the parameters that kernels take, and before those the others, since torch's step may still
+        refuse what kernels' checks let pass."""
         kept = self._current()
-        left = [[p for p in own if p.grad is not None] for own in kept.left]
-        if arguments["clip_norm"] is not None or arguments["clip_value"] is not None:
-            _check_clipping(kept, left)
-        if any(left) and _step_of_torch(type(self)) is None:
-            _refuse(type(self).__name__, next(p for own in left for p in own))
-        return left, kept.step(**arguments)
+        others = [[p for p in own if p.grad is not None] for own in kept.left]
+        clips = arguments["clip_norm"] is not None or arguments["clip_value"] is not None
+        if clips and kept.has_shards:
+            raise ValueError(
+                "clip_norm and clip_value see the parts of DTensors that lie here alone: expected neither, "
+                "use torch.nn.utils.clip_grad_norm_ before the step"
+            )
+        if any(others):
+            if self._renewed():
+                return self._step_of_all(arguments)
+            for group, own in zip(self.param_groups, others, strict=True):
+                self._check_left(group, own, clips)
+            kept.check()
+            self._step_by_torch(others, arguments["grad_scale"])
+        return kept.step(kept.gradients, **arguments)
+
+    def update(self, gradients: Mapping[int, RowGradients]) -> None:
+        """Update those of the parameters whose ``id`` has a gradient here, for tables that are fused: no hook
+        is called, and ``info`` stays that of the last step.
+
+        Raises:
+            TypeError: one of them is left to torch's own step.
+        """
+        kept = self._current()
+        if not gradients.keys() <= set(map(id, kept.params)):
+            raise TypeError(
+                "a table that is fused is in a group with capturable or differentiable, which torch's own step "
+                "updates: expected neither"
+            )
+        kept.step([gradients.get(id(p)) for p in kept.params])
+
+    def _check_left(self, group: dict[str, Any], own: list[torch.Tensor], clips: bool) -> None:
+        """Refuse parameters of a group that are left to torch's step, if it can't do what is asked for."""
+        if own and not self.traits.in_torch:
+            left.refuse(type(self).__name__, own[0])
+        if clips:
+            left.check_clipping(own)
+        left.check_options(group, own)
+
+    def _renewed(self) -> bool:
+        """Take in what is not looked at in each step; returns whether parameters or the dtypes of gradients
+        are other than they were."""
+        if self._kept is None:
+            return False
+        if self._kept.is_outdated():
+            self._kept = None
+            return True
+        return self._kept.meets_other_dtypes()
 
     def _current(self) -> Kept:
         """What the last step went on with, made anew if the optimizer has changed since."""
@@ -214,22 +280,22 @@ class KernelStep(torch.optim.Optimizer):
             self._kept.flush()
         self._kept = None
 
-    def _step_by_torch(self, left: list[list[torch.Tensor]], grad_scale: float) -> None:
+    def _step_by_torch(self, others: list[list[torch.Tensor]], grad_scale: float) -> None:
         """Have torch's own step update these parameters of each group."""
-        step: Any = _step_of_torch(type(self))
-        for p in (p for own in left for p in own):  # torch's step expects state of the parameter's dtype
+        step = _step_of_torch(type(self))
+        for p in (p for own in others for p in own):  # torch's step expects state of the parameter's dtype
             for name, value in self.state.get(p, {}).items():
                 if isinstance(value, torch.Tensor) and value.ndim and value.is_floating_point():
                     self.state[p][name] = value.to(p.dtype) if p.is_floating_point() else value
         if grad_scale != 1.0:
-            torch._foreach_mul_([p.grad for own in left for p in own if p.grad is not None], grad_scale)
+            torch._foreach_mul_([p.grad for own in others for p in own if p.grad is not None], grad_scale)
         whole = self.param_groups
         scaling: dict[str, Any] = {
             name: vars(self).pop(name) for name in ("grad_scale", "found_inf") if name in vars(self)
         }
         self.param_groups = [
             {**group, "params": own} | ({"fused": None} if "fused" in group else {})
-            for group, own in zip(whole, left, strict=True)
+            for group, own in zip(whole, others, strict=True)
         ]
         try:
             step(self)
@@ -238,37 +304,11 @@ class KernelStep(torch.optim.Optimizer):
             vars(self).update(scaling)
 
 
-def _step_of_torch(cls: type) -> Callable[[Any], Any] | None:
+def _step_of_torch(cls: type) -> Callable[[Any], Any]:
     """The step of torch's class that a class is made of, without the hooks, which are those of the whole
-    step; None if it has none."""
+    step."""
     after = cls.__mro__[cls.__mro__.index(KernelStep) + 1 :]
     step: Any = next(vars(own)["step"] for own in after if "step" in vars(own))
-    if step is torch.optim.Optimizer.step:
-        return None
     while getattr(step, "hooked", False):
         step = step.__wrapped__
     return step
-
-
-def _refuse(name: str, p: torch.Tensor) -> None:
-    """Refuse a parameter that neither kernels nor a class of torch can update."""
-    raise TypeError(
-        f"a parameter has dtype {p.dtype}, shape {tuple(p.shape)} and layout {p.layout} on {p.device}: "
-        f"{name} takes C-contiguous tensors of float32, float64, float16 or bfloat16 on the CPU or a CUDA "
-        "device"
-    )
-
-
-def _check_clipping(kept: Kept, left: list[list[torch.Tensor]]) -> None:
-    """Refuse to clip where a part of the gradients is not seen."""
-    if kept.has_shards:
-        raise ValueError(
-            "clip_norm and clip_value see the parts of DTensors that lie here alone: expected neither, use "
-            "torch.nn.utils.clip_grad_norm_ before the step"
-        )
-    for p in (p for own in left for p in own):
-        raise ValueError(
-            f"a parameter of dtype {p.dtype} and shape {tuple(p.shape)} is updated by torch's own step, "
-            "which does not clip: expected neither clip_norm nor clip_value, use "
-            "torch.nn.utils.clip_grad_norm_"
-        )

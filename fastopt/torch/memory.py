@@ -1,5 +1,6 @@
 """Torch tensors as arrays, and the parts of DTensors that lie here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +15,7 @@ DTYPES = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: BFLOAT16,
 }
+HALF = torch.float16, torch.bfloat16
 _TORCH = {dtype: own for own, dtype in DTYPES.items()} | {
     np.dtype(np.uint8): torch.uint8,
     np.dtype(np.int64): torch.int64,
@@ -45,3 +47,17 @@ def beside(p: Any, own: torch.Tensor) -> torch.Tensor:
     return type(p).from_local(
         own, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
+
+
+def sharing(tensors: Sequence[torch.Tensor]) -> set[int]:
+    """The positions of contiguous tensors that share memory with another of them."""
+    starts = np.array([own.data_ptr() for own in tensors], np.int64)
+    ends = starts + np.array([own.numel() * own.element_size() for own in tensors], np.int64)
+    order = np.argsort(starts, kind="stable")
+    order = order[ends[order] > starts[order]]
+    if len(order) < 2:
+        return set()
+    furthest = np.maximum.accumulate(ends[order])
+    met = starts[order][1:] < furthest[:-1]  # one of those that begin before
+    meets = starts[order][1:] < ends[order][:-1]  # the next one
+    return {*order[1:][met].tolist(), *order[:-1][meets].tolist()}

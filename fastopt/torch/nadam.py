@@ -1,8 +1,11 @@
-"""NAdam with the product of momenta that torch keeps, in the precision of its default dtype."""
+"""NAdam with the products of momenta that torch keeps, in the precision of its default dtype.
+
+Torch multiplies the product of each parameter by the momentum of the step, so that it remembers all betas
+that there were, as ``OneCycleLR`` moves them. The plain NAdam finds it from the step.
+"""
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,9 @@ import torch
 import fastopt
 from fastopt.kernels import rules
 from fastopt.kernels.rule import Rule
-from fastopt.kernels.rules.nadam import NEGLIGIBLE, NAdamH, momentum_of
+from fastopt.kernels.rules.nadam import NAdamH, momentum_of, mu_product
 
-_BLOCK = 1024  # steps
+PART = "part"  # the option that tells which parameters of Products a group has
 
 
 def scalar_dtype() -> str:
@@ -21,47 +24,74 @@ def scalar_dtype() -> str:
     return "float64" if torch.get_default_dtype() == torch.float64 else "float32"
 
 
-class _Products:
-    """The products of the momenta up to each step, each rounded."""
+class Products:
+    """The product of momenta of each parameter, and the hyperparameters of NAdam that follow from it.
 
-    def __init__(self, beta1: float, momentum_decay: float, dtype: np.dtype) -> None:
-        self._given = beta1, momentum_decay
-        self._found: np.ndarray = np.ones(1, dtype)
+    Those of a part that have made equally many steps have the same product, unless :meth:`differ`.
 
-    def up_to(self, steps: Any) -> Any:
-        """Those up to a step, or to each of an array of steps."""
-        most = int(np.max(steps, initial=0))
-        while len(self._found) <= most and self._found[-1] > NEGLIGIBLE:
-            first = len(self._found)
-            new = momentum_of(np.arange(first, first + _BLOCK, dtype=np.float64), *self._given)
-            chain = np.concatenate([self._found[-1:], new.astype(self._found.dtype)])
-            self._found = np.concatenate([self._found, np.cumprod(chain, dtype=chain.dtype)[1:]])
-        found = self._found[np.minimum(np.asarray(steps, np.int64), len(self._found) - 1)]
-        return found.astype(np.float64)
+    Attributes:
+        numbers: the products, which may be changed.
+    """
 
+    def __init__(self) -> None:
+        self.numbers: np.ndarray = np.ones(0)
+        self._counts: np.ndarray = np.zeros(0, np.int64)
+        self._part_of: np.ndarray = np.zeros(0, np.int64)
 
-@functools.lru_cache(maxsize=64)
-def products_of(beta1: float, momentum_decay: float, precision: str) -> _Products:
-    """The products for these options, found once."""
-    return _Products(beta1, momentum_decay, np.dtype(precision))
+    def begin(self, numbers: np.ndarray, counts: np.ndarray, part_of: np.ndarray) -> None:
+        """Go on from these products, after so many steps of each parameter; ``part_of``: its part."""
+        self.numbers, self._counts, self._part_of = numbers, counts.copy(), part_of
 
-
-class _HyperOfTorch(NAdamH):
-    """What is folded of NAdam's options with that product."""
-
-    __slots__ = ()
-
-    @classmethod
-    def fold(cls, step, *, lr, betas, momentum_decay, eps, **_):
-        product = products_of(betas[0], momentum_decay, scalar_dtype()).up_to(step)
+    def fold(
+        self,
+        step: Any,
+        *,
+        part: int,
+        lr: float,
+        betas: tuple[float, float],
+        momentum_decay: float,
+        eps: float,
+    ) -> NAdamH:
+        """The hyperparameters of a step of a part's parameters. For rows with counts of their own, and for
+        steps that are made up for, the product is that of the plain NAdam."""
+        product = mu_product(step, betas[0], momentum_decay)
+        if not isinstance(step, np.ndarray):
+            before = np.flatnonzero((self._counts == step - 1) & (self._part_of == part))
+            if len(before):
+                momentum = momentum_of(float(step), betas[0], momentum_decay)
+                product = float(self.numbers[before[0]] * self.numbers.dtype.type(momentum))
         return NAdamH.with_product(product, step, lr, betas, momentum_decay, eps)
 
+    def count(self, counts: np.ndarray, options: Sequence[Mapping[str, Any]]) -> None:
+        """Multiply the products on to these numbers of steps, by the options of each part."""
+        for part, own in enumerate(options):
+            members = np.flatnonzero(self._part_of == part)
+            while len(members := members[self._counts[members] < counts[members]]):
+                self._counts[members] += 1
+                steps = self._counts[members].astype(np.float64)
+                momenta = momentum_of(steps, own["betas"][0], own["momentum_decay"])
+                self.numbers[members] *= momenta.astype(self.numbers.dtype)
 
-RULE = dataclasses.replace(rules.NADAM, hyper=_HyperOfTorch)  # whose kernels are those of NAdamH
+    def differ(self) -> bool:
+        """Whether some of a part have made equally many steps, but with other betas."""
+        if (self.numbers == self.numbers[:1]).all():
+            return False
+        pairs = np.stack([self._part_of, self._counts, self.numbers])
+        return np.unique(pairs, axis=1).shape[1] != np.unique(pairs[:2], axis=1).shape[1]
 
 
 class NAdamOfTorch(fastopt.NAdam):
-    """NAdam with torch's product."""
+    """NAdam with torch's products, whose groups have one more option, ``part``."""
+
+    def __init__(self, params: Any) -> None:
+        self.products = Products()
+        # The kernels are those of NAdamH, which it folds.
+        folded: Any = self.products
+        self._rule = dataclasses.replace(rules.NADAM, hyper=folded)
+        fastopt.Optimizer.__init__(
+            self, params, lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, momentum_decay=4e-3,
+            decoupled_weight_decay=False, maximize=False, **{PART: 0},
+        )  # fmt: skip
 
     def rule(self, options: Mapping[str, Any]) -> Rule:
-        return RULE
+        return self._rule

@@ -1,15 +1,19 @@
 """What sets the torch optimizers apart for a step by kernels."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastopt._core.options import SHARED
+from fastopt._core.options import SHARED, checked_options, plain
 from fastopt.optimizer import Optimizer
 
 STEP, PRODUCT = "step", "mu_product"  # names of torch's state that are numbers
+# What torch takes of either sign once an optimizer is made, as from a schedule that goes on beyond its end
+_SIGNED = "lr", "weight_decay"
+_FLAGS = "maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay"  # torch goes by their truth
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Traits:
     plain: the class of :mod:`fastopt` that updates its parameters. options: which of torch's options that one
     takes, by the same names. counts_as: how torch's state counts steps: as a tensor, an int, or, None, not at
     all. moves_all: whether momentum moves rows without a gradient, too. has_product: whether torch's state
-    has NAdam's product of momenta. sparse_alone: whether all gradients are sparse.
+    has NAdam's product of momenta. sparse_alone, dense_alone: whether all gradients are sparse, or dense.
+    in_torch: whether it is a class of torch's, whose own step takes what kernels do not.
     """
 
     plain: type[Optimizer]
@@ -28,6 +33,25 @@ class Traits:
     moves_all: bool = False
     has_product: bool = False
     sparse_alone: bool = False
+    dense_alone: bool = False
+    in_torch: bool = True
+
+    def make(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The plain optimizer of groups, which takes what torch's class takes in a step."""
+        return self._as_in_torch(groups)
+
+    @functools.cached_property
+    def _as_in_torch(self) -> type[Optimizer]:
+        return type(self.plain.__name__, (self.plain,), {"signed": _SIGNED})
+
+    def check(self, groups: list[dict[str, Any]]) -> None:
+        """Refuse options that no optimizer begins with."""
+        for number, group in enumerate(groups):
+            checked_options({name: group[name] for name in _SIGNED if name in group}, f"params[{number}]")
+
+    def plain_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with flags for what torch takes for flags, and numbers for tensors."""
+        return {name: bool(own) if name in _FLAGS else plain(own) for name, own in options.items()}
 
     def takes(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
         """Whether kernels can do what the options of a group ask for."""
@@ -41,6 +65,8 @@ class Traits:
     def goes_dense(self, values: Mapping[str, Any]) -> bool:
         """Whether sparse gradients are to be made dense, in a group with these options, to move what torch
         moves: with ``rows="dense"`` rows are moved when they are next needed."""
+        if self.dense_alone:
+            return True
         return self.moves_all and bool(values["momentum"]) and values["rows"] == "lazy"
 
     def names(self, group: Mapping[str, Any]) -> tuple[str, ...]:

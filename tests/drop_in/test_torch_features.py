@@ -15,6 +15,9 @@ import fastopt.torch
 from fastopt.torch.kept import Kept
 
 LIMIT = 1e-10
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+# Optimizers take parameters with their names since torch 2.6.
+NAMED = torch.nn.Module.named_parameters if VERSION >= (2, 6) else torch.nn.Module.parameters
 PAIRS = ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "RAdam", "NAdam", "Adafactor"]
 OWN = ["Lion", "LAMB", "RowwiseAdagrad", "RowwiseAdam"]
 
@@ -42,6 +45,10 @@ def train(net, opt, steps=range(6), after=lambda: None, **step):
 def assert_same(one, other, limit=LIMIT):
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         np.testing.assert_allclose(p.detach().numpy(), q.detach().numpy(), rtol=limit, atol=limit)
+
+
+def put(own, new):
+    own.data = new
 
 
 def both(name, **options):
@@ -81,13 +88,79 @@ def test_schedulers(name, schedule):
     assert_same(pairs[0][0], pairs[1][0])
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam"])
 def test_a_scheduler_that_moves_momentum(name):
     options = {"lr": 0.05, "momentum": 0.8} if name == "SGD" else {"lr": 0.05}
     pairs = both(name, **options)
     for net, opt in pairs:
         train(net, opt, after=torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=20).step)
     assert_same(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_numbers_below_zero_are_taken_in_mid_run(name, option):
+    """As from a schedule that goes on beyond its end."""
+    pairs = both(name, lr=0.01, weight_decay=0.1)
+    for net, opt in pairs:
+        train(net, opt, range(3))
+        opt.param_groups[0][option] = -0.01
+        train(net, opt, range(3, 6))
+        opt.param_groups[0][option] = 0.01
+        train(net, opt, range(6, 8))
+    assert_same(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_classes_that_torch_lacks_take_a_learning_rate_below_zero(name):
+    """The step goes as far the other way."""
+    ends = []
+    for lr in (0.5, -0.5):
+        p = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+        opt = getattr(fastopt.torch, name)([p], lr=0.1, weight_decay=0.0)
+        opt.param_groups[0]["lr"] = lr
+        p.grad = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
+        opt.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(ends[0] - 1, 1 - ends[1])
+    assert (ends[0] < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "options"),
+    [
+        ("SGD", "nesterov", {"momentum": 0.9}),
+        ("SGD", "maximize", {}),
+        ("RMSprop", "centered", {}),
+        ("Adam", "amsgrad", {}),
+        ("RAdam", "decoupled_weight_decay", {"weight_decay": 0.1}),
+    ],
+)
+def test_flags_go_by_their_truth(name, flag, options):
+    pairs = both(name, lr=0.01, **options, **{flag: 1})
+    for net, opt in pairs:
+        train(net, opt, range(3))
+        opt.param_groups[0][flag] = 0
+        train(net, opt, range(3, 6))
+    assert_same(pairs[0][0], pairs[1][0])
+
+
+def test_products_of_momenta_are_those_of_each_parameter():
+    """Parameters that make equally many steps make them with other betas."""
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        params = [torch.nn.Parameter(torch.full((3,), k + 1.0, dtype=torch.float64)) for k in range(3)]
+        opt = module.NAdam(params, lr=0.1)
+        for k in range(12):
+            opt.param_groups[0]["betas"] = 0.95 - 0.07 * k, 0.999
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, k - 3.0) if k % 4 != i else None
+            opt.step()
+            if k == 5:
+                opt.state[params[1]]["mu_product"].mul_(0.9)
+        results.append((*params, *(opt.state[p]["mu_product"] for p in params)))
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6 if p.ndim == 0 else 1e-10, atol=0)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -103,7 +176,7 @@ def test_a_learning_rate_that_is_a_tensor_is_read_at_each_step(name):
 def test_groups_options_and_new_groups(name):
     nets, opts = [model(), model()], []
     for module, net in zip((fastopt.torch, torch.optim), nets, strict=True):
-        first, last = list(net[0].named_parameters()), list(net[2].named_parameters())
+        first, last = (list(NAMED(net[k])) for k in (0, 2))
         opt = getattr(module, name)([{"params": first, "lr": 0.03, "weight_decay": 0.1}], lr=0.01)
         train(net, opt, range(3))
         opt.add_param_group({"params": last, "maximize": True})
@@ -111,7 +184,8 @@ def test_groups_options_and_new_groups(name):
         opt.param_groups[0]["lr"] = 0.001
         opt.param_groups[1]["weight_decay"] = 0.2
         train(net, opt, range(5, 8))
-        assert opt.param_groups[0]["param_names"] == ["weight", "bias"]
+        if NAMED is torch.nn.Module.named_parameters:
+            assert opt.param_groups[0]["param_names"] == ["weight", "bias"]
         opts.append(opt)
     assert_same(*nets)
     assert set(opts[0].state_dict()["state"]) == set(opts[1].state_dict()["state"])
@@ -174,6 +248,56 @@ def test_state_in_other_formats_is_saved_and_loaded_to_the_bit(dtype, state_dtyp
     train(first, opt, range(6, 9))
     train(second, other, range(6, 9))
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_what_is_written_to_a_parameter_reaches_its_master():
+    torch.manual_seed(0)
+    start = torch.randn(40, dtype=torch.bfloat16)
+    results = []
+    for write in (
+        lambda p: p.copy_(start),
+        lambda p: put(p, start.clone()),
+        lambda p: p[:20].copy_(start[:20]),
+        lambda p: None,
+    ):
+        p = torch.nn.Parameter(torch.ones(40, dtype=torch.bfloat16))
+        opt = fastopt.torch.SGD([p], lr=1e-3, master_weights=True)
+        for k in range(6):
+            p.grad = torch.full_like(p, 0.125)
+            opt.step()
+            if k == 2:
+                with torch.no_grad():
+                    write(p)
+        assert torch.equal(opt.state[p]["master"].bfloat16(), p.detach())
+        results.append(opt.state[p]["master"])
+    copied, replaced, partly, left = results
+    expected = start.float()
+    for _ in range(3):
+        expected = expected - 1e-3 * 0.125
+    torch.testing.assert_close(copied, expected)
+    assert torch.equal(replaced, copied) and torch.equal(partly, torch.cat([copied[:20], left[20:]]))
+    torch.testing.assert_close(left, torch.full((40,), 1 - 6 * 1e-3 * 0.125))
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_masters_are_loaded_to_the_bit_before_or_after_the_model(model_first):
+    first, second = model(0, torch.bfloat16), model(1, torch.bfloat16)
+    options = {"lr": 1e-3, "master_weights": True}
+    opt = fastopt.torch.AdamW(first.parameters(), **options)
+    train(first, opt)
+    other = fastopt.torch.AdamW(second.parameters(), **options)
+    train(second, other, range(2))
+    saved = copy.deepcopy((first.state_dict(), opt.state_dict()))
+    loads = [lambda: second.load_state_dict(saved[0]), lambda: other.load_state_dict(saved[1])]
+    for load in loads if model_first else reversed(loads):
+        load()
+    train(first, opt, range(6, 9))
+    train(second, other, range(6, 9))
+    masters = [
+        [own[p]["master"] for p in net.parameters()]
+        for own, net in ((opt.state, first), (other.state, second))
+    ]
+    assert all(map(torch.equal, *masters))
 
 
 def test_numbers_are_not_loaded_as_codes():
@@ -301,6 +425,96 @@ def test_others_go_the_way_of_torch(name):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_other_parameters_are_left_alone_where_the_step_of_torch_refuses_one():
+    whole, odd = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    opt = fastopt.torch.Adafactor([whole, odd], lr=0.1)
+    for p in (whole, odd):
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="does not support complex parameters"):
+        opt.step()
+    assert torch.equal(whole.detach(), torch.ones(3)) and not opt.state[whole]
+    opt = fastopt.torch.Adam([whole, odd], lr=0.1)
+    opt.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr"):
+        opt.step()
+    assert torch.equal(odd.detach(), torch.ones_like(odd))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "dtype"),
+    [
+        ("state_dtype", "8bit", torch.float32),
+        ("master_weights", True, torch.bfloat16),
+        ("clip_row_norm", 1.0, torch.float32),
+    ],
+)
+def test_options_that_the_step_of_torch_does_not_know_are_refused(option, value, dtype):
+    p, other = torch.nn.Parameter(torch.ones(4, 3, dtype=dtype).t()), torch.nn.Parameter(torch.ones(2, 2))
+    opt = fastopt.torch.AdamW([p, other], lr=0.1, **{option: value})
+    other.grad = torch.ones(2, 2)
+    opt.step()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=rf"{option} is .* torch's own step"):
+        opt.step()
+    p.data = p.data.contiguous()
+    opt.step()
+    assert (p < 1).all()
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_parameters_that_share_memory_go_the_way_of_torch(name):
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        torch.manual_seed(0)
+        flat = torch.nn.Parameter(torch.randn(12))
+        params = [flat, torch.nn.Parameter(flat.data[4:8]), torch.nn.Parameter(torch.randn(3))]
+        apart = torch.nn.Parameter(torch.randn(3))
+        opt = getattr(module, name)([*params, apart], lr=0.1)
+        for k in range(4):
+            for p in (*params, apart):
+                p.grad = torch.full_like(p, k + 1.0)
+            opt.step()
+            if k == 1:
+                apart.data = params[2].data
+        results += [torch.cat([flat, apart])]
+    torch.testing.assert_close(*results)
+    with pytest.raises(ValueError, match="shares memory"):
+        fastopt.torch.Lion([flat, params[1]])
+
+
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad"])  # torch's others refuse it
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float64")])
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no p.grad_dtype")
+def test_gradients_may_be_of_another_dtype(name, dtypes):
+    own, other = (getattr(torch, dtype) for dtype in dtypes)
+    results = []
+    for module in (fastopt.torch, torch.optim):
+        torch.manual_seed(0)
+        p, q = torch.nn.Parameter(torch.randn(4, 3, dtype=own)), torch.nn.Parameter(torch.randn(3, dtype=own))
+        opt = getattr(module, name)([p, q], lr=0.1)
+        for k in range(4):
+            if k == 1:
+                p.grad, p.grad_dtype = None, other
+            p.grad = torch.randn(4, 3).to(p.grad_dtype)
+            q.grad = torch.ones_like(q)
+            opt.step()
+        results.append(torch.cat([p.detach(), q.detach()[None]]))
+    torch.testing.assert_close(*results, rtol=1e-5 if own is torch.float32 else 0.03, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no p.grad_dtype")
+def test_sparse_gradients_may_be_of_another_dtype():
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        p = torch.nn.Parameter(torch.ones(50, 8))
+        p.grad_dtype = dtype
+        opt = fastopt.torch.Adam([p], lr=0.1)
+        p.grad = sparse(1, p).to(dtype)
+        opt.step()
+        results.append(p.detach())
+    assert torch.equal(*results) and (results[0] != 1).any()
+
+
 def test_a_class_that_torch_lacks_refuses_them():
     for p in odd_parameters()[:3]:
         opt = fastopt.torch.Lion([p])
@@ -375,6 +589,34 @@ def test_sparse_gradients_do_what_torch_does(name, options):
     assert torch.allclose(*results, rtol=LIMIT, atol=LIMIT)
 
 
+def test_sparse_values_may_be_strided():
+    results = []
+    for values in (torch.ones(1, 4).expand(3, 4), torch.ones(3, 4)):
+        p = torch.nn.Parameter(torch.zeros(6, 4))
+        opt = fastopt.torch.Adam([p], lr=0.1)
+        p.grad = torch.sparse_coo_tensor(torch.tensor([[1, 2, 1]]), values, p.shape, check_invariants=True)
+        opt.step(clip_norm=1.0)
+        results.append(p.detach())
+    assert torch.equal(*results) and results[0].any()
+
+
+def test_adafactor_refuses_sparse_gradients_as_torch_does():
+    p = torch.nn.Parameter(torch.zeros(6, 4))
+    p.grad = sparse(0, p)
+    for module in (fastopt.torch, torch.optim):
+        with pytest.raises(RuntimeError, match=r"^Adafactor does not support sparse gradients$"):
+            module.Adafactor([p]).step()
+    assert not p.any()
+    results = []
+    for module in (fastopt.torch, torch.optim):  # the gradient of a module is dense where it has to be
+        torch.manual_seed(0)
+        own = fastopt.torch.Embedding(6, 4)
+        own(torch.tensor([1, 2, 1])).sum().backward()
+        module.Adafactor(own.parameters(), lr=0.1).step()
+        results.append(own.weight.detach())
+    torch.testing.assert_close(*results)
+
+
 def test_dense_and_sparse_gradients_may_alternate():
     p = torch.nn.Parameter(torch.zeros(6, 4))
     opt = fastopt.torch.Adam([p], lr=0.1)
@@ -414,6 +656,24 @@ def test_state_is_the_memory_that_kernels_work_on():
     opt.state.clear()
     opt.step()
     assert torch.equal(opt.state[p]["momentum_buffer"], torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "move",
+    [lambda own, new: own.set_(new), lambda own, new: own.share_memory_().copy_(new), put],
+    ids=["set_", "share_memory_", "data"],
+)
+def test_other_memory_within_a_tensor_of_the_state_counts(move):
+    p = torch.nn.Parameter(torch.zeros(4))
+    opt = fastopt.torch.SGD([p], lr=1.0, momentum=0.5)
+    p.grad = torch.ones(4)
+    opt.step()
+    old = opt.state[p]["momentum_buffer"].data  # whose memory stays where it is
+    move(opt.state[p]["momentum_buffer"], torch.full((4,), 4.0))
+    for expected in (3.0, 2.5):
+        opt.step()
+        assert torch.equal(opt.state[p]["momentum_buffer"], torch.full((4,), expected))
+    assert old[0] in (1.0, 4.0)
 
 
 def test_a_count_of_steps_that_is_changed_counts():

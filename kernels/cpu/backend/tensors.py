@@ -91,12 +91,11 @@ class Others:
         fit = (
             [*map(_dtype, tensors)] == facts.dtypes
             and all(map(tensor.is_contiguous, tensors))
-            and [*map(tensor.numel, tensors)] == facts.sizes
             and (0 not in pointers or not any(map(_lacks_memory, tensors)))
         )
-        if not fit or (where_they_were and self._fixed):  # nothing but those can have changed
-            return pointers if fit else None
-        fit = not any(map(tensor.is_neg, tensors)) and [*map(_shape, tensors)] == facts.shapes
+        if fit and where_they_were and self._fixed:  # nothing else but their sizes can have changed
+            return pointers if [*map(tensor.numel, tensors)] == facts.sizes else None
+        fit = fit and not any(map(tensor.is_neg, tensors)) and [*map(_shape, tensors)] == facts.shapes
         if fit and not where_they_were:
             fit = [*map(_is_cpu, tensors)] == facts.on_cpu and (
                 facts.numbers is None or [*map(_cuda_device, tensors)] == facts.numbers
