@@ -1,4 +1,4 @@
-"""Many embedding tables as one module, whose lookups are one launch, and whose gradients are sorted at once."""
+"""Many embedding tables as one module: their lookups are one launch, their indices are sorted at once."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,8 +40,8 @@ class EmbeddingBagCollection(torch.nn.Module):
     Example:
         >>> tables = {"item": EmbeddingBag(1000, 8, mode="sum"), "country": EmbeddingBag(200, 4, mode="sum")}
         >>> collection = EmbeddingBagCollection(tables, features={"item": ["shown", "bought"]})
-        >>> ids = torch.tensor([[1], [2]])
-        >>> pooled = collection({"shown": ids, "bought": (torch.tensor([7, 8, 9]), torch.tensor([0, 2])), "country": ids})
+        >>> ids, history = torch.tensor([[1], [2]]), (torch.tensor([7, 8, 9]), torch.tensor([0, 2]))
+        >>> pooled = collection({"shown": ids, "bought": history, "country": ids})
         >>> pooled.shape, collection.split(pooled)["country"].shape
         (torch.Size([2, 20]), torch.Size([2, 4]))
     """
@@ -118,14 +118,15 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
     modules = collection.modules_of_features()
     calls = [pooled_call(module, *own) for module, own in zip(modules, given, strict=True)]
     if not calls or any(call is None for call in calls):
-        found = [module(*own) for module, own in zip(modules, given, strict=True)]
-        _check_bags(collection, [len(own) for own in found])
-        return torch.cat(found, 1)
+        results = [module(*own) for module, own in zip(modules, given, strict=True)]
+        _check_bags(collection, [len(own) for own in results])
+        return torch.cat(results, 1)
     known: list[Call] = [call for call in calls if call is not None]
     _check_bags(collection, [call.rows for call in known])
     kinds = {(call.table.dtype, call.table.device) for call in known}
     if len(kinds) > 1:
-        raise ValueError(f"tables have the dtypes and devices {sorted(map(str, kinds))}: expected one of each")
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"tables are of {found}: expected the same of all")
     return look_up(known)
 
 

@@ -39,10 +39,11 @@ def update(gradients: Iterable[tuple[torch.Tensor, RowGradients]]) -> None:
         optimizer = None if found is None else found()
         if optimizer is None:
             raise RuntimeError(
-                f"a table of shape {tuple(table.shape)} is fused, and no optimizer has it: expected its weight "
-                "among the parameters of an optimizer of fastopt.torch, made before the backward pass"
+                f"a table of shape {tuple(table.shape)} is fused, and no optimizer has it: expected its "
+                "weight among the parameters of an optimizer of fastopt.torch, made before the backward pass"
             )
         _, own = alike.setdefault(id(optimizer), (optimizer, {}))
-        own[id(table)] = own[id(table)] + gradient if id(table) in own else gradient
+        before: Any = own.get(id(table))
+        own[id(table)] = gradient if before is None else before + gradient
     for optimizer, own in alike.values():
         optimizer.update(own)

@@ -240,8 +240,8 @@ class KernelStep(torch.optim.Optimizer):
         kept = self._current()
         if not gradients.keys() <= set(map(id, kept.params)):
             raise TypeError(
-                "a table that is fused is in a group with capturable or differentiable, which torch's own step "
-                "updates: expected neither"
+                "a table that is fused is updated by torch's own step, as its group is capturable or "
+                "differentiable: expected neither"
             )
         kept.step([gradients.get(id(p)) for p in kept.params])
 

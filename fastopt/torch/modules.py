@@ -12,9 +12,9 @@ from fastopt.torch.lookups import look_up
 class EmbeddingBag(torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` with the lookups and gradients of :func:`fastopt.embedding_bag`.
 
-    ``weight.grad`` is a :class:`RowGradients`, which the optimizers of :mod:`fastopt.torch` take as it is, and
-    others as a dense gradient; ``sparse`` makes no difference. What fastopt does not take goes torch's own
-    way: other dtypes, strided tables, nested tensors, what is traced or under transforms of
+    ``weight.grad`` is a :class:`RowGradients`, which the optimizers of :mod:`fastopt.torch` take as it is,
+    and others as a dense gradient; ``sparse`` makes no difference. What fastopt does not take goes torch's
+    own way: other dtypes, strided tables, nested tensors, what is traced or under transforms of
     :mod:`torch.func`.
 
     Args:
