@@ -150,7 +150,7 @@ class Structure:
             params = self._containers[0]
             if isinstance(params, list) and isinstance(grads, list | tuple) and len(grads) == len(params):
                 return grads
-            if isinstance(params, Node):
+            if type(params) is Node:
                 return _collected(params, grads, "grads", self._count)
             if not isinstance(params, list | dict) and not isinstance(grads, list | tuple | dict):
                 return [grads]

@@ -13,6 +13,9 @@ import numpy as np
 
 from fastopt._core import arrays
 
+_DICTS = dict, Mapping  # the common type first, as an abstract one takes long to ask
+_CONTAINERS = list, tuple, *_DICTS
+
 
 class Leaf(NamedTuple):
     """An array of a tree: its name, and what follows the tree's label in its own."""
@@ -24,7 +27,7 @@ class Leaf(NamedTuple):
 
 def is_container(value: Any) -> bool:
     """Whether it holds others by key, position or field."""
-    return isinstance(value, list | tuple | Mapping)
+    return isinstance(value, _CONTAINERS)
 
 
 def has_fields(value: Any) -> bool:
@@ -96,10 +99,10 @@ def values_of(tree: Any) -> list[Any]:
 
 
 def _add_values(container: Any, found: list[Any]) -> None:
-    for value in container.values() if isinstance(container, Mapping) else container:
+    for value in container.values() if isinstance(container, _DICTS) else container:
         if type(value) is np.ndarray:  # most are, and the look at others takes longer
             found.append(value)
-        elif is_container(value):
+        elif isinstance(value, _CONTAINERS):
             _add_values(value, found)
         elif value is not None:
             found.append(value)
@@ -161,7 +164,7 @@ class Node:
         Raises:
             ValueError: ``grads`` has another structure.
         """
-        for child, value in zip(self.children.values(), self._values(grads, label), strict=True):
+        for child, value in zip(self.children.values(), self._values(grads, label), strict=False):
             if type(child) is int:
                 found[child] = value
             elif value is not None:  # which leaves all parameters there alone
@@ -170,7 +173,7 @@ class Node:
     def _values(self, grads: Any, label: str) -> Iterable[Any]:
         """What gradients have in the place of each of the children."""
         if self.by_key:
-            if isinstance(grads, Mapping) and grads.keys() == self.children.keys():
+            if isinstance(grads, _DICTS) and grads.keys() == self.children.keys():
                 return map(grads.__getitem__, self.children)
         elif not self._nothing:
             grads = listed(grads, label + self._suffix)
