@@ -7,7 +7,7 @@ stands for nothing at all, as in JAX.
 
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from itertools import count
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -119,26 +119,26 @@ class Node:
 
     def __init__(self, container: Any, suffix: str, numbers: Iterator[int]) -> None:
         self.by_key = isinstance(container, Mapping)
-        self.children: dict[Any, Self | int] = {}
+        self.children: dict[Any, Node | int] = {}
         self._suffix = suffix
         self._fields = container._fields if has_fields(container) else None
         self._nothing = container is None
         for key, value, own in () if container is None else children(container):
             leaf = not is_container(value) and value is not None
-            self.children[key] = next(numbers) if leaf else type(self)(value, suffix + own, numbers)
+            self.children[key] = next(numbers) if leaf else Node(value, suffix + own, numbers)
 
     @classmethod
-    def of(cls, tree: Any, first: int = 0) -> Self:
+    def of(cls, tree: Any, first: int = 0) -> "Node":
         """The root of a tree whose parameters have the numbers from ``first`` on."""
         return cls(tree, "", count(first))
 
     @classmethod
-    def of_all(cls, nodes: Sequence[Self]) -> Self | None:
+    def of_all(cls, nodes: Sequence["Node"]) -> "Node | None":
         """One dict with the entries of several; None if it would have two different ones at a place."""
         if not all(node.by_key for node in nodes):
             return None
         merged = cls({}, nodes[0]._suffix, count())
-        places: dict[Any, list[Self | int]] = {}
+        places: dict[Any, list[Node | int]] = {}
         for node in nodes:
             for key, child in node.children.items():
                 places.setdefault(key, []).append(child)
@@ -165,7 +165,7 @@ class Node:
             ValueError: ``grads`` has another structure.
         """
         for child, value in zip(self.children.values(), self._values(grads, label), strict=False):
-            if type(child) is int:
+            if isinstance(child, int):
                 found[child] = value
             elif value is not None:  # which leaves all parameters there alone
                 child.collect(value, label, found)
@@ -224,6 +224,7 @@ def described(grads: Any) -> str:
     if isinstance(grads, Mapping):
         return f"a dict with the keys {', '.join(map(repr, grads)) or '(none)'}"
     if isinstance(grads, list | tuple):
-        fields = f" with the fields {', '.join(grads._fields)}" if has_fields(grads) else ""
-        return f"a {type(grads).__name__} of {len(grads)}{fields}"
+        fields = getattr(grads, "_fields", ())
+        named = f" with the fields {', '.join(fields)}" if fields else ""
+        return f"a {type(grads).__name__} of {len(grads)}{named}"
     return f"of type {type(grads).__name__}"
