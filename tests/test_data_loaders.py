@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,9 +46,7 @@ def assert_plan_of(plan, indices):
     np.testing.assert_array_equal(fastopt.embedding(table, plan), table[indices])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("size", [None, 1, 2])
-def test_plans_go_through_a_loader(size, workers):
+def plans_go_through_a_loader(size, workers):
     items = []
     for batch in data.DataLoader(Batches(), batch_size=size, num_workers=workers):
         numbers = np.atleast_1d(batch["number"]).tolist()
@@ -60,14 +59,35 @@ def test_plans_go_through_a_loader(size, workers):
     assert items == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_gradients_that_hold_plans_go_through_a_loader_of_whole_batches(workers):
+def gradients_go_through_a_loader_of_whole_batches(workers):
     table = np.zeros((ROWS, 2), np.float32)
     opt = fastopt.SGD(table, lr=1.0)
     for number, gradient in enumerate(data.DataLoader(Gradients(), batch_size=None, num_workers=workers)):
         table[:] = 0
         opt.step(gradient)
         np.testing.assert_array_equal(-table[:, 0], number * np.bincount(indices_of(number), minlength=ROWS))
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_plans_go_through_a_loader(size):
+    plans_go_through_a_loader(size, 0)
+
+
+def test_gradients_that_hold_plans_go_through_a_loader_of_whole_batches():
+    gradients_go_through_a_loader_of_whole_batches(0)
+
+
+def test_they_come_from_workers():
+    """In a process of its own, as they are forked, and other tests may have left threads."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_data_loaders as tests
+for size in (None, 1, 2):
+    tests.plans_go_through_a_loader(size, 2)
+tests.gradients_go_through_a_loader_of_whole_batches(2)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_what_becomes_of_several_plans():
