@@ -21,7 +21,7 @@ def grad_norm(grads: Any) -> float:
     """L2 norm of all gradients together, computed in float64.
 
     Args:
-        grads: an array, ``IndexedSlices``, ``BagGradient``, or nested lists and dicts of them;
+        grads: an array, ``IndexedSlices``, ``BagGradient``, or nested lists, tuples and dicts of them;
             ``None`` is skipped. Rows named several times count as their sum, within one gradient: several of
             one parameter are to be given as their sum, ``a + b``, since a list of them is taken for those of
             as many parameters. Of a parameter's dtype, C-contiguous.

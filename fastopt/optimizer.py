@@ -33,13 +33,16 @@ class Optimizer(Definition):
     Every optimizer shares what is said here; its own class says what it computes.
 
     Args:
-        params: the arrays to update: one array, a sequence of arrays, a dict name -> array, or a sequence of
-            groups, dicts with the key ``params`` (any of the former), options of their own and a ``name`` if
-            you like. Arrays are NumPy's, torch tensors or CUDA arrays (any with the CUDA array interface or
-            DLPack), in place and not copied, float32, float64, float16 or bfloat16, C-contiguous, writable,
-            and none shares memory with another; or a table in files, of :func:`fastopt.open_table`, which
-            has the state in files too. They may lie on several devices; state lies beside its parameter.
-            Those of 16 bits are computed with in float32, and rounded to the nearest.
+        params: the arrays to update: one array, a sequence of arrays, a dict name -> array, a tree (dicts,
+            sequences and named tuples within each other, as JAX's pytrees; None in one is no parameter), or a
+            sequence of groups, dicts with the key ``params`` (any of the former), options of their own and a
+            ``name`` if you like. An array in a tree is called by the path to it, as in
+            "encoder.layers.3.weight". Arrays are NumPy's, torch tensors or CUDA arrays (any with the CUDA
+            array interface or DLPack), in place and not copied, float32, float64, float16 or bfloat16,
+            C-contiguous, writable, and none shares memory with another; or a table in files, of
+            :func:`fastopt.open_table`, which has the state in files too. They may lie on several devices;
+            state lies beside its parameter. Those of 16 bits are computed with in float32, and rounded to the
+            nearest.
         lr: learning rate, at least 0, or a function of the step, such as
             ``1e-3 * fastopt.schedules.cosine(1000)``. Any number may be a 0-d array, read at each step.
         weight_decay: at least 0; an L2 penalty unless the optimizer says decoupled.
@@ -147,13 +150,14 @@ class Optimizer(Definition):
 
         Args:
             grads: gradients in the structure of ``params``: one array, a sequence or other iterable, a dict,
-                or one of these, or ``{"params": ...}`` of it, for each group; or, for groups, one sequence or
-                dict of all (a sequence as long as there are groups is of all if it holds no list or dict).
-                Each is an array of its parameter's shape and dtype (or float32 for one of 16 bits),
-                :class:`fastopt.IndexedSlices` or :class:`fastopt.BagGradient` for a 2-D parameter, or
-                ``None`` to leave the parameter and its step count alone. Several sparse ones in a list or
-                tuple in the place of one are added up (see :class:`fastopt.SumOfGradients`); a sparse tensor
-                of torch with an index for each row stands for its slices. They are not changed.
+                a tree, or one of these, or ``{"params": ...}`` of it, for each group; or, for groups, one
+                sequence, dict or tree of all (a sequence as long as there are groups is of all if it holds no
+                list or dict). Each is an array of its parameter's shape and dtype (or float32 for one of 16
+                bits), :class:`fastopt.IndexedSlices` or :class:`fastopt.BagGradient` for a 2-D parameter, or
+                ``None`` to leave the parameter, or all below that place of a tree, and their step counts
+                alone. Several sparse ones in a list or tuple in the place of one are added up (see
+                :class:`fastopt.SumOfGradients`); a sparse tensor of torch with an index for each row stands
+                for its slices. They are not changed.
             clip_norm: scale all gradients by ``min(1, clip_norm / (norm + 1e-6))``, norm being the
                 L2 norm over all of them, as ``torch.nn.utils.clip_grad_norm_``.
             clip_value: clip each element to [-clip_value, clip_value], as

@@ -15,6 +15,12 @@ def loaded(name: str) -> Any:
     return module
 
 
+def is_jax_array(value: Any) -> bool:
+    """Whether it is an array of JAX, or what stands for one while JAX traces a function."""
+    jax = loaded("jax")
+    return jax is not None and isinstance(value, jax.Array)
+
+
 def is_tensor(value: Any) -> bool:
     """Whether it is a tensor of torch."""
     torch = loaded("torch")

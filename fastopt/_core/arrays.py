@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ml_dtypes
@@ -9,7 +10,7 @@ import numpy as np
 
 from fastopt._core.backend import backend_of, device_array, device_name, host, moved
 from fastopt._core.versions import written
-from fastopt.kernels.loaded import is_tensor, loaded
+from fastopt.kernels.loaded import is_jax_array, is_tensor, loaded
 from fastopt.kernels.work import Array, Segments
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -104,19 +105,23 @@ READ, GRADIENT, OWN, CLIPPED = Remedy(), _OfGradient(), _OfOwn(), _OfClipped()
 def _expression(value: Any, numpy: str, torch: str) -> str:
     """That of the two which suits the library that ``value`` is of; CuPy's functions have NumPy's names."""
     library = _library_of(value)
+    if library == "jax":  # whose copies can't be written either
+        return numpy.replace("{}.copy()", "np.array({})")
     return torch if library == "torch" else numpy.replace("np.", f"{library}.")
 
 
 def _library_of(value: Any) -> str:
-    """The module whose functions make a changed copy of an array: np, torch or cupy."""
+    """The library that an array is of: np, torch, jax or cupy."""
     if is_tensor(value):
         return "torch"
+    if is_jax_array(value):
+        return "jax"
     return "np" if isinstance(value, np.ndarray) else "cupy"
 
 
 def array_view(value: Any, label: str, remedy: Remedy = READ) -> Array:
-    """``value``, a NumPy array, a torch tensor or an array of a device, as an array of NumPy or of its device
-    over the same memory.
+    """``value``, an array of NumPy, JAX or a device or a torch tensor, as an array of NumPy or of its device
+    over the same memory; it can't be written where it is JAX's.
 
     Raises:
         TypeError: ``value`` is something else, sparse, or on a device that there is no backend for.
@@ -130,6 +135,8 @@ def array_view(value: Any, label: str, remedy: Remedy = READ) -> Array:
         return value.weights
     if is_tensor(value):
         return _torch_view(loaded("torch"), value, label, remedy)
+    if is_jax_array(value) and _is_host_alone(value, label):
+        return _jax_view(value, label)
     found = device_array(value, label)
     if found is not None:
         return found
@@ -170,6 +177,45 @@ def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarr
         raise TypeError(f"{label} has dtype {dtype}: expected {NAMES}; {advice}") from error
     except RuntimeError as error:
         raise TypeError(f"{label} can't be seen as a NumPy array: {error}") from error
+
+
+def _is_host_alone(value: Any, label: str) -> bool:
+    """Whether an array of JAX lies in the memory of the host.
+
+    Raises:
+        TypeError: it has no numbers, or lies in parts on several devices.
+    """
+    if isinstance(value, loaded("jax").core.Tracer):
+        raise TypeError(
+            f"{label} has no numbers while JAX traces a function: expected an array, pass what the function "
+            "returns, outside of jax.jit and jax.grad"
+        )
+    on_host = all(device.platform == "cpu" for device in value.sharding.device_set)
+    if not on_host and len(value.sharding.device_set) > 1:
+        raise TypeError(f"{label} lies in parts on several devices: expected an array of one device")
+    return on_host
+
+
+def _jax_view(value: Any, label: str) -> np.ndarray:
+    """An array of JAX in the memory of the host, once it is computed; one of several parts is copied."""
+    try:
+        return np.asarray(value)
+    except (RuntimeError, TypeError) as error:  # it was deleted or donated, or holds random keys
+        raise TypeError(f"{label} can't be seen as a NumPy array: {error}") from error
+
+
+def numpy_views(values: list | tuple) -> list | tuple:
+    """``values`` with views in the place of those arrays of JAX that lie in the memory of the host; the very
+    same if there are none. Those that can't be seen as NumPy arrays stay as they are."""
+    jax = loaded("jax")
+    if jax is None or not any(issubclass(kind, jax.Array) for kind in set(map(type, values))):
+        return values
+    found = list(values)
+    for position, value in enumerate(values):
+        with suppress(TypeError):
+            if is_jax_array(value) and _is_host_alone(value, ""):
+                found[position] = _jax_view(value, "")
+    return found
 
 
 def in_kind(array: Array, given: Any) -> Any:
@@ -220,6 +266,11 @@ def check_writeable(array: Array, label: str, value: Any, expected: str, remedy:
 
 def parameter_view(value: Any, label: str) -> Array:
     """``value`` as a C-contiguous, writable array of one of the dtypes of parameters."""
+    if is_jax_array(value):
+        raise TypeError(
+            f"{label} is an array of JAX, which can't be written: expected one to update in place; keep "
+            "NumPy arrays, which JAX's functions take as they are: params = jax.tree.map(np.array, params)"
+        )
     array = array_view(value, label, OWN)
     check_float(array, label, value, OWN)
     check_contiguous(array, label, value, OWN)

@@ -1,12 +1,15 @@
 """Indices checked, copied and sorted into segments by row: what lookups and updates of a table start from."""
 
 import operator
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.backend import Backend, backend_of
+from fastopt._core.collate import let_torch_collate
 from fastopt._core.options import is_flag
 from fastopt.kernels.work import Array, Segments
 
@@ -19,7 +22,8 @@ class IndexPlan:
     Wherever ``indices`` are taken (:func:`fastopt.embedding`, :func:`fastopt.embedding_bag`,
     :class:`fastopt.IndexedSlices`, :class:`fastopt.BagGradient`) a plan serves in their place, and
     saves checking and sorting them again. It holds a copy of the indices, and can be pickled, so
-    that a data loader's worker can build it.
+    that a data loader's worker can build it. torch's ``default_collate`` takes plans: that of one item stays
+    as it is, those of several, for one table, become the plan of their indices, one after the other.
 
     Args:
         indices: int32 or int64 array of any shape, each in [0, rows); of NumPy, torch or a CUDA device.
@@ -53,6 +57,11 @@ class IndexPlan:
         self._indices = checked.copy()
         flat = self._indices.reshape(-1)
         [self._segments] = backend_of(flat).segments_of([(flat, self.rows)])
+        let_torch_collate(IndexPlan, _joined)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        let_torch_collate(IndexPlan, _joined)
 
     @property
     def indices(self) -> Array:
@@ -69,6 +78,39 @@ class IndexPlan:
     def __repr__(self) -> str:
         sizes = f"{self.indices.size:,} indices, {self.distinct.size:,} distinct, of {self.rows:,} rows"
         return f"IndexPlan({sizes})"
+
+
+def _joined(plans: Sequence[IndexPlan]) -> IndexPlan:
+    """The plan of the indices of several, one after the other along the first axis, or the only one.
+
+    Raises:
+        TypeError, ValueError: they are not for one table, or their indices can't stand in one array.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    for k, plan in enumerate(plans):
+        if not isinstance(plan, IndexPlan):
+            kind = arrays.article(type(plan).__name__)
+            raise TypeError(f"batch[{k}] is {kind} and batch[0] an IndexPlan: expected a plan in each item")
+        if plan.rows != plans[0].rows:
+            raise ValueError(
+                f"batch[{k}] is a plan for {plan.rows} rows and batch[0] for {plans[0].rows}: expected plans "
+                "for one table, keep those of each table under a key of their own, or pass a collate_fn"
+            )
+    parts = [plan._indices.reshape(plan._indices.shape or 1) for plan in plans]
+    for k, part in enumerate(parts):
+        arrays.check_beside(part, f"batch[{k}].indices", part, parts[0], "batch[0].indices")
+        if part.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(
+                f"batch[{k}].indices has shape {part.shape} and batch[0].indices {parts[0].shape}: expected "
+                "shapes that differ in the first axis alone, to put one after the other, or pass a collate_fn"
+            )
+    bounds = list(accumulate((len(part) for part in parts), initial=0))
+    dtype = np.result_type(*(part.dtype for part in parts))
+    indices = backend_of(parts[0]).empty((bounds[-1], *parts[0].shape[1:]), dtype)
+    for part, (first, last) in zip(parts, pairwise(bounds), strict=True):
+        indices[first:last] = part
+    return IndexPlan(indices, plans[0].rows)
 
 
 def _read_only(array: Array) -> Array:

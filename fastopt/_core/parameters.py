@@ -36,7 +36,7 @@ class Parameter:
 
     Attributes:
         value: the caller's array, tensor or table in files.
-        key: its name, or its position among all.
+        key: its name, the path to it in a tree, or its position among all.
         device: the number of the device that it lies on, -1 for the host.
         index: its position among all. first: the number of its first element among those of all.
         clock: the numbers of steps of all parameters, this one's being that at ``index``.
@@ -263,7 +263,8 @@ class Parameters:
                 key += len(taken)
             elif key in taken:
                 raise ValueError(
-                    f"{params_label} has the name {key!r} of an earlier group: expected each name once"
+                    f"{params_label} has the name {key!r} of an earlier group: expected each name once, put "
+                    "them under other keys"
                 )
             dtype = np.dtype(view.dtype.type)  # the one object that stands for it
             group.keys.append(key)

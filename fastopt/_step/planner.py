@@ -116,6 +116,10 @@ class Planner:
             grads = self._structure.taken(grads)
         entries = self._structure.entries(grads)
         same = self._locator.unchanged(self._values, entries, zero_grads)
+        if not same:
+            given, entries = entries, arrays.numpy_views(entries)
+            if entries is not given:
+                same = self._locator.unchanged(self._values, entries, zero_grads)
         rows: Sequence[RowUpdate] = ()
         if kept is None or not same or (zero_grads and not kept.clears):
             gradients = Gradients(entries, grads, self._structure)
