@@ -9,14 +9,16 @@ Recommendation Systems"): each categorical feature has an embedding table, whose
 of a sample; dense features go through a bottom MLP; the dot products of all pairs of these vectors, and the
 dense one itself, go through a top MLP to the logarithm of the odds of a click.
 
-The batches have the shape of Criteo's: 26 categorical features, with a thousand to a million ids that follow a
+The batches have the shape of Criteo's: 26 categorical features, of a thousand to a million ids that follow a
 power law, 13 dense features, and a click or none. They are made below, with a truth that can be learned.
 
 With SparseAdam the losses are the same: in float64 to the last bits, in float32 until rounding has been
-amplified, after some dozens of steps, by which time torch's own in float32 and float64 have parted as far. One
-Adam is another algorithm for tables than torch's: it leaves the rows that were not looked up as they are.
+amplified, after some dozens of steps, when torch's own losses in float32 and float64 have parted as far. One
+Adam for all, ``--optimizer adam``, is another algorithm than torch's: it leaves the rows that were not looked
+up as they are, where torch's moves all rows of all tables in each step.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from enum import StrEnum
@@ -53,7 +55,7 @@ def torch_model(sizes, dim, lr, optimizer):
     return model, [optim.SparseAdam(tables, lr=lr), optim.Adam(others, lr=lr)]
 
 
-# After: fastopt. Its Adam takes tables, too, and updates the rows that were looked up.
+# After: fastopt
 
 
 def fastopt_model(sizes, dim, lr, optimizer):
@@ -107,7 +109,7 @@ class DLRM(torch.nn.Module):
 
 def mlp(*sizes):
     layers = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
     return torch.nn.Sequential(*layers)
 

@@ -1,16 +1,16 @@
-"""Vectors of the entities and relations of a knowledge graph: a table that is looked up three times in a step.
+"""Vectors for a knowledge graph: a table that is looked up three times in a step.
 
     python docs/examples/knowledge_graph.py
 
 TransE (Bordes et al. 2013, "Translating Embeddings for Modeling Multi-relational Data"): where the graph says
 that head and tail are in a relation, the vector of the head plus that of the relation should lie near that of
-the tail, and far from those of other entities, drawn at random. The loss, that of Sun et al. 2019, "RotatE",
-equation 5, with d the squared distance, is
+the tail, and far from those of other entities, drawn at random. The loss, that of Sun et al. 2019, "RotatE:
+Knowledge Graph Embedding by Relational Rotation in Complex Space", with d the squared distance, is
 
     softplus(d(tail) - margin) + mean over negatives of softplus(margin - d(negative))
 
-The graph is a map: its entities are the places of a grid, its relations are moves such as "one to the east" or
-"two to the north". Some moves are kept back, and should be found.
+The graph is a map: its entities are the places of a grid, its relations are moves such as "one to the east"
+or "two to the north". Some moves are kept back, and should be found.
 
 Heads, tails and negatives are rows of one table. Its gradient is the list of three gradients; the optimizer
 adds them up, whatever rows they have in common, and updates each row once.
@@ -39,8 +39,8 @@ def make_graph(width):
 
 
 def loss_and_gradients(tables, triples, negatives, margin):
-    """The mean loss of triples [batch, 3] with entities drawn for each, [batch, negatives], and its gradients by
-    the two tables."""
+    """The mean loss of triples [batch, 3] with entities drawn for each, [batch, negatives], and its gradients
+    by the two tables."""
     head, relation, tail = triples.T
     end = fastopt.embedding(tables["entities"], head) + fastopt.embedding(tables["relations"], relation)
     to_tail = fastopt.embedding(tables["entities"], tail) - end
@@ -64,7 +64,7 @@ def loss_and_gradients(tables, triples, negatives, margin):
 
 
 def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
+    return (1 + np.tanh(x / 2)) / 2  # which does not overflow
 
 
 def share_found(tables, triples, among=10):
@@ -78,13 +78,13 @@ def share_found(tables, triples, among=10):
 
 
 def main(
-    width: int = 40,
+    width: int = 24,
     dim: int = 16,
     epochs: int = 30,
-    batch: int = 512,
+    batch: int = 128,
     negatives: int = 16,
-    margin: float = 6.0,
-    lr: float = 0.02,
+    margin: float = 3.0,
+    lr: float = 0.1,
 ):
     """Train and print; returns the mean loss of each epoch and the shares found before and after."""
     train, test = make_graph(width)

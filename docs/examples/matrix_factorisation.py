@@ -2,13 +2,12 @@
 
     python docs/examples/matrix_factorisation.py
 
-Koren, Bell & Volinsky 2009, "Matrix Factorization Techniques for Recommender Systems", equation 5: a rating is
-the mean of all plus what the user and the item add to it plus the dot product of their vectors. The ratings are
-made below, of such a truth and noise, so that the best error that there is, is known: that of the noise.
+Koren, Bell & Volinsky 2009, "Matrix Factorization Techniques for Recommender Systems", equation 4: a rating
+is the mean of all plus what the user and the item add to it plus the dot product of their vectors. The
+ratings are made below, of such a truth and noise, so that the best possible error is known: the noise's.
 
-A batch names most users and items several times. In torch, autograd takes care of it; in NumPy a gradient for
-each rating, named by ``IndexedSlices``, is enough: a row named several times gets the sum of its gradients, and
-one update.
+A batch names many users and items several times. The gradient of each rating alone is enough, as autograd or
+``IndexedSlices`` hand it over: a row named several times gets the sum of its gradients, and one update.
 """
 
 from typing import NamedTuple
@@ -64,9 +63,7 @@ def start(users, items, dim):
 class Factors(torch.nn.Module):
     def __init__(self, tables):
         super().__init__()
-        tables = [
-            fastopt.torch.Embedding.from_pretrained(torch.tensor(own), freeze=False) for own in tables
-        ]
+        tables = [fastopt.torch.Embedding.from_pretrained(torch.tensor(own), freeze=False) for own in tables]
         self.user, self.item, self.user_bias, self.item_bias = tables
 
     def forward(self, users, items):
