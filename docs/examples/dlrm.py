@@ -2,7 +2,7 @@
 
     python docs/examples/dlrm.py                # torch, then fastopt, on the same batches
     python docs/examples/dlrm.py --bags 20      # twenty lookups a feature in place of one
-    python docs/examples/dlrm.py --optimizer adam
+    python docs/examples/dlrm.py --optimizer adam --steps 10
 
 The model is a DLRM (Naumov et al. 2019, "Deep Learning Recommendation Model for Personalization and
 Recommendation Systems"): each categorical feature has an embedding table, whose rows are added up for the ids
@@ -185,7 +185,7 @@ def train(model, optimizers, batches):
 
 def main(
     optimizer: Optimizer = Optimizer.sparse,
-    steps: int = 40,
+    steps: int = 80,
     batch: int = 1_024,
     bags: int = 1,
     tables: int = 26,
