@@ -62,7 +62,9 @@ def test_a_program_passes_where_it_is_right(tmp_path):
     )
     last = PROGRAM.count("\n")
     wrong = [line for line in checked.stdout.splitlines() if ": error:" in line]
-    assert [line.split(":")[1] for line in wrong] == [str(last - 1), str(last)], checked.stdout + checked.stderr
+    assert [line.split(":")[1] for line in wrong] == [str(last - 1), str(last)], (
+        checked.stdout + checked.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["Lion", "LAMB", "RowwiseAdagrad", "RowwiseAdam"])
