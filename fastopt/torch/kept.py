@@ -1,11 +1,13 @@
 """What a torch optimizer's step by kernels goes on with from step to step."""
 
 from collections.abc import Mapping
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from fastopt._core.arrays import tensor_over
 from fastopt._core.groups import checked_group
@@ -22,11 +24,11 @@ from fastopt.torch.shown import Shown, same
 from fastopt.torch.traits import PRODUCT, STEP, Traits
 
 
-def takes(p: torch.Tensor) -> bool:
+def takes(p: Tensor) -> bool:
     """Whether kernels can update a parameter where it lies."""
     own = local(p)
     return (
-        type(own) in (torch.Tensor, torch.nn.Parameter)
+        type(own) in (Tensor, Parameter)
         and own.layout is torch.strided
         and own.dtype in DTYPES
         and own.device.type in ("cpu", "cuda")
@@ -40,8 +42,8 @@ def _flags(group: Mapping[str, Any]) -> tuple:
     return bool(group.get("capturable")), bool(group.get("differentiable"))
 
 
-def _kind(p: torch.Tensor) -> tuple:
-    return p.dtype, p.shape, p.device
+# What a parameter that kernels take has to stay
+_kind = attrgetter("dtype", "shape", "device", "layout")
 
 
 class GroupOptions:
@@ -91,7 +93,6 @@ class Kept:
         self.params = [p for _, own in parts for p in own]
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
-        self._kinds = [*map(_kind, self.params)]
         self._flags = [*map(_flags, groups)]
         self._numbers = [number for number, _ in parts]
         self._options = [GroupOptions(traits, groups[number]) for number in self._numbers]
@@ -108,6 +109,7 @@ class Kept:
         self._by_rows = False  # whether the last step had gradients by rows, which state may be moved for
         self._not_shown: list[int] = []  # the positions of parameters that have no state yet
         self.has_shards = any(map(is_shard, self.params))
+        self._kinds = [*map(_kind, self._locals())]
         self._as_they_are = not self.has_shards  # whether gradients need no closer look
         self._shown = Shown(state, self.has_shards)
         self._shards_at = self._find_shards()
@@ -133,29 +135,37 @@ class Kept:
                 return False
         return all(self._adopted(k, groups[number]) for k, number in enumerate(self._numbers))
 
-    def _parts(self, params: list[torch.Tensor], state: Any) -> list[list[torch.Tensor]]:
-        """The parameters of a group by what the hyperparameters of their steps depend on."""
-        parts: dict[tuple, list[torch.Tensor]] = {}
+    def _parts(self, params: list[Tensor], state: Any) -> list[list[Tensor]]:
+        """The parameters of a group in parts: those of one that have made equally many steps have the same
+        product, if any."""
+        products: dict[int, list[float]] = {}
+        parts: dict[int, list[Tensor]] = {}
         for p in params:
             own = state.get(p, {})
-            key = (self._traits.steps(own), _product(own)) if self._traits.has_product else ()
-            parts.setdefault(key, []).append(p)
+            known = products.setdefault(self._traits.steps(own), [])
+            if _product(own) not in known:
+                known.append(_product(own))
+            parts.setdefault(known.index(_product(own)), []).append(p)
         return list(parts.values())
 
-    def _takes(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
+    def _takes(self, group: Mapping[str, Any], p: Tensor) -> bool:
         return self._traits.takes(group, p) and takes(p)
 
     def _find_shards(self) -> list[tuple]:
         """Where the parts of DTensors lie, which may be put elsewhere in the same DTensors."""
-        own = [local(p) for p in self.params] if self.has_shards else []
-        return [(p.data_ptr(), p.dtype, p.shape) for p in own]
+        return [(p.data_ptr(), p.dtype, p.shape) for p in self._locals()] if self.has_shards else []
 
     def is_outdated(self) -> bool:
         """Whether parameters are no longer what they were."""
-        pairs = zip(self.params, self._kinds, strict=True)
-        if any(not takes(p) or _kind(p) != kind for p, kind in pairs):
+        own = self._locals()
+        same_kinds = [*map(_kind, own)] == self._kinds and set(map(type, own)) <= {Tensor, Parameter}
+        if not same_kinds or not all(map(Tensor.is_contiguous, own)) or any(map(Tensor.is_neg, own)):
             return True
-        return self._traits.in_torch and bool(_sharing([self.params]))
+        return self._traits.in_torch and bool(sharing(own))
+
+    def _locals(self) -> list[Any]:
+        """The parameters, of DTensors the parts that lie here."""
+        return [*map(local, self.params)] if self.has_shards else self.params
 
     def meets_other_dtypes(self) -> bool:
         """Whether gradients are of dtypes that have to be converted, which they are from now on."""
@@ -171,7 +181,7 @@ class Kept:
             return True
         if not self._shown.holds():
             return False
-        return self._traits.counts_as is not torch.Tensor or bool((self._steps == self._counts).all())
+        return self._traits.counts_as is not Tensor or bool((self._steps == self._counts).all())
 
     def _adopted(self, k: int, group: dict[str, Any]) -> bool:
         """Go on with the options that a group has now; returns False if they need another state."""
@@ -229,7 +239,7 @@ class Kept:
         self._remember()
 
     def _show_numbers(self, i: int, own: dict[str, Any]) -> None:
-        if self._traits.counts_as is torch.Tensor:
+        if self._traits.counts_as is Tensor:
             own[STEP] = torch.from_numpy(self._steps[i : i + 1])[0]
         if self._traits.has_product:
             own[PRODUCT] = torch.from_numpy(self._products[i : i + 1])[0]
@@ -261,7 +271,7 @@ class Kept:
             self._check_lookups(given)
         return found
 
-    def _check_lookups(self, given: list[torch.Tensor | None]) -> None:
+    def _check_lookups(self, given: list[Tensor | None]) -> None:
         """Refuse lookups of tables whose rows are not up to date when they are read."""
         for i, gradient in enumerate(given):
             values = self._options[self._group_of[i]].values
@@ -342,7 +352,7 @@ def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, n
     Raises:
         ValueError: 8-bit codes are expected where torch has numbers.
     """
-    if not any(isinstance(own.get(name), torch.Tensor) for name in slots):
+    if not any(isinstance(own.get(name), Tensor) for name in slots):
         return {}
     found = {}
     for name, (shape, dtype, first) in slots.items():
@@ -360,16 +370,16 @@ def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, n
     return found
 
 
-def _sharing(taken: list[list[torch.Tensor]]) -> set[int]:
+def _sharing(taken: list[list[Tensor]]) -> set[int]:
     """The ids of parameters that share memory with another, which kernels would update at the same time."""
     params = [p for own in taken for p in own]
     return {id(params[i]) for i in sharing([*map(local, params)])}
 
 
-def _is_sparse(gradient: torch.Tensor | None) -> bool:
+def _is_sparse(gradient: Tensor | None) -> bool:
     return gradient is not None and gradient.is_sparse
 
 
-def _is_by_rows(gradient: torch.Tensor | None) -> bool:
+def _is_by_rows(gradient: Tensor | None) -> bool:
     """Whether there is no gradient that names every row."""
     return gradient is None or gradient.is_sparse or isinstance(gradient, RowGradients)

@@ -32,7 +32,8 @@ class KernelStep(torch.optim.Optimizer):
             :class:`fastopt.Optimizer`, of groups too.
 
     Parameters that kernels do not take (complex ones, those that are not C-contiguous, of other dtypes or on
-    other devices, subclasses of tensors) are updated by torch's own step.
+    other devices, subclasses of tensors, those that share memory with another) are updated by torch's own
+    step, before the others.
 
     Attributes:
         info: what the last step answered (see :class:`fastopt.StepInfo`), an empty answer before the first.
@@ -191,6 +192,12 @@ class KernelStep(torch.optim.Optimizer):
 
         Returns:
             What ``closure`` returned, or None.
+
+        Raises:
+            ValueError, TypeError: an option, a gradient or a parameter does not fit; nothing has changed.
+            RuntimeError: torch's class refuses one; only what its own step updates may have changed.
+
+        With a ``GradScaler`` gradients stay scaled, where torch's classes leave them divided by the scale.
         """
         loss = None
         if closure is not None:
