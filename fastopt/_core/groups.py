@@ -167,7 +167,8 @@ def checked_group(options: Mapping[str, Any], label: str, definition: Definition
     missing = set(definition.defaults) - set(own)
     if missing:
         raise ValueError(f"{label} lacks the option {min(missing)!r}: set it again")
-    return checked_options(own, label, () if own["rows"] == "dense" else definition.signed)
+    lazy = isinstance(own["rows"], str) and own["rows"] != "dense"
+    return checked_options(own, label, definition.signed if lazy else ())
 
 
 def changed_options(group: ParameterGroup, definition: Definition) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class KernelStep(torch.optim.Optimizer):
         if not self.traits.in_torch:  # torch has checked nothing
             self.traits.check(self.param_groups)
             self._current()
+        register(self)
 
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
@@ -105,7 +106,7 @@ class KernelStep(torch.optim.Optimizer):
         self._step_supports_amp_scaling = True
         for group in self.param_groups:
             self._complete(group)
-            register(self, group["params"])
+        register(self)
 
     def _complete(self, group: dict[str, Any]) -> None:
         """Give a group those of the options that torch does not know."""
@@ -116,7 +117,6 @@ class KernelStep(torch.optim.Optimizer):
         self._complete({**param_group})  # which refuses bad ones
         super().add_param_group(param_group)
         self._complete(self.param_groups[-1])
-        register(self, self.param_groups[-1]["params"])
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:

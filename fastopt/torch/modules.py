@@ -1,12 +1,20 @@
 """Embedding tables as modules of torch, whose gradients are never made: what their lookups leave goes to the
 optimizer (see row_gradients.py)."""
 
+import inspect
 from typing import Any
 
 import torch
 
 from fastopt.torch.calls import call_of_each, pooled_call
 from fastopt.torch.lookups import look_up
+
+
+def _with_fused(base: type) -> inspect.Signature:
+    """The arguments of torch's class, and ``fused``."""
+    own = inspect.Parameter("fused", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    theirs = inspect.signature(base)
+    return theirs.replace(parameters=[*theirs.parameters.values(), own])
 
 
 class EmbeddingBag(torch.nn.EmbeddingBag):
@@ -26,10 +34,14 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
     """
 
     fused = False
+    __signature__ = _with_fused(torch.nn.EmbeddingBag)
 
     def __init__(self, *args: Any, fused: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
         self.fused = fused
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", fused=True" if self.fused else "")
 
     def forward(
         self,
@@ -46,10 +58,14 @@ class Embedding(torch.nn.Embedding):
     else as for :class:`EmbeddingBag`."""
 
     fused = False
+    __signature__ = _with_fused(torch.nn.Embedding)
 
     def __init__(self, *args: Any, fused: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
         self.fused = fused
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", fused=True" if self.fused else "")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See ``torch.nn.Embedding``."""

@@ -392,7 +392,9 @@ def test_modules_are_those_of_torch(name, options):
     ours, theirs = both(name, **options)
     assert repr(ours) == repr(theirs)
     assert isinstance(ours, type(theirs))
-    assert inspect.signature(type(ours)) == inspect.signature(type(theirs))
+    own = inspect.signature(type(ours)).parameters
+    assert {**own} == {**inspect.signature(type(theirs)).parameters, "fused": own["fused"]}
+    assert "fused=True" in repr(getattr(fastopt.torch, name)(5, 3, fused=True))
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert not theirs.load_state_dict(ours.state_dict()).missing_keys
     assert not ours.eval().training and ours.train().training
