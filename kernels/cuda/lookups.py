@@ -57,11 +57,17 @@ WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.uint64}  # by bytes, w
 
 @register_jitable
 def share_of(lane_bits):
-    """What this thread takes if 2 to ``lane_bits`` lanes take a row or a bag: the number of the first, how
-    far on the next one is, which of its lanes this is, and how many it has."""
-    thread = np.int64(cuda.blockIdx.x) * THREADS + np.int64(cuda.threadIdx.x)
+    """:func:`share_in`, of all blocks of the launch."""
+    return share_in(lane_bits, np.int64(cuda.blockIdx.x), np.int64(cuda.gridDim.x))
+
+
+@register_jitable
+def share_in(lane_bits, block, blocks):
+    """What this thread, of a block of so many, takes if 2 to ``lane_bits`` lanes take a row or a bag: the
+    number of the first, how far on the next one is, which of its lanes this is, and how many it has."""
+    thread = block * THREADS + np.int64(cuda.threadIdx.x)
     lanes = np.int64(1) << lane_bits
-    return thread >> lane_bits, (np.int64(cuda.gridDim.x) * THREADS) >> lane_bits, thread & (lanes - 1), lanes
+    return thread >> lane_bits, (blocks * THREADS) >> lane_bits, thread & (lanes - 1), lanes
 
 
 @register_jitable
@@ -257,14 +263,13 @@ def pool(kind: Format, like: np.dtype, length: int) -> Any:
         block = np.int64(cuda.blockIdx.x)
         k = last_at_most(bases, count, block)
         own, base = lookups + k * columns * 8, integer(bases, k)
-        shared, bits = own + POOL_SHARED * 8, integer(own, POOL_LANE_BITS)
-        thread, lanes = (block - base) * THREADS + np.int64(cuda.threadIdx.x), np.int64(1) << bits
-        bag, step = thread >> bits, ((integer(bases, k + 1) - base) * THREADS) >> bits
+        shared, blocks = own + POOL_SHARED * 8, integer(bases, k + 1) - base
+        bag, step, member, lanes = share_in(integer(own, POOL_LANE_BITS), block - base, blocks)
         bags, size = integer(shared, POOL_BAGS), integer(shared, POOL_POSITIONS)
         dim, offsets = integer(shared, POOL_DIM), integer(shared, POOL_OFFSETS)
         while bag < bags:
             first, last = clamped(integer(offsets, bag), size), clamped(integer(offsets, bag + 1), size)
-            out, d = bag * integer(shared, POOL_OUT_STRIDE), (thread & (lanes - 1)) * length
+            out, d = bag * integer(shared, POOL_OUT_STRIDE), member * length
             while d < dim:
                 columns_of_bag(
                     integer(shared, POOL_TABLE),
