@@ -105,12 +105,17 @@ def _joined(plans: Sequence[IndexPlan]) -> IndexPlan:
                 f"batch[{k}].indices has shape {part.shape} and batch[0].indices {parts[0].shape}: expected "
                 "shapes that differ in the first axis alone, to put one after the other, or pass a collate_fn"
             )
+    return IndexPlan(one_after_the_other(parts), plans[0].rows)
+
+
+def one_after_the_other(parts: Sequence[Array]) -> Array:
+    """A new array of whole numbers with those of several along the first axis, beside which they lie."""
     bounds = list(accumulate((len(part) for part in parts), initial=0))
     dtype = np.result_type(*(part.dtype for part in parts))
-    indices = backend_of(parts[0]).empty((bounds[-1], *parts[0].shape[1:]), dtype)
+    out = backend_of(parts[0]).empty((bounds[-1], *parts[0].shape[1:]), dtype)
     for part, (first, last) in zip(parts, pairwise(bounds), strict=True):
-        indices[first:last] = part
-    return IndexPlan(indices, plans[0].rows)
+        out[first:last] = part
+    return out
 
 
 def _read_only(array: Array) -> Array:

@@ -7,9 +7,7 @@ import numpy as np
 
 from fastopt._core import arrays
 from fastopt._core.arrays import LOW_DTYPES
-from fastopt._core.backend import backend_of
-from fastopt._core.state import computed_with
-from fastopt.gradients.pooling import Bags, check_weights, checked_bags, checked_table, weights_dtypes
+from fastopt.gradients.pooling import check_weights, checked_bags, checked_table, weights_dtypes
 from fastopt.gradients.protocol import SparseGradient
 from fastopt.gradients.rows import RowGradient
 from fastopt.kernels.work import Array
@@ -107,13 +105,4 @@ class BagGradient(SparseGradient):
         shape, dtype = bags.indices.array.shape, source.dtype
         if self.per_sample_weights is not None:
             dtype = arrays.array_view(self.per_sample_weights, "per_sample_weights").dtype
-        bags = Bags(bags.indices, bags.offsets, bags.mode, None, bags.padding)
-        of_positions, scales = bags.of_positions(computed_with(source.dtype))
-        backend, flat = backend_of(source), bags.indices.flat
-        given = source, flat, of_positions, scales, bags.padding, backend.widen(values)
-        products = backend.row_products(*given).reshape(shape)
-        if dtype == products.dtype:
-            return arrays.in_kind(products, table)
-        found = backend.empty(shape, dtype)
-        found[...] = products
-        return arrays.in_kind(found, table)
+        return arrays.in_kind(bags.products(source, values, dtype).reshape(shape), table)

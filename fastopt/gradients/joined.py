@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from fastopt._core.backend import Backend, backend_of
-from fastopt._core.indices import Indices
+from fastopt._core.indices import Indices, one_after_the_other
 from fastopt.gradients.rows import RowGradient
 from fastopt.kernels.work import Array
 
@@ -31,7 +31,7 @@ class JoinedRows(RowGradient):
                 own[...] = part.values
         positions = [_positions(backend, part) for part in parts]
         rows = max(part.indices.rows for part in parts)
-        super().__init__(values, Indices(_joined(backend, [own for own, _, _ in positions]), rows))
+        super().__init__(values, Indices(one_after_the_other([own for own, _, _ in positions]), rows))
         self.given = tuple(array for part in parts for array in part.given)
         self._sources = _sources(backend, positions, bounds), _weights(backend, positions, first.dtype)
 
@@ -69,15 +69,6 @@ def _positions(backend: Backend, part: RowGradient) -> _Positions:
     if source is None:
         source = backend.all_rows(indices.size)[0]
     return backend.without(indices, part.padding, source, weights)
-
-
-def _joined(backend: Backend, arrays: Sequence[Array]) -> Array:
-    """1-D arrays of whole numbers, one after the other."""
-    bounds = list(accumulate((array.size for array in arrays), initial=0))
-    out = backend.empty(bounds[-1], np.result_type(*(array.dtype for array in arrays)))
-    for array, (a, b) in zip(arrays, pairwise(bounds), strict=True):
-        out[a:b] = array
-    return out
 
 
 def _sources(backend: Backend, positions: Sequence[_Positions], bounds: Sequence[int]) -> Array | None:

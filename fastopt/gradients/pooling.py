@@ -10,6 +10,7 @@ from fastopt._core.arrays import LOW_DTYPES
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 from fastopt._core.options import is_flag
+from fastopt._core.state import computed_with
 from fastopt.kernels.work import Array, PooledLookup
 
 MODES = ("sum", "mean", "max")
@@ -51,6 +52,21 @@ class Bags:
     def pool_max(self, table: Array) -> tuple[Array, Array]:
         """[count, dim]: the largest element of each bag's rows, and the position it comes from."""
         return backend_of(table).pool_max(table, self.indices.flat, self.offsets, self.padding)
+
+    def products(self, table: Array, values: Array, dtype: np.dtype) -> Array:
+        """The product of each position's row with its bag's row of ``values``, [count, dim], C-contiguous and
+        of the dtypes of gradients; divided by the number of the bag's rows for a mean. Rounded to ``dtype``.
+        It is the gradient of the weights."""
+        backend = backend_of(table)
+        without_weights = Bags(self.indices, self.offsets, self.mode, None, self.padding)
+        of_positions, scales = without_weights.of_positions(computed_with(table.dtype))
+        given = table, self.indices.flat, of_positions, scales, self.padding, backend.widen(values)
+        products = backend.row_products(*given)
+        if dtype == products.dtype:
+            return products
+        found = backend.empty(products.shape, dtype)
+        found[...] = products
+        return found
 
     def of_positions(self, dtype: np.dtype) -> tuple[Array, Array | None]:
         """The bag of each position, and the factor on its row, None where all are 1."""

@@ -9,35 +9,26 @@ from fastopt.torch.lookups import Call
 _INTEGERS = {torch.int32, torch.int64}
 
 
-def pooled_call(
-    module: torch.nn.EmbeddingBag,
+def call_of(
+    module: torch.nn.EmbeddingBag | torch.nn.Embedding,
     given: torch.Tensor,
-    offsets: torch.Tensor | None,
-    weights: torch.Tensor | None,
+    offsets: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> Call | None:
-    """A pooled lookup with the rows that it names ready, or None if it is torch's."""
+    """A lookup with the rows that it names ready, or None if it is torch's."""
     table = module.weight  # read once: it may be computed
-    if not _is_plain(given, table) or not _are_bags(module, table, given, offsets, weights):
+    if not _is_plain(given, table):
+        return None
+    if isinstance(module, torch.nn.EmbeddingBag):
+        fits = _are_bags(module, table, given, offsets, weights)
+    else:
+        fits = given.dtype in _INTEGERS
+    if not fits:
         return None
     try:
-        call = Call(module, table, given, offsets, weights, pooled=True)
+        call = Call(module, table, given, offsets, weights)
     except ValueError:
         if given.is_cuda or not _ascend(offsets, given):  # which torch's kernels would not look at
-            raise
-        return None
-    _limit_norms(module, table, given)
-    return call
-
-
-def call_of_each(module: torch.nn.Embedding, given: torch.Tensor) -> Call | None:
-    """A lookup of each index with the rows that it names ready, or None if it is torch's."""
-    table = module.weight  # read once: it may be computed
-    if not _is_plain(given, table) or given.dtype not in _INTEGERS:
-        return None
-    try:
-        call = Call(module, table, given, pooled=False)
-    except ValueError:
-        if given.is_cuda:  # where torch's kernels would not look at indices
             raise
         return None
     _limit_norms(module, table, given)

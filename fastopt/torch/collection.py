@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastopt.torch.calls import pooled_call
+from fastopt.torch.calls import call_of
 from fastopt.torch.lookups import Call, look_up
 
 Bags = torch.Tensor | tuple[torch.Tensor | None, ...]  # the arguments of a lookup in a table
@@ -116,7 +116,7 @@ def _arguments(given: Bags, name: str) -> tuple[Any, Any, Any]:
 def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> torch.Tensor:
     """The lookups of all features; table by table, by torch, where some are not fastopt's."""
     modules = collection.modules_of_features()
-    calls = [pooled_call(module, *own) for module, own in zip(modules, given, strict=True)]
+    calls = [call_of(module, *own) for module, own in zip(modules, given, strict=True)]
     if not calls or any(call is None for call in calls):
         results = [module(*own) for module, own in zip(modules, given, strict=True)]
         _check_bags(collection, [len(own) for own in results])

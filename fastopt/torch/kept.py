@@ -251,11 +251,11 @@ class Kept:
     # Steps
 
     @property
-    def gradients(self) -> list[torch.Tensor | None]:
+    def gradients(self) -> list[Tensor | None]:
         """Those that the parameters have."""
         return [p.grad for p in self.params]
 
-    def usable(self, given: list[torch.Tensor | None]) -> Usable:
+    def usable(self, given: list[Tensor | None]) -> Usable:
         """Gradients of the parameters as the plain optimizer takes them.
 
         Raises:
@@ -301,7 +301,7 @@ class Kept:
             checked = checked_group(own, f"param_groups[{self._numbers[k]}]", self._plain)
             self._plain.check_options(checked, f"param_groups[{self._numbers[k]}]")
 
-    def step(self, given: list[torch.Tensor | None], **arguments: Any) -> StepInfo:
+    def step(self, given: list[Tensor | None], **arguments: Any) -> StepInfo:
         """Update those of the parameters that have gradients, which are given."""
         if self._plain is None:
             return StepInfo()

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from fastopt._core.arrays import array_view, tensor_over
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices, sort_together
-from fastopt.gradients import BagGradient
 from fastopt.gradients.pooling import Bags, checked_bags, weights_dtypes
+from fastopt.kernels.work import Array
 from fastopt.torch import fused
 from fastopt.torch.memory import DTYPES
 from fastopt.torch.row_gradients import Lookup, RowGradients
@@ -28,7 +28,6 @@ class Call:
     Args:
         module: an ``EmbeddingBag`` or ``Embedding`` of torch, whose options count. table: its weight.
         indices, offsets, weights: as its ``forward`` takes them.
-        pooled: whether rows are pooled.
 
     Attributes:
         table, weights: as given, the latter a copy. indices: checked. bags: of a pooled lookup. fused:
@@ -45,9 +44,8 @@ class Call:
         indices: torch.Tensor,
         offsets: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
-        *,
-        pooled: bool,
     ) -> None:
+        pooled = isinstance(module, torch.nn.EmbeddingBag)
         if torch.is_grad_enabled():
             indices, weights = _copy(indices), None if weights is None else _copy(weights)
         self.table = table
@@ -77,9 +75,16 @@ class Call:
         return self.indices.flat.size if self.bags is None else self.bags.count
 
     @property
-    def reads_table(self) -> bool:
-        """Whether the table is read once more where the gradient is used."""
+    def takes_maxima(self) -> bool:
+        """Whether rows are pooled to their maxima, which are found in the table once more where the gradient
+        is used."""
         return self.bags is not None and self.bags.mode == "max"
+
+    def result(self, table: Array) -> Array:
+        """What is looked up in ``table``, the array of the table: a new array."""
+        if self.bags is None:
+            return backend_of(table).gather(table, self.indices.flat)
+        return self.bags.pool_max(table)[0] if self.takes_maxima else self.bags.pool(table)
 
     def lookup(self, values: torch.Tensor) -> Lookup:
         """What is left of it for the table's gradient, ``values`` being that of the result."""
@@ -92,18 +97,10 @@ class Call:
 
     def gradient_of_weights(self, values: torch.Tensor) -> torch.Tensor:
         """The gradient of the weights of a pooled lookup."""
-        bags = self.bags
-        assert bags is not None and self.weights is not None
-        gradient = BagGradient(
-            Indices(self.indices.flat, self.indices.rows),
-            tensor_over(bags.offsets),
-            values.contiguous(),
-            bags.mode,
-            self.weights.reshape(-1),
-            None if bags.padding < 0 else bags.padding,
-            include_last_offset=True,
-        )
-        return gradient.per_sample_weights_grad(self.table.detach()).reshape(self.weights.shape)
+        assert self.bags is not None and self.weights is not None
+        table, own = array_view(self.table.detach(), "table"), array_view(values.contiguous(), "values")
+        found = self.bags.products(table, own, DTYPES[self.weights.dtype])
+        return tensor_over(found).reshape(self.weights.shape)
 
 
 def look_up(calls: Sequence[Call]) -> torch.Tensor:
@@ -120,7 +117,7 @@ class _LookedUp(torch.autograd.Function):
     def forward(ctx: Any, calls: Sequence[Call], *given: torch.Tensor) -> torch.Tensor:
         ctx.calls = calls
         of_weights = ctx.needs_input_grad[1 + len(calls) :]
-        reread = [call.table for call in calls if call.reads_table]
+        reread = [call.table for call in calls if call.takes_maxima]
         reread += [call.table for call, needed in zip(_weighted(calls), of_weights, strict=True) if needed]
         ctx.save_for_backward(*reread)  # the backward pass reads them: they may not have changed
         return _results(calls)
@@ -154,16 +151,16 @@ def _weighted(calls: Sequence[Call]) -> list[Call]:
 def _results(calls: Sequence[Call]) -> torch.Tensor:
     """What is looked up."""
     tables = [array_view(call.table.detach(), "table") for call in calls]
+    if len(calls) == 1:
+        return tensor_over(calls[0].result(tables[0]))
     backend = backend_of(tables[0])
     bounds = [*accumulate((table.shape[1] for table in tables), initial=0)]
     out = backend.empty((calls[0].rows, bounds[-1]), tables[0].dtype)
     columns = [out[:, a:b] for a, b in pairwise(bounds)]
     pooled = []
     for call, table, own in zip(calls, tables, columns, strict=True):
-        if call.bags is None:
-            own[...] = backend.gather(table, call.indices.flat)
-        elif call.bags.mode == "max":
-            own[...] = call.bags.pool_max(table)[0]
+        if call.bags is None or call.takes_maxima:
+            own[...] = call.result(table)
         else:
             pooled.append(call.bags.lookup(table, own))
     backend.pool(pooled)

@@ -6,8 +6,21 @@ from typing import Any
 
 import torch
 
-from fastopt.torch.calls import call_of_each, pooled_call
+from fastopt.torch.calls import call_of
 from fastopt.torch.lookups import look_up
+
+
+class _MayBeFused(torch.nn.Module):
+    """The base of modules that have ``fused``, before that of torch."""
+
+    fused = False  # of those that were pickled without
+
+    def __init__(self, *args: Any, fused: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fused = fused
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", fused=True" if self.fused else "")
 
 
 def _with_fused(base: type) -> inspect.Signature:
@@ -17,7 +30,7 @@ def _with_fused(base: type) -> inspect.Signature:
     return theirs.replace(parameters=[*theirs.parameters.values(), own])
 
 
-class EmbeddingBag(torch.nn.EmbeddingBag):
+class EmbeddingBag(_MayBeFused, torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` with the lookups and gradients of :func:`fastopt.embedding_bag`.
 
     ``weight.grad`` is a :class:`RowGradients`, which the optimizers of :mod:`fastopt.torch` take as it is,
@@ -33,15 +46,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         others: as for ``torch.nn.EmbeddingBag``.
     """
 
-    fused = False
     __signature__ = _with_fused(torch.nn.EmbeddingBag)
-
-    def __init__(self, *args: Any, fused: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.fused = fused
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", fused=True" if self.fused else "")
 
     def forward(
         self,
@@ -53,19 +58,11 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         return _embedding_bag(self, input, offsets, per_sample_weights)
 
 
-class Embedding(torch.nn.Embedding):
+class Embedding(_MayBeFused, torch.nn.Embedding):
     """``torch.nn.Embedding`` with the lookups and gradients of :func:`fastopt.embedding`; arguments and all
     else as for :class:`EmbeddingBag`."""
 
-    fused = False
     __signature__ = _with_fused(torch.nn.Embedding)
-
-    def __init__(self, *args: Any, fused: bool = False, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.fused = fused
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", fused=True" if self.fused else "")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See ``torch.nn.Embedding``."""
@@ -80,7 +77,7 @@ def _embedding_bag(
     weights: torch.Tensor | None,
 ) -> torch.Tensor:
     """The pooled lookup of a module."""
-    call = pooled_call(module, given, offsets, weights)
+    call = call_of(module, given, offsets, weights)
     if call is None:
         return torch.nn.EmbeddingBag.forward(module, given, offsets, weights)
     return look_up([call])
@@ -89,7 +86,7 @@ def _embedding_bag(
 @torch.compiler.disable
 def _embedding(module: Embedding, given: torch.Tensor) -> torch.Tensor:
     """The lookup of a module."""
-    call = call_of_each(module, given)
+    call = call_of(module, given)
     if call is None:
         return torch.nn.Embedding.forward(module, given)
     return look_up([call]).reshape(*given.shape, module.embedding_dim)

@@ -5,7 +5,8 @@ a row for each index. Optimizers of :mod:`fastopt.torch` use it as it is.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -22,8 +23,9 @@ _COPIES = _aten.detach.default, _aten.alias.default, _aten.clone.default
 _SUMS = _aten.add.Tensor, _aten.add_.Tensor
 
 
-class Lookup(NamedTuple):
-    """One lookup, and the gradient of its result.
+@dataclass(frozen=True, eq=False)
+class Lookup(SparseGradient):
+    """What one lookup adds to the gradient of its table: the gradient of its result.
 
     indices: of the table's rows. bags: whose rows were pooled, None where each was looked up alone. values:
     [bags, dim], or [indices, dim], whose rows may lie apart. Nobody else writes to these: they are read when
@@ -34,9 +36,13 @@ class Lookup(NamedTuple):
     bags: Bags | None
     values: torch.Tensor
 
-    def gradient(self) -> "LookupGradient":
-        """As the plain optimizers take it."""
-        return LookupGradient(self)
+    def numbers(self, label: str) -> tuple[torch.Tensor, str]:
+        """``values``."""
+        return self.values, label
+
+    def checked(self, label: str, rows: int | None) -> RowGradient:
+        """The gradient with its bags, which the lookup has checked."""
+        return RowGradient(array_view(self.values, label), self.indices, self.bags)
 
     def dense(self, table: torch.Tensor) -> torch.Tensor:
         """As a tensor of the table's shape, in the dtype that sums are computed in."""
@@ -60,7 +66,8 @@ class Lookup(NamedTuple):
         weights = self.weights_of_all()
         _, positions, counts = tensor_over(self.indices.flat).unique(return_inverse=True, return_counts=True)
         weights = array_view(weights / counts[positions], "weights")
-        return self._replace(bags=Bags(self.indices, self.bags.offsets, "sum", weights, self.bags.padding))
+        bags = Bags(self.indices, self.bags.offsets, "sum", weights, self.bags.padding)
+        return replace(self, bags=bags)
 
     def _counted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Whether each index counts, its bag, and how many of each bag count."""
@@ -84,26 +91,6 @@ class Lookup(NamedTuple):
             _, bags, lengths = self._counted()
             weights = weights / lengths[bags].clamp(min=1)
         return weights
-
-
-class LookupGradient(SparseGradient):
-    """What one lookup adds to the gradient of its table."""
-
-    def __init__(self, lookup: Lookup) -> None:
-        self._lookup = lookup
-
-    @property
-    def values(self) -> torch.Tensor:
-        """The gradient of its result."""
-        return self._lookup.values
-
-    def numbers(self, label: str) -> tuple[torch.Tensor, str]:
-        """The gradient of its result."""
-        return self.values, label
-
-    def checked(self, label: str, rows: int | None) -> RowGradient:
-        """The gradient with its bags, which the lookup has checked."""
-        return RowGradient(array_view(self.values, label), self._lookup.indices, self._lookup.bags)
 
 
 def _computed_with(table: torch.Tensor) -> torch.dtype:
@@ -165,8 +152,8 @@ class RowGradients(torch.Tensor):
             none = torch.zeros(0, dtype=torch.int64, device=self.table.device)
             return IndexedSlices(none, self.table.new_zeros(0, self.table.shape[1]))
         if len(self.lookups) == 1:
-            return self.lookups[0].gradient()
-        return SumOfGradients([own.gradient() for own in self.lookups])
+            return self.lookups[0]
+        return SumOfGradients(self.lookups)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
