@@ -1,6 +1,7 @@
-"""A recommendation model trained by torch, and the same by fastopt: two lines of the builder differ.
+"""A recommendation model trained by torch, and the same by fastopt: two lines of the builder differ. Tables
+that are looked up together are faster, and a few lines more.
 
-    python docs/examples/dlrm.py                # torch, then fastopt, on the same batches
+    python docs/examples/dlrm.py                # each of the three, on the same batches
     python docs/examples/dlrm.py --bags 20      # twenty lookups a feature in place of one
     python docs/examples/dlrm.py --optimizer adam --steps 10
 
@@ -69,7 +70,14 @@ def fastopt_model(sizes, dim, lr, optimizer):
     return model, [optim.SparseAdam(tables, lr=lr), optim.Adam(others, lr=lr)]
 
 
-# The model, the same for both
+def together_model(sizes, dim, lr, optimizer):
+    """The same, whose tables are a collection."""
+    model, optimizers = fastopt_model(sizes, dim, lr, optimizer)
+    model.tables = Together(model.tables.tables)
+    return model, optimizers
+
+
+# The model
 
 
 class Tables(torch.nn.Module):
@@ -87,18 +95,31 @@ class Tables(torch.nn.Module):
         return [table(*own) for table, *own in zip(self.tables, indices, offsets, strict=True)]
 
 
+class Together(torch.nn.Module):
+    """The same tables, one lookup for all."""
+
+    def __init__(self, tables):
+        super().__init__()
+        self.tables = fastopt.torch.EmbeddingBagCollection({str(k): table for k, table in enumerate(tables)})
+
+    def forward(self, indices, offsets):
+        """The sums of rows, [batch, dims of all tables], in a list."""
+        ids = zip(self.tables.features, zip(indices, offsets, strict=True), strict=True)
+        return [self.tables(dict(ids))]
+
+
 class DLRM(torch.nn.Module):
     def __init__(self, tables, dim):
         super().__init__()
         self.tables = tables
         self.bottom = mlp(DENSE, 512, 256, dim)
-        vectors = 1 + len(tables.tables)
+        vectors = 1 + sum(1 for _ in tables.parameters())
         self.first, self.second = torch.triu_indices(vectors, vectors, 1)  # all pairs
         self.top = torch.nn.Sequential(mlp(dim + len(self.first), 512, 256), torch.nn.Linear(256, 1))
 
     def forward(self, dense, indices, offsets):
         dense = self.bottom(dense)
-        vectors = torch.stack([dense, *self.tables(indices, offsets)], dim=1)
+        vectors = torch.cat([dense, *self.tables(indices, offsets)], dim=1).unflatten(1, (-1, dense.shape[1]))
         products = vectors @ vectors.transpose(1, 2)
         return self.top(torch.cat([dense, products[:, self.first, self.second]], dim=1)).squeeze(1)
 
@@ -193,18 +214,19 @@ def main(
     dim: int = 64,
     lr: float = 1e-3,
 ):
-    """Train both and print their losses; returns them by name."""
+    """Train all three and print their losses; returns them by name."""
     sizes = np.geomspace(max(largest // 1_000, 10), largest, tables).astype(int).tolist()
     data = Clicks(sizes, batch, bags)
     curves = {}
-    for name, build in (("torch", torch_model), ("fastopt", fastopt_model)):
+    builders = {"torch": torch_model, "fastopt": fastopt_model, "together": together_model}
+    for name, build in builders.items():
         model, optimizers = build(sizes, dim, lr, optimizer)
         curves[name], seconds = train(model, optimizers, data.batches(steps))
         print(f"{name}: {1e3 * np.median(seconds):.1f} ms a step")
         del model, optimizers  # before the next one takes its memory
-    print(f"{'step':>6}{'torch':>10}{'fastopt':>10}")
+    print(f"{'step':>6}", *(f"{name:>9}" for name in curves))
     for k in range(0, steps, max(1, steps // 10)):
-        print(f"{k:6}{curves['torch'][k]:10.5f}{curves['fastopt'][k]:10.5f}")
+        print(f"{k:6}", *(f"{losses[k]:9.5f}" for losses in curves.values()))
     return curves
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from numba import prange
 
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
-from fastopt.kernels.cpu.segments import add_row, add_weighted_row, sum_rows
+from fastopt.kernels.cpu.segments import add_row, add_weighted_row, sum_bags
 from fastopt.kernels.intrinsics import AHEAD, prefetch, view
 from fastopt.kernels.layout import (
     POOL_BAGS,
@@ -22,6 +22,7 @@ from fastopt.kernels.layout import (
 from fastopt.kernels.magnitude import magnitude
 
 BAGS_PER_CHUNK = 64
+BAGS_PER_SUM = 32  # whose rows, if they are wide, are summed a block of columns after the other
 POSITIONS_PER_CHUNK = 8_192
 ROWS_PER_CHUNK = 256
 
@@ -49,16 +50,21 @@ def pool_part(like, index, lookup, part, parts):
     weights = view(lookup[POOL_WEIGHTS], positions if lookup[POOL_WEIGHTS] else np.int64(0), like)
     start, stride = lookup[POOL_TABLE], dim * weights.itemsize
     offsets = view(lookup[POOL_OFFSETS], lookup[POOL_BAGS] + 1, np.int64(0))
-    for bag in range(first_bag(offsets, part, parts), first_bag(offsets, part + 1, parts)):
-        total = view(lookup[POOL_OUT] + bag * lookup[POOL_OUT_STRIDE], dim, like)
-        first, last = offsets[bag], offsets[bag + 1]
-        count = last - first
+    out, out_stride = lookup[POOL_OUT], lookup[POOL_OUT_STRIDE]
+    end, zero = first_bag(offsets, part + 1, parts), np.int64(0)
+    for begin in range(first_bag(offsets, part, parts), end, BAGS_PER_SUM):
+        until = min(begin + BAGS_PER_SUM, end)
         if padding < 0:
-            sum_rows(start, stride, indices, np.int64(0), weights, first, last, positions, total)
-        else:
-            count = pool_without(padding, start, stride, indices, weights, first, last, total)
-        if lookup[POOL_MEAN] and count > 1:
-            divide_row(total, total.dtype.type(count))
+            own, place = offsets[begin : until + 1], out + begin * out_stride
+            sum_bags(start, stride, indices, zero, weights, own, positions, place, out_stride, dim)
+        for bag in range(begin, until):
+            total = view(out + bag * out_stride, dim, like)
+            first, last = offsets[bag], offsets[bag + 1]
+            count = last - first
+            if padding >= 0:
+                count = pool_without(padding, start, stride, indices, weights, first, last, total)
+            if lookup[POOL_MEAN] and count > 1:
+                divide_row(total, total.dtype.type(count))
 
 
 @helper

@@ -1,4 +1,5 @@
-"""The gradient of a row: the sum of a segment's rows of values (see layout.py), in registers.
+"""Sums of rows, in registers: pooled lookups, and the gradient of a row, which is the sum of a segment's rows
+of values (see layout.py).
 
 The compiler keeps a row's running sum in memory, adding to it row by row. Here a block of columns is
 summed over all rows before the next block is, its sum being one wide vector: each row is read
@@ -6,6 +7,7 @@ once, in the order given, nothing else is read or written, and every element's a
 the plain loop, in the same order.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -15,7 +17,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from fastopt.kernels.cpu.jit import helper, restricted_helper
-from fastopt.kernels.intrinsics import AHEAD, CACHE_LINE, prefetch, prefetch_instruction, view
+from fastopt.kernels.intrinsics import AHEAD, CACHE_LINE, on_stack, prefetch, prefetch_instruction, view
 from fastopt.kernels.layout import (
     TABLE_FIRST_POSITION,
     TABLE_FIRST_ROW,
@@ -35,30 +37,19 @@ from fastopt.kernels.layout import (
 WIDE, MIDDLE = 256, 128  # bytes of a block: eight and four common vector registers
 
 
-def _block_function(
-    module: ir.Module, number: ir.Type, index: ir.Type, width: int, weighted: bool
-) -> ir.Function:
-    """``void (address, stride, rows, base, weights, first, last, end, out)`` for ``width`` elements."""
+def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: int, weighted: bool,
+                 address: Any, stride: Any, rows: Any, base: Any, weights: Any, first: Any, last: Any,
+                 final: Any) -> Any:  # fmt: skip
+    """The sum of ``width`` elements at ``address`` of the rows from ``first`` to ``last``; rows up to
+    ``final`` are fetched ahead."""
     i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-    name = f"fastopt_sum_{number}_{index}_{width}_{weighted}"
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [i64] * 9), name)
-    if function.blocks:
-        return function
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    fetch = prefetch_instruction(module)
-    address, stride, rows, base, weights, first, last, end, out = function.args
+    fetch = prefetch_instruction(builder.module)
     vector = number if width == 1 else ir.VectorType(number, width)
     size = 4 if number == ir.FloatType() else 8
     # Any number can be added to -0.0 and stays as it is.
     start, zero = (ir.Constant(vector, x if width == 1 else [x] * width) for x in (-0.0, 0.0))
-    entry = function.append_basic_block()
-    loop = function.append_basic_block()
-    done = function.append_basic_block()
-    builder = ir.IRBuilder(entry)
-    rows = builder.inttoptr(rows, index.as_pointer())
-    weights = builder.inttoptr(weights, number.as_pointer())
-    final = builder.sub(end, i64(1))
+    entry = builder.block
+    loop, done = builder.append_basic_block(), builder.append_basic_block()
     builder.cbranch(builder.icmp_signed("<", first, last), loop, done)
 
     def start_of(k):
@@ -93,28 +84,56 @@ def _block_function(
     result = builder.phi(vector)
     result.add_incoming(zero, entry)
     result.add_incoming(new, loop)
-    builder.store(result, builder.inttoptr(out, vector.as_pointer()), align=size)
+    return result
+
+
+def _block_function(
+    module: ir.Module, number: ir.Type, index: ir.Type, width: int, weighted: bool
+) -> ir.Function:
+    """``void (address, stride, rows, base, weights, offsets, bags, end, out, out_stride)`` for ``width``
+    elements."""
+    i64 = ir.IntType(64)
+    name = f"fastopt_sum_{number}_{index}_{width}_{weighted}"
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [i64] * 10), name)
+    if function.blocks:
+        return function
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    address, stride, rows, base, weights, offsets, bags, end, out, out_stride = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    rows = builder.inttoptr(rows, index.as_pointer())
+    weights = builder.inttoptr(weights, number.as_pointer())
+    offsets = builder.inttoptr(offsets, i64.as_pointer())
+    final = builder.sub(end, i64(1))
+    with cgutils.for_range(builder, bags) as loop:
+        first = builder.load(builder.gep(offsets, [loop.index]))
+        last = builder.load(builder.gep(offsets, [builder.add(loop.index, i64(1))]))
+        given = address, stride, rows, base, weights, first, last, final
+        result = _sum_of_rows(builder, number, index, width, weighted, *given)
+        place = builder.add(out, builder.mul(loop.index, out_stride))
+        size = 4 if number == ir.FloatType() else 8
+        builder.store(result, builder.inttoptr(place, result.type.as_pointer()), align=size)
     builder.ret_void()
     return function
 
 
 @intrinsic(prefer_literal=True)
-def _sum_block(context: Any, address: Any, stride: Any, rows: Any, base: Any, weights: Any,
-               first: Any, last: Any, end: Any, out: Any, size: Any) -> Any:  # fmt: skip
-    """Sum ``size`` bytes, at least an element, at ``address`` of each row into those at ``out``; rows before
-    ``end`` are fetched ahead."""
+def _sum_block(context: Any, address: Any, stride: Any, rows: Any, base: Any, weights: Any, offsets: Any,
+               bags: Any, end: Any, out: Any, out_stride: Any, size: Any) -> Any:  # fmt: skip
+    """Sum ``size`` bytes, at least an element, at ``address`` of the rows of each bag into those at ``out``;
+    rows before ``end`` are fetched ahead."""
     number = weights.dtype
     width = max(size.literal_value * 8 // number.bitwidth, 1)
 
     def generate(context, builder, signature, arguments):
         kinds = [context.get_data_type(kind) for kind in (number, rows.dtype)]
-        address, stride, row_array, base, weight_array, first, last, end, out, _ = arguments
+        address, stride, row_array, base, weight_array, *others, _ = arguments
         starts, sizes = [], []
         for kind, value in ((rows, row_array), (weights, weight_array)):
             array = context.make_array(kind)(context, builder, value)
             starts.append(builder.ptrtoint(array.data, ir.IntType(64)))
             sizes.append(array.nitems)
-        given = [address, stride, starts[0], base, starts[1], first, last, end, out]
+        given = [address, stride, starts[0], base, starts[1], *others]
         weighted = builder.icmp_signed(">", sizes[1], ir.IntType(64)(0))
         with builder.if_else(weighted) as (then, otherwise):
             for branch, flag in ((then, True), (otherwise, False)):
@@ -123,50 +142,61 @@ def _sum_block(context: Any, address: Any, stride: Any, rows: Any, base: Any, we
         return context.get_dummy_value()
 
     count = types.int64
-    return types.void(count, count, rows, count, weights, count, count, count, count, size), generate
+    others = [count] * 5
+    return types.void(count, count, rows, count, weights, *others, size), generate
 
 
-def _python_sum_rows(address, stride, rows, base, weights, first, last, end, total):
-    """Plain Python's :func:`sum_rows`."""
-    total[:] = -0.0 if first < last else 0.0
-    for k in range(first, last):
-        values = view(address + (int(rows[k]) - base) * stride, total.size, total[0])
-        total += weights[k] * values if weights.size else values
+def _python_sum_bags(address, stride, rows, base, weights, offsets, end, out, out_stride, dim):
+    """Plain Python's :func:`sum_bags`."""
+    for bag, (first, last) in enumerate(pairwise(offsets.tolist())):
+        total = view(out + bag * out_stride, dim, weights.dtype.type(0))
+        total[:] = -0.0 if first < last else 0.0
+        for k in range(first, last):
+            values = view(address + (int(rows[k]) - base) * stride, dim, total[0])
+            total += weights[k] * values if weights.size else values
 
 
 @helper
-def _compiled_sum_rows(address, stride, rows, base, weights, first, last, end, total):
-    """Set ``total`` to the sum of the rows ``rows[k] - base``, for k from ``first`` to ``last``, of an
-    array at ``address`` with ``stride`` bytes a row, times ``weights[k]`` if there are weights."""
-    size = total.itemsize
-    out = total.ctypes.data
-    bytes_left = total.size * size
+def _compiled_sum_bags(address, stride, rows, base, weights, offsets, end, out, out_stride, dim):
+    """Set ``dim`` elements at ``out``, and ``out_stride`` bytes further for each next bag, to the sum of the
+    rows ``rows[k] - base``, for k from ``offsets[bag]`` to ``offsets[bag + 1]``, of an array at ``address``
+    with ``stride`` bytes a row, times ``weights[k]`` if there are weights."""
+    bags, starts = np.int64(offsets.size - 1), offsets.ctypes.data
+    bytes_left = dim * weights.itemsize
     at = np.int64(0)
     while bytes_left - at >= WIDE:
-        _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, WIDE)
+        _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, WIDE)
         at += WIDE
     if bytes_left - at >= MIDDLE:
-        _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, MIDDLE)
+        _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, MIDDLE)
         at += MIDDLE
     while at < bytes_left:  # the last block may sum some columns once more
         if bytes_left >= 32:
             at = min(at, bytes_left - 32)
-            _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, 32)
+            _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, 32)
             at += 32
         elif bytes_left >= 16:
             at = min(at, bytes_left - 16)
-            _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, 16)
+            _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, 16)
             at += 16
         elif bytes_left >= 8:
             at = min(at, bytes_left - 8)
-            _sum_block(address + at, stride, rows, base, weights, first, last, end, out + at, 8)
+            _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, 8)
             at += 8
         else:
-            _sum_block(address, stride, rows, base, weights, first, last, end, out, 4)
+            _sum_block(address, stride, rows, base, weights, starts, bags, end, out, out_stride, 4)
             at += 4
 
 
-sum_rows: Any = _python_sum_rows if numba.config.DISABLE_JIT else _compiled_sum_rows  # type: ignore[attr-defined]
+sum_bags: Any = _python_sum_bags if numba.config.DISABLE_JIT else _compiled_sum_bags  # type: ignore[attr-defined]
+
+
+@helper
+def sum_rows(address, stride, rows, base, weights, first, last, end, total):
+    """Set ``total`` to the sum of the rows from ``first`` to ``last``, as one bag."""
+    offsets = on_stack(np.int64(0))[:2]
+    offsets[0], offsets[1] = first, last
+    sum_bags(address, stride, rows, base, weights, offsets, end, total.ctypes.data, np.int64(0), total.size)
 
 
 @restricted_helper

@@ -43,6 +43,7 @@ def test_dlrm_has_the_losses_of_torch():
     curves = dlrm.main(**SMALL)
     # Two units in the last place of the losses; one was found.
     np.testing.assert_allclose(curves["fastopt"], curves["torch"], rtol=0, atol=2.0**-23)
+    np.testing.assert_allclose(curves["together"], curves["fastopt"], rtol=0, atol=2.0**-23)
     assert falls(curves["fastopt"], 0.95)
 
 
