@@ -18,7 +18,7 @@ _COMMON = "lr", "weight_decay", "maximize"
 _ADAM = (*_COMMON, "betas", "eps")
 
 
-class _Adam(fastopt.Adam):
+class AdamOfTorch(fastopt.Adam):
     """Adam with torch's switch between its two kinds of weight decay."""
 
     def __init__(self, params: Any) -> None:
@@ -56,7 +56,9 @@ class SGD(KernelStep, torch.optim.SGD):
 class Adagrad(KernelStep, torch.optim.Adagrad):
     """``torch.optim.Adagrad`` by kernels (see :class:`fastopt.AdaGrad`)."""
 
-    traits = Traits(fastopt.AdaGrad, (*_COMMON, "lr_decay", "initial_accumulator_value", "eps"))
+    traits = Traits(
+        fastopt.AdaGrad, (*_COMMON, "lr_decay", "initial_accumulator_value", "eps"), begins_at_once=True
+    )
 
     if TYPE_CHECKING:
 
@@ -96,7 +98,7 @@ class Adam(KernelStep, torch.optim.Adam):
     """``torch.optim.Adam`` by kernels (see :class:`fastopt.Adam`). Sparse gradients, which torch's class
     refuses, update the rows that they name."""
 
-    traits = Traits(_Adam, (*_ADAM, "amsgrad", "decoupled_weight_decay"))
+    traits = Traits(AdamOfTorch, (*_ADAM, "amsgrad", "decoupled_weight_decay"))
 
     if TYPE_CHECKING:
 

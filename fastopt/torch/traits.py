@@ -1,9 +1,10 @@
 """What sets the torch optimizers apart for a step by kernels."""
 
 import functools
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +17,13 @@ _SIGNED = "lr", "weight_decay"
 _FLAGS = "maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay"  # torch goes by their truth
 
 
+class Owner(Protocol):
+    """A torch optimizer, as the tables in files see it that it updates."""
+
+    def flush(self) -> None:
+        """Bring them to the disk."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """Of one class.
@@ -24,7 +32,8 @@ class Traits:
     takes, by the same names. counts_as: how torch's state counts steps: as a tensor, an int, or, None, not at
     all. moves_all: whether momentum moves rows without a gradient, too. has_product: whether torch's state
     has NAdam's product of momenta. sparse_alone, dense_alone: whether all gradients are sparse, or dense.
-    in_torch: whether it is a class of torch's, whose own step takes what kernels do not.
+    in_torch: whether it is a class of torch's, whose own step takes what kernels do not. begins_at_once:
+    whether torch makes state of a parameter when the optimizer is made.
     """
 
     plain: type[Optimizer]
@@ -35,14 +44,21 @@ class Traits:
     sparse_alone: bool = False
     dense_alone: bool = False
     in_torch: bool = True
+    begins_at_once: bool = False
 
-    def make(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """The plain optimizer of groups, which takes what torch's class takes in a step."""
-        return self._as_in_torch(groups)
+    def make(self, groups: list[dict[str, Any]], owner: Owner) -> Optimizer:
+        """The plain optimizer of groups, which takes what torch's class takes in a step. Tables in files
+        belong to ``owner``, which may have another one made for them."""
+        return self._as_in_torch(groups, weakref.ref(owner))
 
     @functools.cached_property
-    def _as_in_torch(self) -> type[Optimizer]:
-        return type(self.plain.__name__, (self.plain,), {"signed": _SIGNED})
+    def _as_in_torch(self) -> Any:
+        def begin(own: Any, groups: list[dict[str, Any]], owner: weakref.ref[Owner]) -> None:
+            own.torch_owner = owner
+            self.plain.__init__(own, groups)
+
+        parts = {"signed": _SIGNED, "__init__": begin, "owner": property(lambda own: own.torch_owner())}
+        return type(self.plain.__name__.removesuffix("OfTorch"), (self.plain,), parts)
 
     def check(self, groups: list[dict[str, Any]]) -> None:
         """Refuse options that no optimizer begins with."""
