@@ -288,6 +288,8 @@ class Optimizer(Definition):
     def load_state_dict(self, state_dict: Mapping[str, Any], *, options: bool = True) -> None:
         """Restore what :meth:`state_dict` returned, copied; ``options`` as for :meth:`load`.
 
+        The state of a table in files may be its ``step`` alone: then its arrays stay as the files have them.
+
         Raises:
             ValueError, TypeError: the state is of another optimizer, of other parameters, shapes or
                 dtypes, or has options out of range. Nothing has changed then.

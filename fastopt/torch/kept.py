@@ -25,7 +25,6 @@ from fastopt.torch.shown import Shown, same
 from fastopt.torch.tables import TableWeight, check_left, check_options, plain_parameter
 from fastopt.torch.traits import PRODUCT, STEP, Owner, Traits
 
-
 _KINDS = Tensor, Parameter, TableWeight
 
 
@@ -96,10 +95,12 @@ class Kept:
         taken = [[p for p in group["params"] if self._takes(group, p)] for group in groups]
         self._sharing = _sharing(taken) if traits.in_torch else set()
         taken = [[p for p in own if id(p) not in self._sharing] for own in taken]
-        in_files = [[p for p in own if isinstance(p, TableWeight)] for own in taken]
-        others = [[p for p in own if not isinstance(p, TableWeight)] for own in taken]
-        parts = [(number, own) for number, own in enumerate(in_files) if own]
-        parts += [(number, own) for number, all_of in enumerate(others) for own in self._parts(all_of, state)]
+        parts = [
+            (number, own)
+            for in_files in (True, False)
+            for number, all_of in enumerate(taken)
+            for own in self._parts([p for p in all_of if isinstance(p, TableWeight) is in_files], state)
+        ]
         self.params = [p for _, own in parts for p in own]
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
@@ -116,7 +117,8 @@ class Kept:
         if traits.has_product:
             own_groups = [{**group, PART: k} for k, group in enumerate(own_groups)]
         self._group_of = np.repeat(range(len(parts)), [len(own) for _, own in parts])
-        self._check_tables()
+        values = [options.values for options in self._options]
+        check_options(traits, {p: values[self._group_of[i]] for i, p in self.tables.items()}, values)
         self._plain = traits.make(own_groups, owner) if own_groups else None
         self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
         self._seen: list[dict[str, Any]] = [{} for _ in self.params]  # the arrays that torch's state shows
@@ -147,15 +149,6 @@ class Kept:
             if any(self._takes(group, p) and id(p) not in self._sharing for p in own):
                 return False
         return all(self._adopted(k, groups[number]) for k, number in enumerate(self._numbers))
-
-    def _check_tables(self) -> None:
-        """Refuse options that do not go with tables in files."""
-        for i, p in self.tables.items():
-            check_options(self._traits, self._options[self._group_of[i]].values, p)
-            if any(options.values["rows"] == "dense" for options in self._options):
-                raise ValueError(
-                    f"rows is 'dense' in a group of the optimizer of {p.table!r}: expected 'lazy' in all"
-                )
 
     def _parts(self, params: list[Tensor], state: Any) -> list[list[Tensor]]:
         """The parameters of a group in parts: those of one that have made equally many steps have the same
@@ -386,9 +379,13 @@ class Kept:
         if self._plain is not None:
             self._plain.flush()
 
-    def is_closed(self) -> bool:
-        """Whether all tables in files are closed, which there are."""
-        return bool(self.tables) and all(p.table.closed for p in self.tables.values())
+    def has_unflushed(self) -> bool:
+        """Whether tables in files have made steps since their last flush."""
+        return any(
+            p.table.changed or (p.table.progress or {}).get(STEP, 0) != steps
+            for p, steps in self.steps_of_tables().items()
+            if not p.table.closed
+        )
 
     def steps_of_tables(self) -> dict[TableWeight, int]:
         """How many steps each table in files has made."""

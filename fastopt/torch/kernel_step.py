@@ -134,8 +134,10 @@ class KernelStep(torch.optim.Optimizer):
         Raises:
             OSError: a table's files can't be written; its former flush counts.
         """
-        if self._kept is not None and not self._kept.is_closed():
-            self._kept.flush()
+        if self._kept is not None:
+            self._kept.catch_up()
+            if self._kept.has_unflushed():  # a flush more would leave no way back to the last state but one
+                self._kept.flush()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

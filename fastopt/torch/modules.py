@@ -2,6 +2,8 @@
 optimizer (see row_gradients.py)."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -9,7 +11,7 @@ import torch
 from fastopt.tables.table import Table
 from fastopt.torch.calls import call_of
 from fastopt.torch.lookups import look_up
-from fastopt.torch.tables import TableWeight, left_out
+from fastopt.torch.tables import TableWeight
 
 
 class _OfTable(torch.nn.Module):
@@ -40,8 +42,8 @@ class _OfTable(torch.nn.Module):
             ValueError: it is closed; so say lookups and steps if it is closed later.
 
         The weight is not in the model's ``state_dict()``, since the table is stored by flushes. It stays on
-        the CPU, in its dtype, whatever ``.to()`` and the like do with the model, and is not copied or pickled.
-        In a forked child rows may be read, but not updated.
+        the CPU, in its dtype, whatever ``.to()`` and the like do with the model, and is not copied or
+        pickled. In a forked child rows may be read, but not updated.
 
         Example:
             >>> with fastopt.open_table("items.table", rows=10**9, dim=64) as table:
@@ -55,16 +57,26 @@ class _OfTable(torch.nn.Module):
     def extra_repr(self) -> str:
         return super().extra_repr() + (", fused=True" if self.fused else "")
 
+    @contextmanager
+    def _without_files(self) -> Iterator[None]:
+        """While this lasts, a weight that lies in files is not among the parameters."""
+        own = {name: p for name, p in self._parameters.items() if isinstance(p, TableWeight)}
+        self._parameters.update(dict.fromkeys(own))
+        try:
+            yield
+        finally:
+            self._parameters.update(own)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        with left_out(self):
+        with self._without_files():
             return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *given: Any) -> None:
-        with left_out(self):
+        with self._without_files():
             super()._save_to_state_dict(*given)
 
     def _load_from_state_dict(self, *given: Any) -> None:
-        with left_out(self):
+        with self._without_files():
             super()._load_from_state_dict(*given)
 
 

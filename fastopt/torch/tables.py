@@ -1,7 +1,6 @@
 """Tables in files as parameters of torch."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -67,33 +66,25 @@ def has_tables(group: Mapping[str, Any]) -> bool:
     return any(isinstance(p, TableWeight) for p in group["params"])
 
 
-@contextmanager
-def left_out(module: torch.nn.Module) -> Iterator[None]:
-    """While this lasts, a weight that lies in files is not among the parameters of its module."""
-    weight = module._parameters.get("weight")
-    if not isinstance(weight, TableWeight):
-        yield
-        return
-    module._parameters["weight"] = None
-    try:
-        yield
-    finally:
-        module._parameters["weight"] = weight
-
-
-def check_options(traits: Traits, values: Mapping[str, Any], weight: TableWeight) -> None:
+def check_options(
+    traits: Traits, tables: Mapping[TableWeight, Mapping[str, Any]], every: Iterable[Mapping[str, Any]]
+) -> None:
     """Refuse what an optimizer would do for all rows of a table in files.
 
     Args:
-        traits: of the optimizer's class. values: the options of the weight's group.
+        traits: of the optimizer's class. tables: the options of each. every: those of all groups.
     """
     name = traits.plain.__name__
-    if traits.dense_alone:
-        _refuse(weight, f"{name} takes dense gradients alone")
-    if traits.has_product:
-        _refuse(weight, "the products of NAdam's momenta do not lie in its files")
-    if traits.goes_dense(values):
-        _refuse(weight, f"the momentum of torch's {name} moves every row: expected momentum 0")
+    behind = any(values["rows"] == "dense" for values in every)
+    for weight, values in tables.items():
+        if traits.dense_alone:
+            _refuse(weight, f"{name} takes dense gradients alone")
+        if traits.has_product:
+            _refuse(weight, "the products of NAdam's momenta do not lie in its files")
+        if traits.goes_dense(values):
+            _refuse(weight, f"the momentum of torch's {name} moves every row: expected momentum 0")
+        if behind:
+            _refuse(weight, "rows is 'dense' in a group: expected 'lazy' in all")
 
 
 def _refuse(weight: TableWeight, why: str) -> NoReturn:
