@@ -16,7 +16,7 @@ from fastopt.torch import left
 from fastopt.torch.fused import register
 from fastopt.torch.kept import Kept, takes
 from fastopt.torch.row_gradients import RowGradients
-from fastopt.torch.tables import has_tables, of_other_steps
+from fastopt.torch.tables import TableWeight, of_other_steps
 from fastopt.torch.traits import Traits
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -41,6 +41,9 @@ class KernelStep(torch.optim.Optimizer):
     """
 
     traits: ClassVar[Traits]
+    # While it is made, the parameters of groups: torch's Adagrad makes state in memory of those that it finds
+    # in the groups themselves, where tables in files are left out
+    _apart: list[list[torch.Tensor]] | None = None
 
     def __init__(
         self,
@@ -65,12 +68,16 @@ class KernelStep(torch.optim.Optimizer):
         self._shared = checked_options(self._shared, type(self).__name__)
         self._kept: Kept | None = None
         self.info = StepInfo()
+        self._apart = []
         super().__init__(params, *args, **options)
+        for group, own in zip(self.param_groups, self._apart, strict=True):
+            group["params"] = own
+        self._apart = None
         self.defaults.update(self._shared)
         self._step_supports_amp_scaling = True
         if not self.traits.in_torch:  # torch has checked nothing
             self.traits.check(self.param_groups)
-        if not self.traits.in_torch or any(has_tables(group) for group in self.param_groups):
+        if not self.traits.in_torch or self._has_tables():
             self._current()
         register(self)
 
@@ -110,6 +117,10 @@ class KernelStep(torch.optim.Optimizer):
             self._complete(group)
         register(self)
 
+    def _has_tables(self) -> bool:
+        """Whether tables in files are among the parameters."""
+        return any(isinstance(p, TableWeight) for group in self.param_groups for p in group["params"])
+
     def _complete(self, group: dict[str, Any]) -> None:
         """Give a group those of the options that torch does not know."""
         given = {name: group.get(name, value) for name, value in self._shared.items()}
@@ -118,13 +129,11 @@ class KernelStep(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._complete({**param_group})  # which refuses bad ones
         super().add_param_group(param_group)
-        if self.traits.begins_at_once and has_tables(self.param_groups[-1]):
-            del self.param_groups[-1]
-            raise ValueError(
-                f"{type(self).__name__} makes state in memory for all of a parameter when it is made, as "
-                "torch's does: expected another class for a table in files, such as RowwiseAdagrad"
-            )
-        self._complete(self.param_groups[-1])
+        group = self.param_groups[-1]
+        self._complete(group)
+        if self._apart is not None:
+            self._apart.append(group["params"])
+            group["params"] = [p for p in group["params"] if not isinstance(p, TableWeight)]
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,7 +158,7 @@ class KernelStep(torch.optim.Optimizer):
             ValueError, TypeError: the state does not fit, or tables in files have made other steps; nothing
                 has changed then.
         """
-        steps = self._current().steps_of_tables()
+        steps = self._current().steps_of_tables() if self._has_tables() else {}
         before = {name: vars(self)[name] for name in ("state", "param_groups", "_kept")}
         loaded: list[dict[str, Any]] = []  # what the hooks of the user made of it
         handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))

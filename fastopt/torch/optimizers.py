@@ -56,9 +56,7 @@ class SGD(KernelStep, torch.optim.SGD):
 class Adagrad(KernelStep, torch.optim.Adagrad):
     """``torch.optim.Adagrad`` by kernels (see :class:`fastopt.AdaGrad`)."""
 
-    traits = Traits(
-        fastopt.AdaGrad, (*_COMMON, "lr_decay", "initial_accumulator_value", "eps"), begins_at_once=True
-    )
+    traits = Traits(fastopt.AdaGrad, (*_COMMON, "lr_decay", "initial_accumulator_value", "eps"))
 
     if TYPE_CHECKING:
 

@@ -61,11 +61,6 @@ def plain_parameter(p: Any) -> Any:
     return p.table if isinstance(p, TableWeight) else local(p)
 
 
-def has_tables(group: Mapping[str, Any]) -> bool:
-    """Whether there are tables in files among the parameters of a group."""
-    return any(isinstance(p, TableWeight) for p in group["params"])
-
-
 def check_options(
     traits: Traits, tables: Mapping[TableWeight, Mapping[str, Any]], every: Iterable[Mapping[str, Any]]
 ) -> None:

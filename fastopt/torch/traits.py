@@ -32,8 +32,7 @@ class Traits:
     takes, by the same names. counts_as: how torch's state counts steps: as a tensor, an int, or, None, not at
     all. moves_all: whether momentum moves rows without a gradient, too. has_product: whether torch's state
     has NAdam's product of momenta. sparse_alone, dense_alone: whether all gradients are sparse, or dense.
-    in_torch: whether it is a class of torch's, whose own step takes what kernels do not. begins_at_once:
-    whether torch makes state of a parameter when the optimizer is made.
+    in_torch: whether it is a class of torch's, whose own step takes what kernels do not.
     """
 
     plain: type[Optimizer]
@@ -44,7 +43,6 @@ class Traits:
     sparse_alone: bool = False
     dense_alone: bool = False
     in_torch: bool = True
-    begins_at_once: bool = False
 
     def make(self, groups: list[dict[str, Any]], owner: Owner) -> Optimizer:
         """The plain optimizer of groups, which takes what torch's class takes in a step. Tables in files

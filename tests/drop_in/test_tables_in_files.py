@@ -67,7 +67,7 @@ def assert_same(one, other):
 
 # Training
 
-CLASSES = {"SGD": "SGD", "SparseAdam": "SparseAdam", "RowwiseAdagrad": "RowwiseAdaGrad"}
+CLASSES = {"SGD": "SGD", "SparseAdam": "SparseAdam", "Adagrad": "AdaGrad", "RowwiseAdagrad": "RowwiseAdaGrad"}
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["step", "fused"])
@@ -315,7 +315,6 @@ REFUSED = {
     "momentum": (lambda p: ft.SGD(p, momentum=0.9), "moves every row"),
     "Adafactor": (ft.Adafactor, "dense gradients alone"),
     "NAdam": (ft.NAdam, "products of NAdam's momenta"),
-    "Adagrad": (ft.Adagrad, "such as RowwiseAdagrad"),
     "rows": (lambda p: ft.SGD([*p, {"params": torch.ones(2, 2), "rows": "dense"}]), "'lazy' in all"),
     "capturable": (lambda p: ft.Adam(p, capturable=True), "left to torch's own step"),
 }
