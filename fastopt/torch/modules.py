@@ -52,7 +52,8 @@ class _OfTable(torch.nn.Module):
             ...     bag(torch.tensor([[3, 999_999_999]])).sum().backward()
             ...     optimizer.step()
         """
-        return cls(*table.shape, _weight=TableWeight(table), **options)
+        weight = TableWeight(table)
+        return cls(*weight.shape, _weight=weight, **options)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", fused=True" if self.fused else "")

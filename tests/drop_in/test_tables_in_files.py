@@ -146,6 +146,27 @@ def test_a_graph_learns_that_rows_have_changed(tmp_path):
             late.backward()
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["step", "fused"])
+def test_rows_that_can_not_be_logged_leave_everything_as_it_was(tmp_path, monkeypatch, fused):
+    with opened(tmp_path / "t") as table:
+        model = Model(table, fused)
+        opt = ft.RowwiseAdagrad(model.parameters(), lr=0.1)
+        train(model, opt, range(2))
+        before, weights = everything(model, opt), table.weights.copy()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", failing)
+            with pytest.raises(OSError, match="no room"):
+                train(model, opt, range(2, 3))
+        assert_same(before[0], model.parameters())
+        assert np.array_equal(table.weights, weights)
+        train(model, opt, range(2, 3))
+        assert not np.array_equal(table.weights, weights)
+
+
+def failing(*given):
+    raise OSError("no room")
+
+
 def test_rows_that_are_scaled_to_a_norm_are_undone(tmp_path):
     with pytest.raises(KeyError), opened(tmp_path / "t") as table:
         bag = ft.EmbeddingBag.from_table(table, mode="sum", max_norm=1e-3)
@@ -329,6 +350,23 @@ def test_optimizers_that_would_touch_every_row_are_refused(tmp_path, make, messa
         assert table.owner is None and not (tmp_path / "t" / "state-sum").exists()
 
 
+def test_the_last_optimizer_made_has_the_table(tmp_path):
+    with opened(tmp_path / "t") as table:
+        bag = ft.EmbeddingBag.from_table(table, mode="sum")
+        before, opt = (ft.RowwiseAdagrad(bag.parameters(), lr=0.1) for _ in range(2))
+        bag(indices(0)).sum().backward()
+        weights = table.weights.copy()
+        with pytest.raises(ValueError, match="now belongs to another optimizer"):
+            before.step()
+        assert np.array_equal(table.weights, weights)
+        opt.step()
+        for make in (lambda: ft.RowwiseAdagrad(bag.parameters()), lambda: fastopt.RowwiseAdaGrad(table)):
+            with pytest.raises(ValueError, match="changed by another optimizer since its last flush"):
+                make()
+        table.flush()
+        assert table.progress["step"] == 1
+
+
 def test_two_weights_of_a_table_are_refused(tmp_path):
     with opened(tmp_path / "t") as table:
         one, other = (ft.EmbeddingBag.from_table(table) for _ in range(2))
@@ -361,4 +399,4 @@ def test_gradients_are_not_made_dense(tmp_path):
         with pytest.raises(ValueError, match="indices holds 200"):
             bag(torch.tensor([[200]]))
         with pytest.raises(TypeError, match=r"expected one of fastopt\.open_table"):
-            ft.EmbeddingBag.from_table(table.weights)
+            ft.EmbeddingBag.from_table(tmp_path / "t")
