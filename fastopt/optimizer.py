@@ -94,7 +94,7 @@ class Optimizer(Definition):
         self.param_groups = [group.options for group in self._parameters.groups]
         self._planner = Planner(self._parameters, type(self).__name__)
         self.calls: dict[object, None] = {}  # see fastopt._core.exclusive
-        resumed = flushing.resume(self._snapshot(), self)
+        resumed = flushing.resume(self._snapshot(), self.owner)
         if resumed.steps is not None:
             self._parameters.clock[-1] = resumed.steps
         for parameter, step in resumed.steps_of:
@@ -109,6 +109,12 @@ class Optimizer(Definition):
         self.__dict__.update(state)
         self.calls = {}
         self._planner = Planner(self._parameters, type(self).__name__)
+
+    @property
+    def owner(self) -> Any:
+        """What the tables in files among the parameters belong to, whose ``flush`` is theirs: this optimizer,
+        unless it is a part of another."""
+        return self
 
     @property
     def steps(self) -> int:
@@ -183,7 +189,7 @@ class Optimizer(Definition):
         """
         settings = checked_settings(clip_norm, clip_value, grad_scale, skip_nonfinite, zero_grads, norm)
         parameters, planner = self._parameters, self._planner
-        parameters.check_unchanged(self.param_groups, self)
+        parameters.check_unchanged(self.param_groups, self.owner)
         options = planner.options(self)
         plan, entries, rows = planner.plan(grads, options, zero_grads)
         capturing = parameters.capturing
@@ -224,7 +230,7 @@ class Optimizer(Definition):
         Raises:
             RuntimeError: no step was captured, or arrays, options or kinds of gradients changed since.
         """
-        self._parameters.check_unchanged(self.param_groups, self)
+        self._parameters.check_unchanged(self.param_groups, self.owner)
         host().run(next_replay(self._parameters, self._planner, self))
 
     @exclusive
@@ -281,6 +287,8 @@ class Optimizer(Definition):
     @exclusive
     def load_state_dict(self, state_dict: Mapping[str, Any], *, options: bool = True) -> None:
         """Restore what :meth:`state_dict` returned, copied; ``options`` as for :meth:`load`.
+
+        The state of a table in files may be its ``step`` alone: then its arrays stay as the files have them.
 
         Raises:
             ValueError, TypeError: the state is of another optimizer, of other parameters, shapes or

@@ -478,6 +478,20 @@ def test_loading_a_state_before_the_first_step_starts_anew(flushed, tmp_path):
 # What is refused
 
 
+def test_a_state_of_steps_alone_leaves_the_arrays_in_the_files(tmp_path):
+    with new_table(tmp_path / "t") as table:
+        opt = MAKERS["rowwise_adagrad"](table)
+        opt.step(gradient(0))
+        own = opt.state[0]["sum"].copy()
+        state = opt.state_dict()
+        state["state"][0], state["steps"] = {"step": 5}, 8
+        opt.load_state_dict(state)
+        assert opt.state[0]["sum"].tobytes() == own.tobytes() and (own != 0.5).any()
+        assert opt.steps == 8 and opt.step_counts.tolist() == [5]
+        opt.flush()
+        assert table.progress["steps"] == 8 and table.progress["step"] == 5
+
+
 def trained(path, make):
     table = new_table(path)
     opt = make(table)

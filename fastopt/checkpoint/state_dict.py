@@ -220,7 +220,8 @@ def _state(
     step = _count(saved["step"], f"{label}['step']")
     behind = {LAST_STEP, LR_HISTORY} & set(saved) if options["rows"] == "dense" else set()
     slots = set(saved) - {"step"} - behind
-    if slots != set(expected) and (slots or step):
+    in_its_files = parameter.in_files is not None and not slots
+    if slots != set(expected) and (slots or step) and not in_its_files:
         raise ValueError(
             f"{label} has the state {', '.join(sorted(map(str, slots))) or 'none'}: expected "
             f"{', '.join(expected) or 'none'}"

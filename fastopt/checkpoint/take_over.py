@@ -13,7 +13,8 @@ from fastopt.kernels.at_once import at_once
 
 
 def take_over(parameters: Parameters, restored: Restored, definition: Definition) -> None:
-    """Go on with what was restored; tables in files have first values where a state is empty."""
+    """Go on with what was restored. Where the state of a table in files is empty it has first values, or,
+    after steps, stays as its files have it."""
     steps = [*(own.step for own in restored.states), restored.steps]
     calls: list[Callable[[], object]] = [partial(setitem, parameters.clock, ..., np.array(steps))]
     for group, options, named in zip(parameters.groups, restored.options, restored.names, strict=True):
@@ -21,11 +22,11 @@ def take_over(parameters: Parameters, restored: Restored, definition: Definition
             own = {**options, **named}
             calls.append(partial(group.options.update, own))
             calls.append(group.adopting(options, {**group.options, **own}, definition))
-    for parameter, (_, state, tracking) in zip(parameters.all, restored.states, strict=True):
+    for parameter, (parameter_step, state, tracking) in zip(parameters.all, restored.states, strict=True):
         calls.append(partial(setattr, parameter, "tracking", tracking))
         if parameter.in_files is None:
             calls.append(partial(setattr, parameter, "state", state))
-        elif state or parameter.state:
+        elif state or (parameter.state and not parameter_step):
             slots = parameter.slots()
             own = parameter.state or parameter.in_files.state(slots)
             parameter.before_writing(None)

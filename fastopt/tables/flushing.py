@@ -66,7 +66,7 @@ def resume(snapshot: Snapshot, owner: Any) -> Resumed:
     back = _interrupted(stored, last, before)
     chosen = [b if table in back else own for (_, table), own, b in zip(stored, last, before, strict=True)]
     for (parameter, table), own in zip(stored, chosen, strict=True):
-        if table.changed and table.owner is not None:
+        if table.changed and table.owner is not None and table.owner is not owner:
             raise ValueError(
                 f"{parameter.label}, {table.path}, was changed by another optimizer since its last flush: "
                 "flush it first"

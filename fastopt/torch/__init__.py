@@ -8,7 +8,8 @@ the kernels of :mod:`fastopt`, which share their memory with ``optimizer.state``
 
 :class:`EmbeddingBag` and :class:`Embedding` are torch's modules with lookups of :mod:`fastopt`, and gradients
 that are never made: ``weight.grad`` is a :class:`RowGradients`, what was looked up and what came back.
-:class:`EmbeddingBagCollection` looks many tables up at once.
+:class:`EmbeddingBagCollection` looks many tables up at once. ``EmbeddingBag.from_table`` takes a table in
+files, of :func:`fastopt.open_table`.
 """
 
 from fastopt.torch.collection import EmbeddingBagCollection

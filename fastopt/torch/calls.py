@@ -3,8 +3,10 @@
 import torch
 from torch.autograd import forward_ad
 
+from fastopt._core.arrays import before_writing
 from fastopt.torch.kept import takes
 from fastopt.torch.lookups import Call
+from fastopt.torch.tables import TableWeight, plain_parameter
 
 _INTEGERS = {torch.int32, torch.int64}
 
@@ -15,8 +17,28 @@ def call_of(
     offsets: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
 ) -> Call | None:
-    """A lookup with the rows that it names ready, or None if it is torch's."""
+    """A lookup with the rows that it names ready, or None if it is torch's.
+
+    Raises:
+        TypeError: it would be torch's, in a table in files, of which torch makes dense gradients.
+    """
     table = module.weight  # read once: it may be computed
+    call = _call_in(table, module, given, offsets, weights)
+    if call is None and isinstance(table, TableWeight):
+        raise TypeError(
+            f"{table.table!r} can't be looked up by these arguments: expected what {type(module).__name__} "
+            "takes, integers as plain tensors on the CPU, and neither tracing nor transforms of torch.func"
+        )
+    return call
+
+
+def _call_in(
+    table: torch.Tensor,
+    module: torch.nn.EmbeddingBag | torch.nn.Embedding,
+    given: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> Call | None:
     if not _is_plain(given, table):
         return None
     if isinstance(module, torch.nn.EmbeddingBag):
@@ -30,8 +52,10 @@ def call_of(
     except ValueError:
         if given.is_cuda or not _ascend(offsets, given):  # which torch's kernels would not look at
             raise
+        if isinstance(table, TableWeight):
+            raise
         return None
-    _limit_norms(module, table, given)
+    _limit_norms(module, call, given)
     return call
 
 
@@ -78,9 +102,10 @@ def _ascend(offsets: torch.Tensor | None, indices: torch.Tensor) -> bool:
 
 
 def _limit_norms(
-    module: torch.nn.EmbeddingBag | torch.nn.Embedding, table: torch.Tensor, indices: torch.Tensor
+    module: torch.nn.EmbeddingBag | torch.nn.Embedding, call: Call, indices: torch.Tensor
 ) -> None:
     """Scale rows that are too long down, as torch does."""
     if module.max_norm is not None:
+        before_writing(plain_parameter(call.table), call.indices.segments)
         with torch.no_grad():
-            torch.embedding_renorm_(table, indices.contiguous(), module.max_norm, module.norm_type)
+            torch.embedding_renorm_(call.table, indices.contiguous(), module.max_norm, module.norm_type)

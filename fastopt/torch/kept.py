@@ -14,6 +14,7 @@ from fastopt._core.groups import checked_group
 from fastopt._core.missed import LAST_STEP
 from fastopt._core.options import SHARED, is_immutable
 from fastopt._core.state import Slot
+from fastopt._core.versions import written
 from fastopt._step.settings import StepInfo
 from fastopt.torch.gradients import Usable, taken_dtype, usable
 from fastopt.torch.masters import Masters
@@ -21,14 +22,17 @@ from fastopt.torch.memory import DTYPES, HALF, array_of, beside, is_shard, local
 from fastopt.torch.nadam import PART, NAdamOfTorch, scalar_dtype
 from fastopt.torch.row_gradients import RowGradients
 from fastopt.torch.shown import Shown, same
-from fastopt.torch.traits import PRODUCT, STEP, Traits
+from fastopt.torch.tables import TableWeight, check_left, check_options, plain_parameter
+from fastopt.torch.traits import PRODUCT, STEP, Owner, Traits
+
+_KINDS = Tensor, Parameter, TableWeight
 
 
 def takes(p: Tensor) -> bool:
     """Whether kernels can update a parameter where it lies."""
     own = local(p)
     return (
-        type(own) in (Tensor, Parameter)
+        type(own) in _KINDS
         and own.layout is torch.strided
         and own.dtype in DTYPES
         and own.device.type in ("cpu", "cuda")
@@ -77,33 +81,45 @@ class Kept:
     Args:
         traits: of the torch optimizer's class.
         groups: its ``param_groups``. state: its ``state``.
+        owner: it, to which tables in files belong.
 
     Attributes:
-        params: the parameters that kernels take. left: the others, of each group. has_shards: whether some
-            are DTensors.
+        params: the parameters that kernels take, tables in files first: these know the optimizer that they
+            were flushed with by their places. left: the others, of each group. has_shards: whether some
+            are DTensors. tables: the weights of tables in files, by their positions.
     """
 
-    def __init__(self, traits: Traits, groups: list[dict[str, Any]], state: Any) -> None:
+    def __init__(self, traits: Traits, groups: list[dict[str, Any]], state: Any, owner: Owner) -> None:
         self._traits = traits
         self._members = [list(group["params"]) for group in groups]
         taken = [[p for p in group["params"] if self._takes(group, p)] for group in groups]
         self._sharing = _sharing(taken) if traits.in_torch else set()
         taken = [[p for p in own if id(p) not in self._sharing] for own in taken]
-        parts = [(number, own) for number, all_of in enumerate(taken) for own in self._parts(all_of, state)]
+        parts = [
+            (number, own)
+            for in_files in (True, False)
+            for number, all_of in enumerate(taken)
+            for own in self._parts([p for p in all_of if isinstance(p, TableWeight) is in_files], state)
+        ]
         self.params = [p for _, own in parts for p in own]
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
+        check_left(self.left)
+        self.tables = {i: p for i, p in enumerate(self.params) if isinstance(p, TableWeight)}
         self._flags = [*map(_flags, groups)]
         self._numbers = [number for number, _ in parts]
         self._options = [GroupOptions(traits, groups[number]) for number in self._numbers]
         self._state = state
         own_groups = [
-            {**options.values, "params": [*map(local, own)]}
+            {**options.values, "params": [*map(plain_parameter, own)]}
             for (_, own), options in zip(parts, self._options, strict=True)
         ]
         if traits.has_product:
             own_groups = [{**group, PART: k} for k, group in enumerate(own_groups)]
-        self._plain = traits.make(own_groups) if own_groups else None
+        self._group_of = np.repeat(range(len(parts)), [len(own) for _, own in parts])
+        values = [options.values for options in self._options]
+        check_options(traits, {p: values[self._group_of[i]] for i, p in self.tables.items()}, values)
+        self._plain = traits.make(own_groups, owner) if own_groups else None
         self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
         self._seen: list[dict[str, Any]] = [{} for _ in self.params]  # the arrays that torch's state shows
         self._by_rows = False  # whether the last step had gradients by rows, which state may be moved for
@@ -113,7 +129,6 @@ class Kept:
         self._as_they_are = not self.has_shards  # whether gradients need no closer look
         self._shown = Shown(state, self.has_shards)
         self._shards_at = self._find_shards()
-        self._group_of = np.repeat(range(len(parts)), [len(own) for _, own in parts])
         self._masters = Masters([p for i, p in enumerate(self.params) if self._has_master(i)], state)
         self._differ = False  # whether parameters of a part are no longer alike
         self._take_state()
@@ -158,7 +173,7 @@ class Kept:
     def is_outdated(self) -> bool:
         """Whether parameters are no longer what they were."""
         own = self._locals()
-        same_kinds = [*map(_kind, own)] == self._kinds and set(map(type, own)) <= {Tensor, Parameter}
+        same_kinds = [*map(_kind, own)] == self._kinds and set(map(type, own)) <= {*_KINDS}
         if not same_kinds or not all(map(Tensor.is_contiguous, own)) or any(map(Tensor.is_neg, own)):
             return True
         return self._traits.in_torch and bool(sharing(own))
@@ -205,6 +220,9 @@ class Kept:
         states = [self._state.get(p, {}) for p in self.params]
         scalar = scalar_dtype()
         self._counts = np.array([self._traits.steps(own) for own in states], np.int64)
+        for i in self.tables:  # which were taken up at their last flush, if this optimizer is new
+            assert self._plain is not None
+            self._counts[i] = states[i].get(STEP, self._plain.step_counts[i])
         self._steps: np.ndarray = self._counts.astype(scalar)
         self._products: np.ndarray = np.array([*map(_product, states)], scalar)
         if self._plain is None:
@@ -212,23 +230,37 @@ class Kept:
         if isinstance(self._plain, NAdamOfTorch):
             self._plain.products.begin(self._products, self._counts, self._group_of)
         if any(states):
-            saved, slots = self._plain.state_dict(), self._plain.slots
-            saved["steps"] = int(self._counts.max())
-            for i, own in enumerate(states):
-                saved["state"][i] = {STEP: int(self._counts[i]), **_converted(own, slots[i])}
-            self._plain.load_state_dict(saved, options=False)
+            self._load(states)
         self._show()
+
+    def _load(self, states: list[Mapping[str, Any]]) -> None:
+        """Have the plain optimizer begin with the states that torch has of parameters; that of tables lies in
+        their files."""
+        assert self._plain is not None
+        slots = [{} if i in self.tables else self._plain.slots[i] for i in range(len(states))]
+        saved = {
+            "optimizer": type(self._plain).__name__,
+            "steps": max(self._plain.steps, int(self._counts.max())),
+            "state": {
+                i: {STEP: int(self._counts[i]), **_converted(own, slots[i])} for i, own in enumerate(states)
+            },
+            "param_groups": [
+                {**group, "params": np.flatnonzero(self._group_of == k).tolist()}
+                for k, group in enumerate(self._plain.param_groups)
+            ],
+        }
+        self._plain.load_state_dict(saved, options=False)
 
     def _show(self) -> None:
         """Have torch's state show the state arrays, and the counts of steps, as tensors over their memory."""
         assert self._plain is not None
         live = self._plain.state
         for i, p in enumerate(self.params):
-            arrays, seen = live[i], self._seen[i]
+            arrays, seen = {} if i in self.tables else live[i], self._seen[i]
             if not arrays and not self._counts[i]:
                 continue
             self._seen[i] = {**arrays, STEP: True}
-            if not arrays and self._traits.counts_as is None:
+            if not arrays and self._traits.counts_as is None and i not in self.tables:
                 continue
             own = self._state[p]
             for name, array in arrays.items():
@@ -239,7 +271,9 @@ class Kept:
         self._remember()
 
     def _show_numbers(self, i: int, own: dict[str, Any]) -> None:
-        if self._traits.counts_as is Tensor:
+        if self._traits.counts_as is int:
+            own[STEP] = int(self._counts[i])
+        elif self._traits.counts_as is Tensor or i in self.tables:
             own[STEP] = torch.from_numpy(self._steps[i : i + 1])[0]
         if self._traits.has_product:
             own[PRODUCT] = torch.from_numpy(self._products[i : i + 1])[0]
@@ -311,6 +345,7 @@ class Kept:
         self._masters.remember()
         if not info.skipped:
             self._count(without)
+            written([p for i, p in self.tables.items() if gradients[i] is not None])
             if by_rows or self._by_rows or any(gradients[i] is not None for i in self._not_shown):
                 self._show()
             self._by_rows = by_rows
@@ -334,10 +369,27 @@ class Kept:
             return False
         return any(LAST_STEP in own for own in self._plain.state_dict()["state"].values())
 
+    def catch_up(self) -> None:
+        """Bring all rows up to date; those of tables in files always are."""
+        if self._plain is not None and not self.tables:
+            self._plain.flush()
+
     def flush(self) -> None:
-        """Bring all rows up to date."""
+        """Bring all rows up to date, and tables in files to the disk."""
         if self._plain is not None:
             self._plain.flush()
+
+    def has_unflushed(self) -> bool:
+        """Whether tables in files have made steps since their last flush."""
+        return any(
+            p.table.changed or (p.table.progress or {}).get(STEP, 0) != steps
+            for p, steps in self.steps_of_tables().items()
+            if not p.table.closed
+        )
+
+    def steps_of_tables(self) -> dict[TableWeight, int]:
+        """How many steps each table in files has made."""
+        return {p: int(self._counts[i]) for i, p in self.tables.items()}
 
 
 def _product(own: Mapping[str, Any]) -> float:

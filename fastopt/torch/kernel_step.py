@@ -16,6 +16,7 @@ from fastopt.torch import left
 from fastopt.torch.fused import register
 from fastopt.torch.kept import Kept, takes
 from fastopt.torch.row_gradients import RowGradients
+from fastopt.torch.tables import TableWeight, of_other_steps
 from fastopt.torch.traits import Traits
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -40,6 +41,9 @@ class KernelStep(torch.optim.Optimizer):
     """
 
     traits: ClassVar[Traits]
+    # While it is made, the parameters of groups: torch's Adagrad makes state in memory of those that it finds
+    # in the groups themselves, where tables in files are left out
+    _apart: list[list[torch.Tensor]] | None = None
 
     def __init__(
         self,
@@ -64,11 +68,16 @@ class KernelStep(torch.optim.Optimizer):
         self._shared = checked_options(self._shared, type(self).__name__)
         self._kept: Kept | None = None
         self.info = StepInfo()
+        self._apart = []
         super().__init__(params, *args, **options)
+        for group, own in zip(self.param_groups, self._apart, strict=True):
+            group["params"] = own
+        self._apart = None
         self.defaults.update(self._shared)
         self._step_supports_amp_scaling = True
         if not self.traits.in_torch:  # torch has checked nothing
             self.traits.check(self.param_groups)
+        if not self.traits.in_torch or self._has_tables():
             self._current()
         register(self)
 
@@ -108,6 +117,10 @@ class KernelStep(torch.optim.Optimizer):
             self._complete(group)
         register(self)
 
+    def _has_tables(self) -> bool:
+        """Whether tables in files are among the parameters."""
+        return any(isinstance(p, TableWeight) for group in self.param_groups for p in group["params"])
+
     def _complete(self, group: dict[str, Any]) -> None:
         """Give a group those of the options that torch does not know."""
         given = {name: group.get(name, value) for name, value in self._shared.items()}
@@ -116,35 +129,52 @@ class KernelStep(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._complete({**param_group})  # which refuses bad ones
         super().add_param_group(param_group)
-        self._complete(self.param_groups[-1])
+        group = self.param_groups[-1]
+        self._complete(group)
+        if self._apart is not None:
+            self._apart.append(group["params"])
+            group["params"] = [p for p in group["params"] if not isinstance(p, TableWeight)]
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; with ``rows="dense"`` all rows are brought up to date first: take that of the model
-        afterwards, or call :meth:`flush` before."""
+        """As torch's. Tables in files are flushed, and only their steps are in it. With ``rows="dense"`` all
+        rows are brought up to date first: take the model's state afterwards, or call :meth:`flush` before.
+
+        Raises:
+            OSError: a table's files can't be written; its former flush counts.
+        """
         if self._kept is not None:
-            self._kept.flush()
+            self._kept.catch_up()
+            if self._kept.has_unflushed():  # a flush more would leave no way back to the last state but one
+                self._kept.flush()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, of whose classes it takes the state, too: a copy. State that is not of the parameter's
-        dtype stays what it is: torch would round it.
+        dtype stays what it is: torch would round it. Tables in files go back to the flush before their last
+        one, if that was made with this state.
 
         Raises:
-            ValueError, TypeError: the state does not fit; nothing has changed then.
+            ValueError, TypeError: the state does not fit, or tables in files have made other steps; nothing
+                has changed then.
         """
+        steps = self._current().steps_of_tables() if self._has_tables() else {}
         before = {name: vars(self)[name] for name in ("state", "param_groups", "_kept")}
         loaded: list[dict[str, Any]] = []  # what the hooks of the user made of it
         handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
         try:
             super().load_state_dict(state_dict)
             self._keep_what_torch_drops(loaded[-1], before["param_groups"])
+            back = of_other_steps(steps, self.state)
             self._current()
         except BaseException:
             vars(self).update(before)
             raise
         finally:
             handle.remove()
+        for table in back:
+            table.roll_back()
+            self._kept = None  # its state arrays may be gone
 
     def _keep_what_torch_drops(self, loaded: dict[str, Any], before: list[dict[str, Any]]) -> None:
         """Put state that torch has converted back as it was saved, and keep options that were not."""
@@ -159,7 +189,8 @@ class KernelStep(torch.optim.Optimizer):
                         self.state[p][name] = value.detach().to(device=own.device, copy=True)
 
     def flush(self) -> None:
-        """With ``rows="dense"``, bring all rows up to date (see :meth:`fastopt.Optimizer.flush`)."""
+        """With ``rows="dense"``, bring all rows up to date, and tables in files to the disk (see
+        :meth:`fastopt.Optimizer.flush`)."""
         self._current().flush()
 
     @overload
@@ -279,12 +310,12 @@ class KernelStep(torch.optim.Optimizer):
             self._let_go()
         if self._kept is None:
             with torch.no_grad():
-                self._kept = Kept(self.traits, self.param_groups, self.state)
+                self._kept = Kept(self.traits, self.param_groups, self.state, self)
         return self._kept
 
     def _let_go(self) -> None:
         if self._kept is not None:
-            self._kept.flush()
+            self._kept.catch_up()
         self._kept = None
 
     def _step_by_torch(self, others: list[list[torch.Tensor]], grad_scale: float) -> None:

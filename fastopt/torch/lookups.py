@@ -17,6 +17,7 @@ from fastopt.kernels.work import Array
 from fastopt.torch import fused
 from fastopt.torch.memory import DTYPES
 from fastopt.torch.row_gradients import Lookup, RowGradients
+from fastopt.torch.tables import array_of_table
 
 
 class Call:
@@ -98,7 +99,7 @@ class Call:
     def gradient_of_weights(self, values: torch.Tensor) -> torch.Tensor:
         """The gradient of the weights of a pooled lookup."""
         assert self.bags is not None and self.weights is not None
-        table, own = array_view(self.table.detach(), "table"), array_view(values.contiguous(), "values")
+        table, own = array_of_table(self.table), array_view(values.contiguous(), "values")
         found = self.bags.products(table, own, DTYPES[self.weights.dtype])
         return tensor_over(found).reshape(self.weights.shape)
 
@@ -150,7 +151,7 @@ def _weighted(calls: Sequence[Call]) -> list[Call]:
 
 def _results(calls: Sequence[Call]) -> torch.Tensor:
     """What is looked up."""
-    tables = [array_view(call.table.detach(), "table") for call in calls]
+    tables = [array_of_table(call.table) for call in calls]
     if len(calls) == 1:
         return tensor_over(calls[0].result(tables[0]))
     backend = backend_of(tables[0])

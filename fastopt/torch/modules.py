@@ -2,16 +2,21 @@
 optimizer (see row_gradients.py)."""
 
 import inspect
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 
+from fastopt.tables.table import Table
 from fastopt.torch.calls import call_of
 from fastopt.torch.lookups import look_up
+from fastopt.torch.tables import TableWeight
 
 
-class _MayBeFused(torch.nn.Module):
-    """The base of modules that have ``fused``, before that of torch."""
+class _OfTable(torch.nn.Module):
+    """What the modules have before that of torch: ``fused``, and tables in files, which stay where they are
+    when the model is moved, converted or saved."""
 
     fused = False  # of those that were pickled without
 
@@ -19,8 +24,61 @@ class _MayBeFused(torch.nn.Module):
         super().__init__(*args, **options)
         self.fused = fused
 
+    @classmethod
+    def from_table(cls, table: Table, **options: Any) -> Self:
+        """A module over a table in files, which is not copied.
+
+        Its weight is a parameter over the memory that the files are mapped to. The optimizers of
+        :mod:`fastopt.torch` update the rows that were looked up, with the state in the table's files; its
+        gradient is never made dense. ``optimizer.flush()``, ``optimizer.state_dict()`` and the end of the
+        table's ``with`` block make what counts after a crash.
+
+        Args:
+            table: one of :func:`fastopt.open_table`.
+            options: as for the class, but for the numbers of rows and columns, ``device`` and ``dtype``.
+
+        Raises:
+            TypeError: ``table`` is none.
+            ValueError: it is closed; so say lookups and steps if it is closed later.
+
+        The weight is not in the model's ``state_dict()``, since the table is stored by flushes. It stays on
+        the CPU, in its dtype, whatever ``.to()`` and the like do with the model, and is not copied or
+        pickled. In a forked child rows may be read, but not updated.
+
+        Example:
+            >>> with fastopt.open_table("items.table", rows=10**9, dim=64) as table:
+            ...     bag = EmbeddingBag.from_table(table, mode="sum")
+            ...     optimizer = RowwiseAdagrad(bag.parameters(), lr=0.1)
+            ...     bag(torch.tensor([[3, 999_999_999]])).sum().backward()
+            ...     optimizer.step()
+        """
+        weight = TableWeight(table)
+        return cls(*weight.shape, _weight=weight, **options)
+
     def extra_repr(self) -> str:
         return super().extra_repr() + (", fused=True" if self.fused else "")
+
+    @contextmanager
+    def _without_files(self) -> Iterator[None]:
+        """While this lasts, a weight that lies in files is not among the parameters."""
+        own = {name: p for name, p in self._parameters.items() if isinstance(p, TableWeight)}
+        self._parameters.update(dict.fromkeys(own))
+        try:
+            yield
+        finally:
+            self._parameters.update(own)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with self._without_files():
+            return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *given: Any) -> None:
+        with self._without_files():
+            super()._save_to_state_dict(*given)
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        with self._without_files():
+            super()._load_from_state_dict(*given)
 
 
 def _with_fused(base: type) -> inspect.Signature:
@@ -30,7 +88,7 @@ def _with_fused(base: type) -> inspect.Signature:
     return theirs.replace(parameters=[*theirs.parameters.values(), own])
 
 
-class EmbeddingBag(_MayBeFused, torch.nn.EmbeddingBag):
+class EmbeddingBag(_OfTable, torch.nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag`` with the lookups and gradients of :func:`fastopt.embedding_bag`.
 
     ``weight.grad`` is a :class:`RowGradients`, which the optimizers of :mod:`fastopt.torch` take as it is,
@@ -58,7 +116,7 @@ class EmbeddingBag(_MayBeFused, torch.nn.EmbeddingBag):
         return _embedding_bag(self, input, offsets, per_sample_weights)
 
 
-class Embedding(_MayBeFused, torch.nn.Embedding):
+class Embedding(_OfTable, torch.nn.Embedding):
     """``torch.nn.Embedding`` with the lookups and gradients of :func:`fastopt.embedding`; arguments and all
     else as for :class:`EmbeddingBag`."""
 

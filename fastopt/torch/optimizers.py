@@ -18,7 +18,7 @@ _COMMON = "lr", "weight_decay", "maximize"
 _ADAM = (*_COMMON, "betas", "eps")
 
 
-class _Adam(fastopt.Adam):
+class AdamOfTorch(fastopt.Adam):
     """Adam with torch's switch between its two kinds of weight decay."""
 
     def __init__(self, params: Any) -> None:
@@ -96,7 +96,7 @@ class Adam(KernelStep, torch.optim.Adam):
     """``torch.optim.Adam`` by kernels (see :class:`fastopt.Adam`). Sparse gradients, which torch's class
     refuses, update the rows that they name."""
 
-    traits = Traits(_Adam, (*_ADAM, "amsgrad", "decoupled_weight_decay"))
+    traits = Traits(AdamOfTorch, (*_ADAM, "amsgrad", "decoupled_weight_decay"))
 
     if TYPE_CHECKING:
 

@@ -16,6 +16,7 @@ from fastopt._core.indices import Indices
 from fastopt.gradients import IndexedSlices, SparseGradient, SumOfGradients
 from fastopt.gradients.pooling import Bags
 from fastopt.gradients.rows import RowGradient
+from fastopt.torch.tables import TableWeight
 
 _aten = torch.ops.aten
 _MAX = 2  # torch's number of the mode
@@ -131,6 +132,11 @@ class RowGradients(torch.Tensor):
         """The dense gradient."""
         if self.whole is not None:
             return self.whole
+        if isinstance(self.table, TableWeight):
+            raise RuntimeError(
+                f"the gradient of {self.table.table!r} is not made dense: expected an optimizer of "
+                "fastopt.torch, clip_norm of its step, and no GradScaler"
+            )
         total = torch.zeros_like(self.table, dtype=_computed_with(self.table))
         for own in self.lookups:
             total += own.dense(self.table)

@@ -1,9 +1,10 @@
 """What sets the torch optimizers apart for a step by kernels."""
 
 import functools
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -14,6 +15,13 @@ STEP, PRODUCT = "step", "mu_product"  # names of torch's state that are numbers
 # What torch takes of either sign once an optimizer is made, as from a schedule that goes on beyond its end
 _SIGNED = "lr", "weight_decay"
 _FLAGS = "maximize", "nesterov", "centered", "amsgrad", "decoupled_weight_decay"  # torch goes by their truth
+
+
+class Owner(Protocol):
+    """A torch optimizer, as the tables in files see it that it updates."""
+
+    def flush(self) -> None:
+        """Bring them to the disk."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +44,19 @@ class Traits:
     dense_alone: bool = False
     in_torch: bool = True
 
-    def make(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """The plain optimizer of groups, which takes what torch's class takes in a step."""
-        return self._as_in_torch(groups)
+    def make(self, groups: list[dict[str, Any]], owner: Owner) -> Optimizer:
+        """The plain optimizer of groups, which takes what torch's class takes in a step. Tables in files
+        belong to ``owner``, which may have another one made for them."""
+        return self._as_in_torch(groups, weakref.ref(owner))
 
     @functools.cached_property
-    def _as_in_torch(self) -> type[Optimizer]:
-        return type(self.plain.__name__, (self.plain,), {"signed": _SIGNED})
+    def _as_in_torch(self) -> Any:
+        def begin(own: Any, groups: list[dict[str, Any]], owner: weakref.ref[Owner]) -> None:
+            own.torch_owner = owner
+            self.plain.__init__(own, groups)
+
+        parts = {"signed": _SIGNED, "__init__": begin, "owner": property(lambda own: own.torch_owner())}
+        return type(self.plain.__name__.removesuffix("OfTorch"), (self.plain,), parts)
 
     def check(self, groups: list[dict[str, Any]]) -> None:
         """Refuse options that no optimizer begins with."""
