@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+_whole: dict[str, Any] = {}  # what was found to be imported to its end
+
 
 def loaded(name: str) -> Any:
     """The module of a library; None if it is not loaded, and nobody has an array of it.
@@ -10,8 +12,11 @@ def loaded(name: str) -> Any:
     One that another thread is importing just now lacks some of its names: it counts as not loaded.
     """
     module = sys.modules.get(name)
+    if module is _whole.get(name):
+        return module
     if module is None or getattr(getattr(module, "__spec__", None), "_initializing", False):
         return None
+    _whole[name] = module
     return module
 
 

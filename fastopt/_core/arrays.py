@@ -162,8 +162,8 @@ def _torch_view(torch: Any, tensor: Any, label: str, remedy: Remedy) -> np.ndarr
         if remedy is OWN:
             advice = "have the model itself use a dense one, such as .to_dense(), and pass that"
         raise TypeError(f"{label} is a sparse tensor: {advice}")
-    found = device_array(tensor, label)
-    if tensor.numel() and not tensor.data_ptr():
+    found = None if tensor.is_cpu else device_array(tensor, label)
+    if not tensor.data_ptr() and tensor.numel():
         raise TypeError(f"{label} has no memory for its elements: expected a tensor that holds numbers")
     if found is not None:
         return found

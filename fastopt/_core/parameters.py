@@ -181,11 +181,11 @@ class Parameter:
     def own_format(self) -> formats.Format:
         return parameter_format(self.dtype, self.group.checked)
 
-    def stored_table(self, own: Mapping[str, Array], step: int) -> StoredTable:
-        """The parameter and ``own``, its state, by rows; ``step``: of the random bits."""
+    def stored_table(self, table: Array, own: Mapping[str, Array], step: int) -> StoredTable:
+        """``table``, the parameter, and ``own``, its state, by rows; ``step``: of the random bits."""
         rule = self.group.rule
         return StoredTable(
-            self.rows_of(self.view()),
+            self.rows_of(table),
             tuple((self.rows_of(own[slot]), own.get(slot + SCALES)) for slot in rule.state_slots),
             tuple(own[slot] for slot in rule.row_slots),
             own.get(MASTER),

@@ -67,7 +67,7 @@ def catch_up(parameter: Parameter, indices: Indices | None = None) -> None:
             (parameter.own_format, formats.PLAIN, *parameter.state_formats),
             tracking.history.kind(),
         )
-        stored = parameter.stored_table(parameter.state, step_of_catch_up(parameter))
+        stored = parameter.stored_table(parameter.view(), parameter.state, step_of_catch_up(parameter))
         count = parameter.rows if segments is None else segments.rows.size
         row_steps = tracking.history.of_rows(tracking.last_step, count, compute)
         launch = parameter.backend.catch_up(spec, stored, row_steps, parameter.step, segments)

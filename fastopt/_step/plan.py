@@ -134,7 +134,7 @@ class Plan:
 
     def first_nonfinite(self, entries: Sequence, rows: Sequence[RowUpdate]) -> str | int | None:
         """The key of the first parameter whose gradient holds NaN or infinity."""
-        by_row = {parameter.index: gradient for parameter, gradient in rows}
+        by_row = {parameter.index: gradient for parameter, gradient, _ in rows}
         for parameter, value in zip(self._parameters.all, entries, strict=True):
             if value is None:
                 continue
@@ -185,7 +185,7 @@ class Plan:
             update.set_numbers(conditions)
             calls += update.launch.prepare(zero_grads, factor)
         calls += [call for launch in launches for call in launch.prepare()]
-        for parameter, gradient, state, tracking in ready:
+        for parameter, gradient, _, state, tracking in ready:
             if state is not parameter.state:
                 adopted.append(partial(setattr, parameter, "state", state))
             if tracking is not parameter.tracking:
@@ -273,7 +273,7 @@ class Plan:
         found = arrays.overlapping(starts, ends, written)
         # The parameter whose gradient each belongs to, and its place among the arrays of that gradient.
         owners = [(index, 0) for index in self._dense_at.tolist()]
-        for parameter, gradient in rows:
+        for parameter, gradient, _ in rows:
             owners += [(parameter.index, k) for k in range(len(gradient.given))]
         if found is not None:
             labels = [

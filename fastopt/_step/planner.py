@@ -152,9 +152,10 @@ class Planner:
             if entries[i] is None:
                 gradients_at[i], kinds[i] = 0, NONE
                 continue
-            found = _checked(everyone[i], gradients, options[everyone[i].group.number], self._name)
+            table = everyone[i].view()
+            found = _checked(everyone[i], table, gradients, options[everyone[i].group.number], self._name)
             if isinstance(found, RowGradient):
-                rows.append(RowUpdate(everyone[i], found))
+                rows.append(RowUpdate(everyone[i], found, table))
                 gradients_at[i], kinds[i] = 0, ROWS
             else:
                 gradients_at[i] = everyone[i].backend.address(found)
@@ -170,11 +171,11 @@ class Planner:
 
 
 def _checked(
-    parameter: Parameter, gradients: Gradients, options: Options, optimizer: str
+    parameter: Parameter, view: Array, gradients: Gradients, options: Options, optimizer: str
 ) -> Array | RowGradient:
-    """A gradient checked against its parameter: an array, or a gradient by rows."""
+    """A gradient checked against its parameter, whose array is ``view``: an array, or a gradient by rows."""
     value, label = gradients.entries[parameter.index], gradients.label(parameter.index)
-    view, rule = parameter.view(), parameter.group.rule
+    rule = parameter.group.rule
     if isinstance(value, SparseGradient):
         if parameter.backend.capturing:
             raise not_captured(f"{label} is by rows, which are others in each step")

@@ -16,10 +16,11 @@ from fastopt.kernels.work import Array, Spec, TableWork
 
 
 class RowUpdate(NamedTuple):
-    """A parameter and its checked gradient by rows."""
+    """A parameter and its checked gradient by rows; table: where the parameter is now."""
 
     parameter: Parameter
     gradient: RowGradient
+    table: Array
 
 
 def keep_rows(parameter: Parameter, gradient: RowGradient) -> None:
@@ -31,11 +32,11 @@ def keep_rows(parameter: Parameter, gradient: RowGradient) -> None:
 
 def find_winners(updates: Sequence[RowUpdate]) -> None:
     """Find where the maxima of bags come from, in rows that are up to date."""
-    for parameter, gradient in updates:
+    for parameter, gradient, table in updates:
         if gradient.takes_maxima:
             keep_rows(parameter, gradient)
             catch_up(parameter, gradient.indices)
-            gradient.find_winners(parameter.view())
+            gradient.find_winners(table)
 
 
 class ReadyRows(NamedTuple):
@@ -43,13 +44,14 @@ class ReadyRows(NamedTuple):
 
     parameter: Parameter
     gradient: RowGradient
+    table: Array
     state: dict[str, Array]
     tracking: Tracking | None
 
 
 def ready_rows(update: RowUpdate) -> ReadyRows:
     """An update with state and tracking, new where they are missing: the parameter is to have them."""
-    parameter, gradient = update
+    parameter, gradient, _ = update
     tracking, state = None, parameter.ready_state(by_row=True)
     keep_rows(parameter, gradient)
     if gradient.dense:
@@ -70,7 +72,7 @@ def row_launches(updates: Sequence[ReadyRows], conditions: Conditions, factor: F
 
 
 def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
-    parameter, gradient, state, tracking = update
+    parameter, gradient, table, state, tracking = update
     group, options, compute = parameter.group, parameter.group.checked, parameter.compute
     lr, step = conditions.rates[group.number], parameter.step + 1
     h = rule_numbers(group, options, lr, step, compute)
@@ -90,5 +92,5 @@ def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
     spec = Spec(h, c, compute, (parameter.own_format, PLAIN, *parameter.state_formats), mode)
     limit = options["clip_row_norm"]
     limit = math.inf if limit is None else limit
-    stored = parameter.stored_table(state, step)
+    stored = parameter.stored_table(table, state, step)
     return spec, TableWork(stored, by_row, numbers, limit, step, row_steps, missed_key)

@@ -36,6 +36,14 @@ class Bags:
     def count(self) -> int:
         return self.offsets.size - 1
 
+    @property
+    def have_one_each(self) -> bool:
+        """Whether each bag is known to have one index."""
+        offsets = self.offsets
+        if not isinstance(offsets, np.ndarray) or self.count != self.indices.flat.size:
+            return False
+        return bool((offsets[1:] - offsets[:-1] == 1).all())
+
     def pool(self, table: Array) -> Array:
         """[count, dim]: each bag's rows summed or averaged; rows of 16 bits are added in float32."""
         backend = backend_of(table)

@@ -81,7 +81,10 @@ class RowGradient:
     def sources(self) -> tuple[Array | None, Array | None]:
         """The row of ``values`` that each position has, None if position k has row k, and the factor on it,
         None where all are 1."""
-        return (None, None) if self.bags is None else self.bags.of_positions(self.values.dtype)
+        bags = self.bags
+        if bags is None or (not self.takes_maxima and bags.weights is None and bags.have_one_each):
+            return None, None
+        return bags.of_positions(self.values.dtype)
 
     def by_row(self) -> TableGradient:
         """The gradient as kernels see it, its positions in the order of their rows."""
