@@ -39,13 +39,7 @@ def _call_in(
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
 ) -> Call | None:
-    if not _is_plain(given, table):
-        return None
-    if isinstance(module, torch.nn.EmbeddingBag):
-        fits = _are_bags(module, table, given, offsets, weights)
-    else:
-        fits = given.dtype in _INTEGERS
-    if not fits:
+    if not (_is_plain(given) and takes(table) and fits(module, table, given, offsets, weights)):
         return None
     try:
         call = Call(module, table, given, offsets, weights)
@@ -55,22 +49,36 @@ def _call_in(
         if isinstance(table, TableWeight):
             raise
         return None
-    _limit_norms(module, call, given)
+    if module.max_norm is not None:
+        before_writing(plain_parameter(table), call.indices.segments)
+        limit_norms(module, table, given)
     return call
 
 
-def _is_plain(given: torch.Tensor, table: torch.Tensor) -> bool:
-    """Whether kernels can read the memory of both tensors, and nothing but gradients is asked of the lookup:
-    no transform of torch.func, derivative in forward mode, or graph that is recorded."""
+def fits(
+    module: torch.nn.EmbeddingBag | torch.nn.Embedding,
+    table: torch.Tensor,
+    given: torch.Tensor,
+    offsets: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> bool:
+    """Whether kernels take arguments of these kinds, for a table that they take."""
+    if table.ndim != 2 or given.device != table.device:
+        return False
+    if isinstance(module, torch.nn.EmbeddingBag):
+        return _are_bags(module, table, given, offsets, weights)
+    return given.dtype in _INTEGERS
+
+
+def _is_plain(given: torch.Tensor) -> bool:
+    """Whether indices have numbers, and nothing but gradients is asked of the lookup: no transform of
+    torch.func, derivative in forward mode, or graph that is recorded."""
     return (
         type(given) is torch.Tensor
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-        and table.ndim == 2
-        and takes(table)
-        and given.device == table.device
     )
 
 
@@ -101,11 +109,10 @@ def _ascend(offsets: torch.Tensor | None, indices: torch.Tensor) -> bool:
     return len(indices) == 0 if len(offsets) == 0 else bool((offsets.diff() >= 0).all())
 
 
-def _limit_norms(
-    module: torch.nn.EmbeddingBag | torch.nn.Embedding, call: Call, indices: torch.Tensor
+def limit_norms(
+    module: torch.nn.EmbeddingBag | torch.nn.Embedding, table: torch.Tensor, indices: torch.Tensor
 ) -> None:
     """Scale rows that are too long down, as torch does."""
     if module.max_norm is not None:
-        before_writing(plain_parameter(call.table), call.indices.segments)
         with torch.no_grad():
-            torch.embedding_renorm_(call.table, indices.contiguous(), module.max_norm, module.norm_type)
+            torch.embedding_renorm_(table, indices.contiguous(), module.max_norm, module.norm_type)

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastopt.torch import compiled
 from fastopt.torch.calls import call_of
 from fastopt.torch.lookups import Call, look_up
+from fastopt.torch.tables import TableWeight
 
 Bags = torch.Tensor | tuple[torch.Tensor | None, ...]  # the arguments of a lookup in a table
 
@@ -112,10 +114,18 @@ def _arguments(given: Bags, name: str) -> tuple[Any, Any, Any]:
     return indices, offsets, weights
 
 
-@torch.compiler.disable
 def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> torch.Tensor:
     """The lookups of all features; table by table, by torch, where some are not fastopt's."""
     modules = collection.modules_of_features()
+    if torch.compiler.is_compiling():
+        if any(isinstance(module.weight, TableWeight) for module in modules):
+            return _out_of_graphs(collection, given)
+        asked = [
+            compiled.Asked(module, module.weight, *own) for module, own in zip(modules, given, strict=True)
+        ]
+        if asked and all(map(compiled.takes, asked)):
+            return compiled.look_up(asked)
+        return torch.cat([module(*own) for module, own in zip(modules, given, strict=True)], 1)
     calls = [call_of(module, *own) for module, own in zip(modules, given, strict=True)]
     if not calls or any(call is None for call in calls):
         results = [module(*own) for module, own in zip(modules, given, strict=True)]
@@ -128,6 +138,9 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise ValueError(f"tables are of {found}: expected the same of all")
     return look_up(known)
+
+
+_out_of_graphs = torch.compiler.disable(_looked_up)  # for tables in files, of which there is no op
 
 
 def _check_bags(collection: EmbeddingBagCollection, counts: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """Tables that the backward pass itself updates: which optimizer each has."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, Protocol
 
@@ -23,11 +23,32 @@ class Updates(Protocol):
 # put other memory in their place.
 _optimizers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = count()
+_PLAIN = torch.Tensor, torch.nn.Parameter
 
 
 def register(optimizer: Updates) -> None:
     """Have an optimizer be found by the tables among its parameters."""
     _optimizers[next(_numbers)] = optimizer
+
+
+def parameter_at(place: int, shape: Sequence[int]) -> torch.Tensor:
+    """The parameter of this shape, of an optimizer, whose memory begins at ``place``.
+
+    Raises:
+        RuntimeError: no optimizer has one.
+    """
+    for optimizer in _optimizers.values():
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if type(p) in _PLAIN and p.shape == tuple(shape) and p.data_ptr() == place:
+                return p
+    raise _without_optimizer(shape)
+
+
+def _without_optimizer(shape: Sequence[int]) -> RuntimeError:
+    return RuntimeError(
+        f"a table of shape {tuple(shape)} is fused, and no optimizer has it: expected its weight among the "
+        "parameters of an optimizer of fastopt.torch, made before the backward pass"
+    )
 
 
 def update(gradients: Iterable[tuple[torch.Tensor, RowGradients]]) -> None:
@@ -49,10 +70,7 @@ def update(gradients: Iterable[tuple[torch.Tensor, RowGradients]]) -> None:
     for table, gradient in gradients:
         optimizer = owners.get(id(table))
         if optimizer is None:
-            raise RuntimeError(
-                f"a table of shape {tuple(table.shape)} is fused, and no optimizer has it: expected its "
-                "weight among the parameters of an optimizer of fastopt.torch, made before the backward pass"
-            )
+            raise _without_optimizer(table.shape)
         _, own = alike.setdefault(id(optimizer), (optimizer, {}))
         before: Any = own.get(id(table))
         own[id(table)] = gradient if before is None else before + gradient

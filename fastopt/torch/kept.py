@@ -30,6 +30,11 @@ _KINDS = Tensor, Parameter, TableWeight
 
 def takes(p: Tensor) -> bool:
     """Whether kernels can update a parameter where it lies."""
+    return is_laid_out(p) and not local(p).is_neg()
+
+
+def is_laid_out(p: Tensor) -> bool:
+    """Whether the numbers of a parameter, or their negatives, lie as kernels take them."""
     own = local(p)
     return (
         type(own) in _KINDS
@@ -37,7 +42,6 @@ def takes(p: Tensor) -> bool:
         and own.dtype in DTYPES
         and own.device.type in ("cpu", "cuda")
         and own.is_contiguous()
-        and not own.is_neg()
     )
 
 

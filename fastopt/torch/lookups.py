@@ -27,8 +27,10 @@ class Call:
     be in its place.
 
     Args:
-        module: an ``EmbeddingBag`` or ``Embedding`` of torch, whose options count. table: its weight.
-        indices, offsets, weights: as its ``forward`` takes them.
+        module: an ``EmbeddingBag`` or ``Embedding`` of torch, whose options count, or others with the
+            attributes of one; ``mode`` is None of a lookup that is not pooled. table: its weight.
+        indices, offsets, weights: as its ``forward`` takes them. check: whether indices that lie on a device
+            are looked at.
 
     Attributes:
         table, weights: as given, the latter a copy. indices: checked. bags: of a pooled lookup. fused:
@@ -45,8 +47,9 @@ class Call:
         indices: torch.Tensor,
         offsets: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
+        check: bool = True,
     ) -> None:
-        pooled = isinstance(module, torch.nn.EmbeddingBag)
+        pooled = not isinstance(module, torch.nn.Embedding) and module.mode is not None
         if torch.is_grad_enabled():
             indices, weights = _copy(indices), None if weights is None else _copy(weights)
         self.table = table
@@ -63,12 +66,12 @@ class Call:
                 per_sample_weights=weights,
                 padding_idx=module.padding_idx,
                 include_last_offset=module.include_last_offset and offsets is not None,
-                check_indices=True,
+                check_indices=check,
             )
             self.bags = checked_bags(given, "", len(table), weights_dtypes(DTYPES[table.dtype]))
             self.indices = self.bags.indices
         else:
-            self.indices = Indices.checked(indices, "indices", len(table))
+            self.indices = Indices.checked(indices, "indices", len(table), check)
 
     @property
     def rows(self) -> int:
@@ -121,7 +124,7 @@ class _LookedUp(torch.autograd.Function):
         reread = [call.table for call in calls if call.takes_maxima]
         reread += [call.table for call, needed in zip(_weighted(calls), of_weights, strict=True) if needed]
         ctx.save_for_backward(*reread)  # the backward pass reads them: they may not have changed
-        return _results(calls)
+        return results(calls)
 
     @staticmethod
     @once_differentiable
@@ -149,8 +152,8 @@ def _weighted(calls: Sequence[Call]) -> list[Call]:
     return [call for call in calls if call.weights is not None]
 
 
-def _results(calls: Sequence[Call]) -> torch.Tensor:
-    """What is looked up."""
+def results(calls: Sequence[Call]) -> torch.Tensor:
+    """What is looked up, side by side."""
     tables = [array_of_table(call.table) for call in calls]
     if len(calls) == 1:
         return tensor_over(calls[0].result(tables[0]))

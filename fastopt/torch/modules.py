@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from fastopt.tables.table import Table
+from fastopt.torch import compiled
 from fastopt.torch.calls import call_of
 from fastopt.torch.lookups import look_up
 from fastopt.torch.tables import TableWeight
@@ -113,7 +114,8 @@ class EmbeddingBag(_OfTable, torch.nn.EmbeddingBag):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See ``torch.nn.EmbeddingBag``."""
-        return _embedding_bag(self, input, offsets, per_sample_weights)
+        found = _looked_up(self, input, offsets, per_sample_weights)
+        return super().forward(input, offsets, per_sample_weights) if found is None else found
 
 
 class Embedding(_OfTable, torch.nn.Embedding):
@@ -124,27 +126,24 @@ class Embedding(_OfTable, torch.nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See ``torch.nn.Embedding``."""
-        return _embedding(self, input)
+        found = _looked_up(self, input)
+        return super().forward(input) if found is None else found.reshape(*input.shape, self.embedding_dim)
 
 
-@torch.compiler.disable
-def _embedding_bag(
-    module: EmbeddingBag,
+def _looked_up(
+    module: EmbeddingBag | Embedding,
     given: torch.Tensor,
-    offsets: torch.Tensor | None,
-    weights: torch.Tensor | None,
-) -> torch.Tensor:
-    """The pooled lookup of a module."""
+    offsets: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """What a module looks up, a row for each bag or index; None if that is torch's."""
+    if torch.compiler.is_compiling():
+        if isinstance(module.weight, TableWeight):
+            return _out_of_graphs(module, given, offsets, weights)
+        asked = compiled.Asked(module, module.weight, given, offsets, weights)
+        return compiled.look_up([asked]) if compiled.takes(asked) else None
     call = call_of(module, given, offsets, weights)
-    if call is None:
-        return torch.nn.EmbeddingBag.forward(module, given, offsets, weights)
-    return look_up([call])
+    return None if call is None else look_up([call])
 
 
-@torch.compiler.disable
-def _embedding(module: Embedding, given: torch.Tensor) -> torch.Tensor:
-    """The lookup of a module."""
-    call = call_of(module, given)
-    if call is None:
-        return torch.nn.Embedding.forward(module, given)
-    return look_up([call]).reshape(*given.shape, module.embedding_dim)
+_out_of_graphs = torch.compiler.disable(_looked_up)  # for tables in files, of which there is no op

@@ -20,8 +20,9 @@ from fastopt.torch.tables import TableWeight
 
 _aten = torch.ops.aten
 _MAX = 2  # torch's number of the mode
-_COPIES = _aten.detach.default, _aten.alias.default, _aten.clone.default
-_SUMS = _aten.add.Tensor, _aten.add_.Tensor
+# What is done to gradients as such, and not to their numbers
+COPIES = _aten.detach.default, _aten.alias.default, _aten.clone.default
+SUMS = _aten.add.Tensor, _aten.add_.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +166,9 @@ class RowGradients(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None
     ) -> Any:
-        if func in _COPIES and args[0].whole is None:
+        if func in COPIES and args[0].whole is None:
             return cls(args[0].table, args[0].lookups)
-        if func in _SUMS and not kwargs and all(isinstance(own, cls) and own.whole is None for own in args):
+        if func in SUMS and not kwargs and all(isinstance(own, cls) and own.whole is None for own in args):
             if func is _aten.add_.Tensor:
                 args[0].lookups += args[1].lookups
                 return args[0]
