@@ -34,11 +34,6 @@ class Classifier(lightning.LightningModule):
         self.losses.append(loss.item())
         return loss
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm=None):
-        # Under mixed precision Lightning itself clips for no optimizer whose step takes scaled gradients, as
-        # fastopt's and torch's fused ones do. Those of bfloat16 are not scaled.
-        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-
     def configure_optimizers(self):
         optimizer = self.make_optimizer(self.parameters(), lr=self.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.steps, cycle_momentum=False)

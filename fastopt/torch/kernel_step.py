@@ -27,7 +27,8 @@ class KernelStep(torch.optim.Optimizer):
 
     Args:
         params, and whatever else torch's class takes: as for that class. ``foreach`` and ``fused`` choose how
-            parameters are updated that kernels do not take; groups with ``differentiable`` or ``capturable``
+            parameters are updated that kernels do not take, and with ``fused=True`` a ``GradScaler`` leaves
+            gradients scaled, which the step divides; groups with ``differentiable`` or ``capturable``
             go torch's own way.
         state_dtype, master_weights, rows, step_per_row, clip_row_norm, seed: as for
             :class:`fastopt.Optimizer`, of groups too.
@@ -74,7 +75,6 @@ class KernelStep(torch.optim.Optimizer):
             group["params"] = own
         self._apart = None
         self.defaults.update(self._shared)
-        self._step_supports_amp_scaling = True
         if not self.traits.in_torch:  # torch has checked nothing
             self.traits.check(self.param_groups)
         if not self.traits.in_torch or self._has_tables():
@@ -112,7 +112,6 @@ class KernelStep(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("info", StepInfo())
         self._shared = {name: self.defaults.get(name, value) for name, value in SHARED.items()}
-        self._step_supports_amp_scaling = True
         for group in self.param_groups:
             self._complete(group)
         register(self)
@@ -122,9 +121,11 @@ class KernelStep(torch.optim.Optimizer):
         return any(isinstance(p, TableWeight) for group in self.param_groups for p in group["params"])
 
     def _complete(self, group: dict[str, Any]) -> None:
-        """Give a group those of the options that torch does not know."""
+        """Give a group those of the options that torch does not know, and have scalers know of ``fused``."""
         given = {name: group.get(name, value) for name, value in self._shared.items()}
         group.update(checked_options(given, type(self).__name__))
+        # Whether a GradScaler leaves gradients as they are, and the step divides
+        self._step_supports_amp_scaling = any(one.get("fused") for one in self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._complete({**param_group})  # which refuses bad ones
@@ -228,7 +229,8 @@ class KernelStep(torch.optim.Optimizer):
             ValueError, TypeError: an option, a gradient or a parameter does not fit; nothing has changed.
             RuntimeError: torch's class refuses one; only what its own step updates may have changed.
 
-        With a ``GradScaler`` gradients stay scaled, where torch's classes leave them divided by the scale.
+        With a ``GradScaler`` and ``fused=True`` gradients stay scaled, where torch's classes leave them
+        divided by the scale.
         """
         loss = None
         if closure is not None:

@@ -95,7 +95,7 @@ class EmbeddingBag(_OfTable, torch.nn.EmbeddingBag):
     ``weight.grad`` is a :class:`RowGradients`, which the optimizers of :mod:`fastopt.torch` take as it is,
     and others as a dense gradient; ``sparse`` makes no difference. What fastopt does not take goes torch's
     own way: other dtypes, strided tables, nested tensors, what is traced or under transforms of
-    :mod:`torch.func`.
+    :mod:`torch.func`. In a graph of ``torch.compile`` the lookup is one op.
 
     Args:
         fused: whether the backward pass itself has the table's optimizer, one of :mod:`fastopt.torch`, update

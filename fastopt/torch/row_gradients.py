@@ -23,6 +23,7 @@ _MAX = 2  # torch's number of the mode
 # What is done to gradients as such, and not to their numbers
 COPIES = _aten.detach.default, _aten.alias.default, _aten.clone.default
 SUMS = _aten.add.Tensor, _aten.add_.Tensor
+_UNSCALE = _aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +104,12 @@ def _computed_with(table: torch.Tensor) -> torch.dtype:
 class RowGradients(torch.Tensor):
     """Gradients of one table by lookups, in the place of a tensor of its shape.
 
-    Sums of such keep the lookups apart. For any other operation of torch it is the dense gradient, and what
-    is done in place makes it one.
+    Sums of such keep the lookups apart, and a ``GradScaler`` scales each back. For any other operation of
+    torch it is the dense gradient, and what is done in place makes it one.
 
     Attributes:
-        table: what the gradient is of. lookups: whose sum it is. whole: the dense gradient, if torch has
+        table: what the gradient is of, or, out of a compiled graph, a tensor of its shape, dtype and device
+            where its numbers do not count. lookups: whose sum it is. whole: the dense gradient, if torch has
             changed it in place; then there are no lookups.
     """
 
@@ -136,7 +138,7 @@ class RowGradients(torch.Tensor):
         if isinstance(self.table, TableWeight):
             raise RuntimeError(
                 f"the gradient of {self.table.table!r} is not made dense: expected an optimizer of "
-                "fastopt.torch, clip_norm of its step, and no GradScaler"
+                "fastopt.torch, and clip_norm of its step"
             )
         total = torch.zeros_like(self.table, dtype=_computed_with(self.table))
         for own in self.lookups:
@@ -173,10 +175,28 @@ class RowGradients(torch.Tensor):
                 args[0].lookups += args[1].lookups
                 return args[0]
             return cls(args[0].table, args[0].lookups + args[1].lookups)
+        if func is _UNSCALE and not kwargs:
+            return _unscale(*args)
         if func is _aten.zero_.default:
             args[0].lookups, args[0].whole = (), None
             return args[0]
         return _as_dense(func, args, kwargs or {})
+
+
+def _unscale(gradients: Sequence[torch.Tensor], found_inf: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply gradients in place, as a ``GradScaler`` does, and set ``found_inf`` if a number is not finite.
+    The values of lookups, which others may hold, are copied before."""
+    numbers = []
+    for gradient in gradients:
+        if not isinstance(gradient, RowGradients):
+            numbers.append(gradient)
+        elif gradient.whole is not None:
+            numbers.append(gradient.whole)
+        else:
+            gradient.lookups = tuple(replace(own, values=own.values.clone()) for own in gradient.lookups)
+            numbers += [own.values for own in gradient.lookups]
+    if numbers:
+        _UNSCALE(numbers, found_inf, factor)
 
 
 def _as_dense(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

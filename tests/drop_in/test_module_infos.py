@@ -552,12 +552,14 @@ def test_hooks_see_gradients():
         assert_same(got, want)
 
 
-def test_gradients_are_scaled_back():
+@pytest.mark.parametrize("fused", [True, None])
+def test_gradients_are_scaled_back(fused):
     tables, made = [], both("EmbeddingBag", dtype=torch.float32)
     for package, module in zip((fastopt.torch, torch.optim), made, strict=True):
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        opt = package.SGD(module.parameters(), lr=1.0)
-        scaler.scale(module(IDS).square().sum()).backward()
+        opt = package.SGD(module.parameters(), lr=1.0, fused=fused)
+        for loss in (module(IDS).square().sum(), module(IDS + 1).sum()):
+            scaler.scale(loss).backward()
         scaler.unscale_(opt)
         nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         scaler.step(opt)

@@ -191,6 +191,30 @@ def test_clipping_by_norm_includes_lookups():
     assert_same(ours.weight, theirs.weight, 1e-10)
 
 
+@pytest.mark.parametrize("fused", [True, None])
+def test_training_is_the_same_with_a_scaler(fused):
+    """By rows, of which those that are not looked up stay; the scale is a power of two."""
+    ours, alone = (tables("Embedding", torch.float32)[0] for _ in range(2))
+    opt, twin = (fastopt.torch.Adam(own.parameters(), lr=0.1, fused=fused) for own in (ours, alone))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for step, factor in enumerate((1.0, float("inf"), 1.0)):
+        opt.zero_grad()
+        twin.zero_grad()
+        for ids in (torch.tensor([step, 3, 3]), torch.tensor([7])):
+            scaler.scale(ours(ids).square().sum() * factor).backward()
+            alone(ids).square().sum().backward()
+        held = ours.weight.grad.detach()
+        before = held.dense()
+        scaler.step(opt)
+        scaler.update()
+        assert isinstance(ours.weight.grad, RowGradients) and len(ours.weight.grad.lookups) == 2
+        assert torch.equal(held.dense(), before)
+        if factor == 1.0:
+            twin.step()
+    assert scaler.get_scale() == 32.0
+    assert torch.equal(ours.weight, alone.weight)
+
+
 def test_a_second_backward_pass_is_refused():
     ours, _ = tables("EmbeddingBag", mode="sum")
     out = ours(*bags(0)).square().sum()

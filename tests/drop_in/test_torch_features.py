@@ -354,12 +354,13 @@ def test_steps_within_the_backward_pass(name):
     assert_same(*nets)
 
 
+@pytest.mark.parametrize("fused", [True, None])
 @pytest.mark.parametrize("name", ["Adam", "SGD", "AdamW", "Adagrad"])
-def test_a_scaler_scales_and_skips(name):
+def test_a_scaler_scales_and_skips(name, fused):
     nets = model(dtype=torch.float32), model(dtype=torch.float32)
     results = []
     for module, net in zip((fastopt.torch, torch.optim), nets, strict=True):
-        opt = getattr(module, name)(net.parameters(), lr=0.01)
+        opt = getattr(module, name)(net.parameters(), lr=0.01, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
         for k in range(8):
             opt.zero_grad()
@@ -376,17 +377,19 @@ def test_a_scaler_scales_and_skips(name):
     assert_same(*nets, 1e-5)
 
 
+@pytest.mark.parametrize("fused", [True, None])
 @pytest.mark.parametrize("unscales", [True, False])
-def test_gradients_stay_scaled_unless_they_are_unscaled_before_the_step(unscales):
+def test_gradients_stay_scaled_if_fused_unless_they_are_unscaled_before_the_step(unscales, fused):
     p = torch.nn.Parameter(torch.zeros(3))
-    opt = fastopt.torch.SGD([p], lr=1.0)
+    opt = copy.deepcopy(fastopt.torch.SGD([p], lr=1.0, fused=fused))
+    [p] = opt.param_groups[0]["params"]
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler.scale(p.sum()).backward()
     if unscales:
         scaler.unscale_(opt)
     scaler.step(opt)
     assert torch.equal(p.detach(), torch.full((3,), -1.0))
-    assert torch.equal(p.grad, torch.full((3,), 1.0 if unscales else 64.0))
+    assert torch.equal(p.grad, torch.full((3,), 64.0 if fused and not unscales else 1.0))
 
 
 def test_gradients_are_clipped_in_the_step():
