@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import fastopt
 import fastopt.torch as ft
 
 ROWS, DIM = 30, 8
@@ -188,3 +189,14 @@ def test_tables_that_are_strided_or_computed(change):
     for got, want in zip(*found, strict=True):
         assert type(got) is torch.Tensor
         torch.testing.assert_close(got, want)
+
+
+def test_tables_in_files_break_the_graph(tmp_path):
+    with fastopt.open_table(tmp_path / "t", rows=ROWS, dim=DIM) as table:
+        bag, ids = ft.EmbeddingBag.from_table(table, mode="sum"), regular(5)
+        many = ft.EmbeddingBagCollection({"a": bag})
+        for call in (bag, lambda ids: many({"a": ids})):
+            model = torch.compile(lambda *own, call=call: call(*own).cos(), backend="aot_eager")
+            model(*ids).sum().backward()
+            assert torch.equal(model(*ids), bag(*ids).cos())
+        assert len(bag.weight.grad.lookups) == 2
