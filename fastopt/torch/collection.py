@@ -8,7 +8,6 @@ import torch
 from fastopt.torch import compiled
 from fastopt.torch.calls import call_of
 from fastopt.torch.lookups import Call, look_up
-from fastopt.torch.tables import TableWeight
 
 Bags = torch.Tensor | tuple[torch.Tensor | None, ...]  # the arguments of a lookup in a table
 
@@ -118,7 +117,7 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
     """The lookups of all features; table by table, by torch, where some are not fastopt's."""
     modules = collection.modules_of_features()
     if torch.compiler.is_compiling():
-        if any(isinstance(module.weight, TableWeight) for module in modules):
+        if not all(compiled.has_op(module.weight) for module in modules):
             return _out_of_graphs(collection, given)
         asked = [
             compiled.Asked(module, module.weight, *own) for module, own in zip(modules, given, strict=True)
@@ -140,7 +139,7 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
     return look_up(known)
 
 
-_out_of_graphs = torch.compiler.disable(_looked_up)  # for tables in files, of which there is no op
+_out_of_graphs = torch.compiler.disable(_looked_up)
 
 
 def _check_bags(collection: EmbeddingBagCollection, counts: Sequence[int]) -> None:

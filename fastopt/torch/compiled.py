@@ -13,7 +13,11 @@ from fastopt.torch.calls import fits, limit_norms
 from fastopt.torch.kept import is_laid_out
 from fastopt.torch.lookups import results
 from fastopt.torch.ops import opaque
+from fastopt.torch.tables import TableWeight
 from fastopt.torch.traced import MODES, WITNESS, Part, gradient, options_of
+
+# The compilers of older versions of torch, which do not have this, can't add such gradients up.
+_ADDS_UP = hasattr(torch.compiler, "is_exporting")
 
 _sites = count()  # the calls in graphs, whose gradients are told apart by it
 
@@ -27,6 +31,12 @@ class Asked(NamedTuple):
     indices: torch.Tensor
     offsets: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+
+
+def has_op(table: torch.Tensor) -> bool:
+    """Whether there is an op for lookups in a table: there is none for those in files. Lookups without one
+    are no part of the graph."""
+    return _ADDS_UP and not isinstance(table, TableWeight)
 
 
 def takes(asked: Asked) -> bool:

@@ -138,7 +138,7 @@ def _looked_up(
 ) -> torch.Tensor | None:
     """What a module looks up, a row for each bag or index; None if that is torch's."""
     if torch.compiler.is_compiling():
-        if isinstance(module.weight, TableWeight):
+        if not compiled.has_op(module.weight):
             return _out_of_graphs(module, given, offsets, weights)
         asked = compiled.Asked(module, module.weight, given, offsets, weights)
         return compiled.look_up([asked]) if compiled.takes(asked) else None
@@ -146,4 +146,4 @@ def _looked_up(
     return None if call is None else look_up([call])
 
 
-_out_of_graphs = torch.compiler.disable(_looked_up)  # for tables in files, of which there is no op
+_out_of_graphs = torch.compiler.disable(_looked_up)
