@@ -1,13 +1,15 @@
 """Many embedding tables as one module: their lookups are one launch, their indices are sorted at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastopt.torch import compiled
 from fastopt.torch.calls import call_of
 from fastopt.torch.lookups import Call, look_up
+from fastopt.torch.modules import EmbeddingBag
 
 Bags = torch.Tensor | tuple[torch.Tensor | None, ...]  # the arguments of a lookup in a table
 
@@ -35,8 +37,11 @@ class EmbeddingBagCollection(torch.nn.Module):
         tables: the modules, a ``ModuleDict``. features: the names of the features, in the order of columns.
 
     Raises:
-        TypeError: a table is no ``EmbeddingBag``.
-        ValueError: ``features`` has a name twice, or one of a table that there is not.
+        TypeError: a table is no ``EmbeddingBag``, or features are no list of names.
+        ValueError: ``features`` has a name twice, or one of a table that there is not, or a table has none.
+
+    Tables that do more than look up, by a ``forward`` of their own or by hooks (pruning, spectral norm), are
+    called one by one, and so are the others of their collection.
 
     Example:
         >>> tables = {"item": EmbeddingBag(1000, 8, mode="sum"), "country": EmbeddingBag(200, 4, mode="sum")}
@@ -53,6 +58,8 @@ class EmbeddingBagCollection(torch.nn.Module):
         features: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
+        if not tables:
+            raise ValueError("tables is empty: expected at least one EmbeddingBag")
         for name, table in tables.items():
             if not isinstance(table, torch.nn.EmbeddingBag):
                 raise TypeError(f"tables[{name!r}] is {type(table).__name__}: expected an EmbeddingBag")
@@ -63,7 +70,12 @@ class EmbeddingBagCollection(torch.nn.Module):
         self.tables = torch.nn.ModuleDict(tables)
         self._features: list[_Feature] = []
         for name, table in tables.items():
-            for feature in features.get(name, [name]):
+            own = features.get(name, [name])
+            if isinstance(own, str):
+                raise TypeError(f"features[{name!r}] is {own!r}: expected a list of names, [{own!r}]")
+            if not own:
+                raise ValueError(f"features[{name!r}] is empty: expected at least one name")
+            for feature in own:
                 if feature in self.features:
                     raise ValueError(f"features has {feature!r} twice: expected different names")
                 first = self._features[-1].last if self._features else 0
@@ -122,12 +134,12 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
         asked = [
             compiled.Asked(module, module.weight, *own) for module, own in zip(modules, given, strict=True)
         ]
-        if asked and all(map(compiled.takes, asked)):
+        if all(map(_looks_up_alone, modules)) and all(map(compiled.takes, asked)):
             return compiled.look_up(asked)
         return torch.cat([module(*own) for module, own in zip(modules, given, strict=True)], 1)
-    calls = [call_of(module, *own) for module, own in zip(modules, given, strict=True)]
-    if not calls or any(call is None for call in calls):
-        results = [module(*own) for module, own in zip(modules, given, strict=True)]
+    calls = _by_feature(collection, call_of, given) if all(map(_looks_up_alone, modules)) else [None]
+    if any(call is None for call in calls):
+        results = _by_feature(collection, lambda module, *own: module(*own), given)
         _check_bags(collection, [len(own) for own in results])
         return torch.cat(results, 1)
     known: list[Call] = [call for call in calls if call is not None]
@@ -137,6 +149,36 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise ValueError(f"tables are of {found}: expected the same of all")
     return look_up(known)
+
+
+def _looks_up_alone(module: torch.nn.EmbeddingBag) -> bool:
+    """Whether a call of a module is its lookup and nothing else."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return (
+        type(module).forward in (EmbeddingBag.forward, torch.nn.EmbeddingBag.forward)
+        and "forward" not in vars(module)
+        and not any(hooks)
+        and not _has_any_global_hook()
+    )
+
+
+def _by_feature(
+    collection: EmbeddingBagCollection, function: Callable[..., Any], given: Sequence[tuple]
+) -> list[Any]:
+    """``function(module, *arguments)`` of each feature; its errors tell which."""
+    found = []
+    for name, module, own in zip(collection.features, collection.modules_of_features(), given, strict=True):
+        try:
+            found.append(function(module, *own))
+        except Exception as error:
+            error.add_note(f"in inputs[{name!r}] of an EmbeddingBagCollection")
+            raise
+    return found
 
 
 _out_of_graphs = torch.compiler.disable(_looked_up)

@@ -46,8 +46,8 @@ def parameter_at(place: int, shape: Sequence[int]) -> torch.Tensor:
 
 def _without_optimizer(shape: Sequence[int]) -> RuntimeError:
     return RuntimeError(
-        f"a table of shape {tuple(shape)} is fused, and no optimizer has it: expected its weight among the "
-        "parameters of an optimizer of fastopt.torch, made before the backward pass"
+        f"a table of shape {tuple(shape)} is fused, and no optimizer has it: expected its weight, itself and "
+        "not what it is computed of, in an optimizer of fastopt.torch, made before the backward pass"
     )
 
 
@@ -55,7 +55,7 @@ def update(gradients: Iterable[tuple[torch.Tensor, RowGradients]]) -> None:
     """Have each table's optimizer, the latest that has it, update it: the gradients of a table are added up.
 
     Raises:
-        RuntimeError: a table has no optimizer of :mod:`fastopt.torch`.
+        RuntimeError: a table has no optimizer of :mod:`fastopt.torch`, or hooks that would see its gradient.
     """
     gradients = list(gradients)
     if not gradients:
@@ -68,6 +68,11 @@ def update(gradients: Iterable[tuple[torch.Tensor, RowGradients]]) -> None:
     }
     alike: dict[int, tuple[Updates, dict[int, RowGradients]]] = {}
     for table, gradient in gradients:
+        if table._backward_hooks:
+            raise RuntimeError(
+                f"a table of shape {tuple(table.shape)} is fused and has hooks (register_hook): expected "
+                "none, as there is no gradient after its update"
+            )
         optimizer = owners.get(id(table))
         if optimizer is None:
             raise _without_optimizer(table.shape)

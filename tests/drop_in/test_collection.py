@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import fastopt.torch as ft
 
@@ -114,9 +115,55 @@ def test_what_does_not_fit_is_refused(inputs):
         ft.EmbeddingBagCollection({"a": ft.EmbeddingBag(3, 2)}, {"b": ["x"]})
     with pytest.raises(ValueError, match="twice"):
         ft.EmbeddingBagCollection({"a": ft.EmbeddingBag(3, 2)}, {"a": ["x", "x"]})
+    with pytest.raises(TypeError, match=r"expected a list of names, \['xy'\]"):
+        ft.EmbeddingBagCollection({"a": ft.EmbeddingBag(3, 2)}, {"a": "xy"})
+    with pytest.raises(ValueError, match="at least one name"):
+        ft.EmbeddingBagCollection({"a": ft.EmbeddingBag(3, 2)}, {"a": []})
+    with pytest.raises(ValueError, match="tables is empty"):
+        ft.EmbeddingBagCollection({})
+    with pytest.raises(RuntimeError, match="50") as caught:
+        many({**inputs, "y": (torch.tensor([50]), torch.tensor([0, 0, 0, 0, 0, 0]))})
+    assert caught.value.__notes__ == ["in inputs['y'] of an EmbeddingBagCollection"]
     many.tables["b"].double()
     with pytest.raises(ValueError, match="float64"):
         many(inputs)
+
+
+class Doubled(ft.EmbeddingBag):
+    def forward(self, *given):
+        return 2 * super().forward(*given)
+
+
+def replaced(module):
+    forward = module.forward
+    module.forward = lambda *given: 2 * forward(*given)
+
+
+CHANGES = {
+    "hook": lambda module: module.register_forward_hook(lambda _, given, result: 2 * result),
+    "backward hook": lambda module: module.register_full_backward_pre_hook(lambda _, given: (2 * given[0],)),
+    "class": lambda module: setattr(module, "__class__", Doubled),
+    "method": replaced,
+    "pruning": lambda module: prune.random_unstructured(module, "weight", amount=0.5),
+    "spectral norm": torch.nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tables_that_do_more_than_look_up_are_called(inputs, change):
+    trained = []
+    for look_up in (lambda many: many(inputs), lambda many: one_by_one(many, inputs)):
+        many = collection()
+        torch.manual_seed(2)
+        CHANGES[change](many.tables["a"])
+        opt = ft.SGD(many.parameters(), lr=0.1)
+        for _ in range(2):
+            look_up(many).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        trained.append([look_up(many).detach(), *many.parameters()])
+    for got, want in zip(*trained, strict=True):
+        assert torch.equal(got, want)
 
 
 # Updates in the backward pass
@@ -159,6 +206,20 @@ def test_a_table_without_an_optimizer_is_refused():
     with pytest.raises(RuntimeError, match="no optimizer has it"):
         embedding(torch.tensor([1])).sum().backward()
     assert torch.equal(embedding.weight, before)
+
+
+def test_hooks_on_the_gradient_of_a_fused_table_are_refused():
+    embedding = ft.Embedding(10, 4, fused=True)
+    before = embedding.weight.detach().clone()
+    opt = ft.SGD([embedding.weight], lr=1.0)
+    hook = embedding.weight.register_hook(lambda grad: 2 * grad)
+    with pytest.raises(RuntimeError, match="register_hook"):
+        embedding(torch.tensor([1])).sum().backward()
+    assert torch.equal(embedding.weight, before)
+    hook.remove()
+    embedding(torch.tensor([1])).sum().backward()
+    assert not torch.equal(embedding.weight, before)
+    assert opt.param_groups
 
 
 def test_a_group_that_torch_updates_is_refused():

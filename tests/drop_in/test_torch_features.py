@@ -392,6 +392,17 @@ def test_gradients_stay_scaled_if_fused_unless_they_are_unscaled_before_the_step
     assert torch.equal(p.grad, torch.full((3,), 64.0 if fused and not unscales else 1.0))
 
 
+def test_a_fused_step_without_gradients_is_none_for_a_scaler_too():
+    used, unused = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizers = [fastopt.torch.SGD([p], lr=1.0, fused=True) for p in (used, unused)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(used.sum()).backward()
+    for opt in optimizers:
+        scaler.step(opt)
+    assert torch.equal(used.detach(), torch.full((3,), -1.0))
+    assert torch.equal(unused.detach(), torch.zeros(3))
+
+
 def test_gradients_are_clipped_in_the_step():
     nets = model(), model()
     opt = fastopt.torch.AdamW(nets[0].parameters(), lr=0.1)
