@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 
@@ -17,6 +18,17 @@ COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "pr
 settings.register_profile("deterministic", max_examples=15, derandomize=True, database=None, **COMMON)
 settings.register_profile("thorough", max_examples=200, derandomize=False, database=None, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "deterministic"))
+
+# Compiling makes millions of objects that stay: a collection of them all takes seconds, and finds nothing.
+gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_stays_is_left_out_of_later_collections():
+    """Each module is collected once, and what is left of it then never again."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

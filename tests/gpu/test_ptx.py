@@ -15,7 +15,7 @@ if not PTXAS.is_file():
 
 MOST_REGISTERS = 255  # that a thread can have
 KERNELS = {name: kernel for name, _, kernel in every_kernel()}
-EACH = 16  # kernels, of which one is compiled where not all are
+EACH = 24  # kernels, of which one is compiled where not all are
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 # Their sums of squares are float64, and so are counts of steps.
 WITH_DOUBLES = "rows: LAMB, ", "rows: Adam, norms limited", "rows: Adam, steps counted by row"
