@@ -1,5 +1,6 @@
 """Python processes of their own that tests run, and what their scripts share."""
 
+import inspect
 import os
 import signal
 import subprocess
@@ -71,6 +72,37 @@ class Process:
 def run(script, folder, **env):
     """The words that a process printed."""
     return Process(script, folder, **env).output()[0].split()
+
+
+def edit(path, before, after):
+    """Replace text in a file and leave its times as they were."""
+    text, times = path.read_text(), path.stat()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def run_before_and_after(edits, script, folder, **env):
+    """The words that a script prints, a list for each run: before the edits, and after each of them.
+
+    All are children of one process, which imports fastopt and compiles a kernel, so that they need not.
+    """
+    runs = f"""
+from pathlib import PosixPath
+{inspect.getsource(edit)}
+dense(3)
+for change in [None, *{edits}]:
+    if change:
+        edit(*change)
+    child = os.fork()
+    if not child:
+        forget()
+        exec({script!r})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    return [line.split() for line in Process(COMMON + runs, folder, **env).output()[0].splitlines()]
 
 
 def files(folder):

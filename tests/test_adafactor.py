@@ -35,7 +35,7 @@ def update(p, g, state, step, options, members=(PLAIN, PLAIN), master=None, scal
     c = Decoupled(-scale if options.get("maximize") else scale, np.inf, 1 - lr * weight_decay)
     numbers = np.array([*h, *c])
     places = np.array([address(p), 0 if master is None else address(master), address(g), 0])
-    h, c = (type(t)(*map(dtype, t)) for t in (h, c))
+    h, c = (type(t)(*map(float, t)) for t in (h, c))  # as launches have them, which share this kernel
     kinds = formats.formats(*members)
     given = h, c, dtype(0), kinds, places, shape, row_var, col_var, numbers, zero_grads
     update_tiles(p.size, *tile_arguments(*given))

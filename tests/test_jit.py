@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from processes import COMMON, SHARED, STEP, Process, files, run
+from processes import COMMON, SHARED, STEP, Process, edit, files, run, run_before_and_after
 
 import fastopt
 import fastopt.kernels
@@ -29,21 +29,12 @@ def copy_package(folder):
     return folder / "fastopt"
 
 
-def edit(path, before, after):
-    """Replace text in a file and leave its times as they were."""
-    text, times = path.read_text(), path.stat()
-    assert text.count(before) == 1
-    path.write_text(text.replace(before, after))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
 def test_an_edited_rule_is_compiled_again_and_an_unchanged_one_is_not(tmp_path):
     package = copy_package(tmp_path)
     env = {"PYTHONPATH": tmp_path, "NUMBA_CACHE_DIR": tmp_path / "cache"}
     where = "\nimport fastopt.kernels.rules\nprint(fastopt.__file__, fastopt.kernels.rules.__file__)"
-    names = "__init__.py", "kernels/rules/__init__.py"
-    assert run(where, tmp_path, **env) == [str(package / name) for name in names]
-    assert run(STEP, tmp_path, **env) == ["-0.5", "1", "0"]
+    names = [str(package / name) for name in ("__init__.py", "kernels/rules/__init__.py")]
+    assert run(STEP + where, tmp_path, **env) == ["-0.5", "1", "0", *names]
     edit(package / "kernels" / "rules" / "sgd.py", "(p - h.lr * g,)", "(p + h.lr * g,)")
     assert run(STEP, tmp_path, **env) == ["0.5", "1", "0"]
     before = files(tmp_path / "cache")
@@ -114,20 +105,20 @@ def test_a_rule_from_outside_is_compiled_again_when_any_of_its_code_changed(tmp_
     rule.write_text(OWN_RULE)
     parts.write_text(OWN_PARTS)
     more.write_text(OWN_MORE)
-    assert run(OWN_STEP, tmp_path, **env) == ["-1.0", "1", "0"]
-    for path, before, after, want in [
-        (rule, "(p + own", "(p - own", "1.0"),
-        (parts, "SIGN = -1", "SIGN = -2", "2.0"),
-        (parts, "by=1.0", "by=2.0", "1.0"),
-        (more, "x * 1", "x * 3", "3.0"),
-        (more, "x * 0", "x * 1", "2.0"),
-        (parts, "([1.0,", "([1.0000000001,", "2.0"),
-        (rule, "lr: float = 0.1\n    gain: float = 2.0", "gain: float = 2.0\n    lr: float = 0.1", "2.0"),
-    ]:
-        edit(path, before, after)
-        assert run(OWN_STEP, tmp_path, **env) == [want, "1", "0"], f"{before} -> {after}"
+    edits = [
+        (rule, "(p + own", "(p - own"),
+        (parts, "SIGN = -1", "SIGN = -2"),
+        (parts, "by=1.0", "by=2.0"),
+        (more, "x * 1", "x * 3"),
+        (more, "x * 0", "x * 1"),
+        (parts, "([1.0,", "([1.0000000001,"),
+        (rule, "lr: float = 0.1\n    gain: float = 2.0", "gain: float = 2.0\n    lr: float = 0.1"),
+    ]
+    results = ["-1.0", "1.0", "2.0", "1.0", "3.0", "2.0", "2.0", "2.0"]
+    found = run_before_and_after(edits, OWN_STEP, tmp_path, **env)
+    assert found == [[want, "1", "0"] for want in results]
     kept = files(tmp_path / "cache")
-    assert run(OWN_STEP, tmp_path, **env) == [want, "0", "1"]
+    assert run(OWN_STEP, tmp_path, **env) == [results[-1], "0", "1"]
     assert files(tmp_path / "cache") == kept
 
 
@@ -166,15 +157,17 @@ def test_a_format_from_outside_is_compiled_again_when_its_code_changed(tmp_path)
     env = {"PYTHONPATH": tmp_path, "NUMBA_CACHE_DIR": tmp_path / "cache"}
     path = tmp_path / "own_format.py"
     path.write_text(OWN_FORMAT)
-    assert run(OWN_FORMAT_STEPS, tmp_path, **env) == ["-1.25", "int16", "1", "0"]
-    for before, after, want in [
-        ("float32(stored) /", "float32(stored) * 0.5 /", "-1.125"),
-        ("stored) * 0.5 /", "stored) /", "-1.25"),
-        ("float32(x) *", "float32(x) * 0.5 *", "-1.125"),
-    ]:
-        edit(path, before, after)
-        counts = ["1", "0"] if want != "-1.25" else ["0", "1"]
-        assert run(OWN_FORMAT_STEPS, tmp_path, **env) == [want, "int16", *counts], f"{before} -> {after}"
+    edits = [
+        (path, "float32(stored) /", "float32(stored) * 0.5 /"),
+        (path, "stored) * 0.5 /", "stored) /"),
+        (path, "float32(x) *", "float32(x) * 0.5 *"),
+    ]
+    assert run_before_and_after(edits, OWN_FORMAT_STEPS, tmp_path, **env) == [
+        ["-1.25", "int16", "1", "0"],
+        ["-1.125", "int16", "1", "0"],
+        ["-1.25", "int16", "0", "1"],
+        ["-1.125", "int16", "1", "0"],
+    ]
 
 
 COMPILES = {"Kernel", "Direct", "helper", "restricted_helper", "register_jitable", "overload", "intrinsic"}
@@ -372,26 +365,33 @@ print(p[0], *compiled_and_loaded())
             assert process.output()[0].split() == ["-0.5", *counts]
 
 
-STATES = None, "bfloat16", "8bit"
-STEPS = """
-import numpy as np
-import fastopt
-
-for state_dtype in {}:
-    table = np.ones((4, 100), np.float32)
-    g = np.linspace(-1, 1, table.size, dtype=np.float32).reshape(table.shape)
-    grad = g if state_dtype else fastopt.IndexedSlices(np.arange(4), g)
-    fastopt.SGD(table, lr=0.25, momentum=0.5, state_dtype=state_dtype).step(grad)
-    print(float(table @ np.arange(100) @ np.arange(4)))
-"""
-
-
 def test_kernels_compiled_in_several_processes_work_in_one(tmp_path):
     """Numba names what it compiles by a number that it counts anew in each process."""
-    for state_dtype in STATES:
-        run(STEPS.format([state_dtype]), tmp_path, NUMBA_CACHE_DIR=tmp_path / "one by one")
-    together = run(STEPS.format(STATES), tmp_path, NUMBA_CACHE_DIR=tmp_path / "one by one")
-    assert together == run(STEPS.format(STATES), tmp_path, NUMBA_CACHE_DIR=tmp_path / "at once")
+    script = (
+        COMMON
+        + """
+STATES = None, "bfloat16", "8bit"
+
+def child(states):
+    if number := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 0
+        return
+    for state_dtype in states:
+        table = np.ones((4, 100), np.float32)
+        g = np.linspace(-1, 1, table.size, dtype=np.float32).reshape(table.shape)
+        grad = g if state_dtype else fastopt.IndexedSlices(np.arange(4), g)
+        fastopt.SGD(table, lr=0.25, momentum=0.5, state_dtype=state_dtype).step(grad)
+        print(float(table @ np.arange(100) @ np.arange(4)))
+    sys.stdout.flush()
+    os._exit(0)
+
+for state_dtype in STATES:
+    child([state_dtype])
+child(STATES)
+"""
+    )
+    found = run(script, tmp_path, NUMBA_CACHE_DIR=tmp_path / "cache")
+    assert len(found) == 6 and found[:3] == found[3:]
 
 
 def test_importing_compiles_nothing_and_starts_nothing(tmp_path):

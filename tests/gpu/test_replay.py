@@ -46,7 +46,7 @@ RUNS = [
     (fastopt.Adam, {"lr": 1e-2, "state_dtype": "8bit", "weight_decay": 0.1}, np.float64),
     (fastopt.SGD, {"lr": 0.1, "momentum": 0.9, "state_dtype": "bfloat16"}, ml_dtypes.bfloat16),
     (fastopt.LAMB, {"lr": 1e-2}, np.float32),
-    (fastopt.Adafactor, {"lr": 1e-2}, np.float32),
+    (fastopt.Adafactor, {"lr": 1e-2, "weight_decay": 0.1}, np.float32),
 ]
 ARGUMENTS = {"clip_norm": 2.0, "grad_scale": 0.5}, {"zero_grads": True}
 
