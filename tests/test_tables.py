@@ -66,9 +66,9 @@ class PerRow:
                 )
 
 
-PER_ROW = [("adam", F32, {}), ("adamw", F64, {"weight_decay": 0.1}), ("radam", F32, {"betas": (0.9, 0.9)}),
+PER_ROW = [("adam", F32, {}), ("adamw", F64, {"weight_decay": 0.1}), ("radam", F64, {"betas": (0.9, 0.9)}),
            ("adagrad_decay", F32, {}), ("dampening", F64, {"weight_decay": 0.1}),
-           ("rowwise_adam", F32, {}), ("rowwise_adagrad", F32, {}),
+           ("rowwise_adam", F64, {}), ("rowwise_adagrad", F32, {}),
            ("nadam", F32, {}), ("lion", F64, {})]  # fmt: skip
 
 
