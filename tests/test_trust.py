@@ -89,7 +89,7 @@ class Table:
         table[:, layout.ARRAY_KEY] = step
         bases = np.cumsum([0, *(p.first.size for p in self.ps)])
         table[:, layout.ARRAY_POSITION] = bases[:-1] + first
-        h, c = (type(t)(*map(self.dtype, t)) for t in (h, c))
+        h, c = (type(t)(*map(float, t)) for t in (h, c))  # as launches have them, which share this kernel
         kinds = formats.formats(*self.members)
         return h, c, self.dtype(0), kinds, table, bases, numbers, zero_grads, chunk
 
