@@ -237,8 +237,7 @@ class KernelStep(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        # A scaler that met no gradient of ours gives the number 0.
-        if found_inf is not None and float(found_inf):
+        if found_inf is not None and float(found_inf):  # which is no tensor where no gradient was
             self.info = StepInfo(skipped=True)
             return loss
         grad_scale = 1.0 if scale is None else 1.0 / scale.item()
