@@ -338,6 +338,14 @@ class Table(arrays.TableInFiles):
         self._flushed.log.unseal()
 
 
+def checksums(table: Table) -> tuple[int | None, int | None]:
+    """Those of all rows, of the weights and the state, as of the last flush and of the one before: what has
+    equal ones is the same but for one in 2^32. None where there was no flush, or an earlier version made the
+    table."""
+    flushed = table._flushed
+    return flushed.meta.sums, None if flushed.former is None else flushed.former.sums
+
+
 def commit(tables: Sequence[Table]) -> None:
     """Make what each table prepared what counts, with no signal handler run between them.
 

@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from fastopt._core.arrays import before_writing
 from fastopt.torch.kept import takes
 from fastopt.torch.lookups import Call
-from fastopt.torch.tables import TableWeight, plain_parameter
+from fastopt.torch.tables import TableWeight, plain_parameter, writable
 
 _INTEGERS = {torch.int32, torch.int64}
 
@@ -115,4 +115,4 @@ def limit_norms(
     """Scale rows that are too long down, as torch does."""
     if module.max_norm is not None:
         with torch.no_grad():
-            torch.embedding_renorm_(table, indices.contiguous(), module.max_norm, module.norm_type)
+            torch.embedding_renorm_(writable(table), indices.contiguous(), module.max_norm, module.norm_type)

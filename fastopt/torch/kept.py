@@ -108,7 +108,7 @@ class Kept:
         self.params = [p for _, own in parts for p in own]
         chosen = set(map(id, self.params))
         self.left = [[p for p in own if id(p) not in chosen] for own in self._members]
-        check_left(self.left)
+        check_left(self.left, groups, self._sharing)
         self.tables = {i: p for i, p in enumerate(self.params) if isinstance(p, TableWeight)}
         self._flags = [*map(_flags, groups)]
         self._numbers = [number for number, _ in parts]

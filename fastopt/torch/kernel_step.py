@@ -16,7 +16,7 @@ from fastopt.torch import left
 from fastopt.torch.fused import register
 from fastopt.torch.kept import Kept, takes
 from fastopt.torch.row_gradients import RowGradients
-from fastopt.torch.tables import TableWeight, of_other_steps
+from fastopt.torch.tables import TableWeight, of_other_flushes, saved_with_checksums, tables_of
 from fastopt.torch.traits import Traits
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -77,7 +77,7 @@ class KernelStep(torch.optim.Optimizer):
         self.defaults.update(self._shared)
         if not self.traits.in_torch:  # torch has checked nothing
             self.traits.check(self.param_groups)
-        if not self.traits.in_torch or self._has_tables():
+        if not self.traits.in_torch or tables_of(self.param_groups):
             self._current()
         register(self)
 
@@ -116,10 +116,6 @@ class KernelStep(torch.optim.Optimizer):
             self._complete(group)
         register(self)
 
-    def _has_tables(self) -> bool:
-        """Whether tables in files are among the parameters."""
-        return any(isinstance(p, TableWeight) for group in self.param_groups for p in group["params"])
-
     def _complete(self, group: dict[str, Any]) -> None:
         """Give a group those of the options that torch does not know, and have scalers know of ``fused``."""
         given = {name: group.get(name, value) for name, value in self._shared.items()}
@@ -138,35 +134,38 @@ class KernelStep(torch.optim.Optimizer):
         self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. Tables in files are flushed, and only their steps are in it. With ``rows="dense"`` all
-        rows are brought up to date first: take the model's state afterwards, or call :meth:`flush` before.
+        """As torch's. Tables in files are flushed; only their steps and checksums are in it. With
+        ``rows="dense"`` all rows are brought up to date first: take the model's state afterwards, or call
+        :meth:`flush` before.
 
         Raises:
             OSError: a table's files can't be written; its former flush counts.
         """
+        if self._kept is None and any(not p.table.closed for p in tables_of(self.param_groups)):
+            self._current()
         if self._kept is not None:
             self._kept.catch_up()
             if self._kept.has_unflushed():  # a flush more would leave no way back to the last state but one
                 self._kept.flush()
-        return super().state_dict()
+        with saved_with_checksums(self):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, of whose classes it takes the state, too: a copy. State that is not of the parameter's
         dtype stays what it is: torch would round it. Tables in files go back to the flush before their last
-        one, if that was made with this state.
+        one, if that was made with this state: with as many steps and, where it has one, its checksum.
 
         Raises:
-            ValueError, TypeError: the state does not fit, or tables in files have made other steps; nothing
-                has changed then.
+            ValueError, TypeError: the state does not fit, or is of no such flush; nothing has changed then.
         """
-        steps = self._current().steps_of_tables() if self._has_tables() else {}
+        steps = self._current().steps_of_tables() if tables_of(self.param_groups) else {}
         before = {name: vars(self)[name] for name in ("state", "param_groups", "_kept")}
         loaded: list[dict[str, Any]] = []  # what the hooks of the user made of it
         handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
         try:
             super().load_state_dict(state_dict)
             self._keep_what_torch_drops(loaded[-1], before["param_groups"])
-            back = of_other_steps(steps, self.state)
+            back = of_other_flushes(steps, self.state)
             self._current()
         except BaseException:
             vars(self).update(before)

@@ -137,8 +137,10 @@ class RowGradients(torch.Tensor):
             return self.whole
         if isinstance(self.table, TableWeight):
             raise RuntimeError(
-                f"the gradient of {self.table.table!r} is not made dense: expected an optimizer of "
-                "fastopt.torch, and clip_norm of its step"
+                f"the gradient of lookups in {self.table.table!r} is not made dense, as torch does to clip "
+                "it, to step, or to add it to the dense one of another use of the weight, as of weight.t(): "
+                "expected an optimizer of fastopt.torch, clip_norm of its step, and no such use beside "
+                "lookups"
             )
         total = torch.zeros_like(self.table, dtype=_computed_with(self.table))
         for own in self.lookups:

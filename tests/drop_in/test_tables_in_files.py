@@ -11,6 +11,7 @@ import torch
 
 import fastopt
 import fastopt.torch as ft
+from fastopt.tables.table import checksums
 
 ROWS, DIM = 200, 8
 
@@ -172,7 +173,9 @@ def failing(*given):
 def test_rows_that_are_scaled_to_a_norm_are_undone(tmp_path):
     with pytest.raises(KeyError), opened(tmp_path / "t") as table:
         bag = ft.EmbeddingBag.from_table(table, mode="sum", max_norm=1e-3)
+        version = bag.weight._version
         bag(indices(0))
+        assert bag.weight._version > version  # graphs that saved the weights learn of it
         assert np.linalg.norm(table.weights[indices(0).flatten()], axis=1).max() <= 1.001e-3
         raise KeyError
     with opened(tmp_path / "t") as table:
@@ -269,6 +272,66 @@ def test_a_state_that_does_not_fit_leaves_the_table_with_its_optimizer(tmp_path)
             opt.load_state_dict(state)
 
 
+def test_a_state_of_another_run_with_as_many_steps_is_refused(tmp_path):
+    states = []
+    with opened(tmp_path / "t") as table:
+        model = Model(table)
+        opt = ft.RowwiseAdagrad(model.parameters(), lr=0.1)
+        train(model, opt, range(2))
+        begun = copy.deepcopy(opt.state_dict())
+        # Two ways on from there, of as many steps: the second goes back first
+        for way in (range(2, 4), range(4, 6)):
+            opt.load_state_dict(begun)
+            assert opt.state[model.tables.tables["first"].weight] == {"step": 2}
+            train(model, opt, way)
+            states.append(copy.deepcopy(opt.state_dict()))
+        before = [*everything(model, opt), table.weights.copy()]
+        with pytest.raises(
+            ValueError, match=r"has step 4 for Table.* held other rows then: it is of another"
+        ):
+            opt.load_state_dict(states[0])
+        for got, want in zip([*everything(model, opt), table.weights], before, strict=True):
+            assert_same(got, want)
+        opt.load_state_dict(states[1])
+        saved = copy.deepcopy(states[0])
+        saved["state"][2].pop("checksum")  # as of a table without checksums, which is known by its steps
+        opt.load_state_dict(saved)
+        opt.load_state_dict(states[1])
+        train(model, opt, range(6, 7))
+        opt.flush()
+        with pytest.raises(
+            ValueError, match=r"has step 4 for Table.* held other rows then: it is of another"
+        ):
+            opt.load_state_dict(states[0])
+        opt.load_state_dict(states[1])  # goes back
+        assert np.array_equal(table.weights, before[2])
+
+
+def test_a_state_after_a_change_of_groups_is_that_of_a_flush(tmp_path):
+    with opened(tmp_path / "t") as table:
+        model = Model(table)
+        opt = ft.RowwiseAdagrad(model.parameters(), lr=0.1)
+        train(model, opt, range(2))
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+        state = opt.state_dict()["state"][2]
+        assert not table.changed and state == {"step": 2, "checksum": checksums(table)[0]}
+
+
+def test_state_of_a_table_in_memory_is_refused(tmp_path):
+    in_memory = ft.EmbeddingBag.from_pretrained(torch.tensor(start(0, ROWS)), freeze=False, mode="sum")
+    before = ft.RowwiseAdagrad(in_memory.parameters(), lr=0.1)
+    in_memory(indices(0)).sum().backward()
+    before.step()
+    with opened(tmp_path / "t") as table:
+        bag = ft.EmbeddingBag.from_table(table, mode="sum")
+        opt = ft.RowwiseAdagrad(bag.parameters(), lr=0.1)
+        bag(indices(0)).sum().backward()
+        opt.step()
+        with pytest.raises(ValueError, match=r"'sum' for Table.*: expected its step alone"):
+            opt.load_state_dict(before.state_dict())
+        assert opt.state[bag.weight] == {"step": 1}
+
+
 # What stays where it is
 
 
@@ -309,7 +372,8 @@ def test_a_closed_table_is_refused(tmp_path):
     for call in (lambda: bag(indices(0)), opt.step, opt.flush, lambda: ft.EmbeddingBag.from_table(table)):
         with pytest.raises(ValueError, match="is closed"):
             call()
-    assert opt.state_dict()["state"] == {0: {"step": 1}}  # of the last flush, which leaving the block made
+    # Of the last flush, which leaving the block made
+    assert opt.state_dict()["state"] == {0: {"step": 1, "checksum": checksums(table)[0]}}
     with opened(tmp_path / "t") as table:
         assert table.progress == before and before["step"] == 1
 
@@ -339,7 +403,8 @@ REFUSED = {
     "Adafactor": (ft.Adafactor, "dense gradients alone"),
     "NAdam": (ft.NAdam, "products of NAdam's momenta"),
     "rows": (lambda p: ft.SGD([*p, {"params": torch.ones(2, 2), "rows": "dense"}]), "'lazy' in all"),
-    "capturable": (lambda p: ft.Adam(p, capturable=True), "left to torch's own step"),
+    "capturable": (lambda p: ft.Adam(p, capturable=True), "expected capturable=False"),
+    "differentiable": (lambda p: ft.Adam(p, differentiable=True), "expected differentiable=False"),
 }
 
 
@@ -372,12 +437,90 @@ def test_the_last_optimizer_made_has_the_table(tmp_path):
 def test_two_weights_of_a_table_are_refused(tmp_path):
     with opened(tmp_path / "t") as table:
         one, other = (ft.EmbeddingBag.from_table(table) for _ in range(2))
-        for make in (ft.SGD, ft.RowwiseAdagrad):
-            with pytest.raises(ValueError, match=r"one weight of a table|shares memory"):
+        for make, cause in (ft.SGD, "but so is another weight of it"), (ft.RowwiseAdagrad, "shares memory"):
+            with pytest.raises(ValueError, match=cause):
                 make([one.weight, other.weight])
         other.weight = one.weight
         (one(indices(0)) + other(indices(1))).sum().backward()
         ft.SGD({*one.parameters(), *other.parameters()}).step()
+
+
+def filled(weight):
+    with torch.no_grad():
+        weight[3] = 0
+
+
+def stepped(make, **options):
+    def step(bag):
+        bag.weight.grad = torch.ones(ROWS, DIM)
+        make(bag.parameters(), lr=0.1, **options).step()
+
+    return step
+
+
+WRITES = {
+    "reset_parameters": lambda bag: bag.reset_parameters(),
+    "apply": lambda bag: bag.apply(lambda own: torch.nn.init.zeros_(own.weight)),
+    "setitem": lambda bag: filled(bag.weight),
+    "data": lambda bag: bag.weight.data.mul_(2),
+    "new data": lambda bag: setattr(bag.weight, "data", torch.ones(ROWS, DIM)),
+    "row": lambda bag: bag.weight.detach()[3].zero_(),
+    "transposed": lambda bag: bag.weight.data.t().copy_(torch.ones(DIM, ROWS)),
+    "parts": lambda bag: bag.weight.detach().split(10)[1].view(torch.int32).zero_(),
+    "out": lambda bag: torch.add(torch.ones(ROWS, DIM), 1, out=bag.weight.detach()),
+    "foreach": lambda bag: torch._foreach_mul_([torch.ones(3), bag.weight.detach()], 2.0),
+    "inference": torch.inference_mode()(lambda bag: bag.weight.reshape(-1).zero_()),
+    "max_norm": lambda bag: torch.nn.functional.embedding(indices(0), bag.weight.detach(), max_norm=1e-3),
+    "SGD": stepped(torch.optim.SGD),
+    "Adam": stepped(torch.optim.Adam, foreach=True),
+    "AdamW": stepped(torch.optim.AdamW, fused=True),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_torch_writes_beside_the_undo_log_is_refused(tmp_path, write):
+    with opened(tmp_path / "t", rows=ROWS) as table:
+        bag = ft.EmbeddingBag.from_table(table, mode="sum")
+        with pytest.raises(
+            RuntimeError, match=r"would write to the weights of Table.* beside their undo log"
+        ):
+            write(bag)
+        assert np.array_equal(table.weights, start(0, ROWS)) and not table.changed
+        assert bag.weight.data_ptr() == table.weights.ctypes.data
+
+
+def test_torch_reads_the_weights_and_copies_are_its_own(tmp_path):
+    with opened(tmp_path / "t") as table:
+        weight = ft.EmbeddingBag.from_table(table, mode="sum").weight
+        want = torch.from_numpy(start(0, ROWS))
+        assert torch.equal(weight, want) and weight.tolist() == want.tolist()
+        assert torch.equal(weight @ weight[3], want @ want[3])
+        assert "TableWeight" in repr(weight)
+        for copied in (weight.detach().clone(), weight.data.double(), weight.detach()[[1, 2]]):
+            copied.zero_()
+        with torch.inference_mode():
+            weight.to(torch.float64).zero_()
+        array = weight.detach()[3:5].numpy()
+        assert np.array_equal(array, start(3, 5)) and not array.flags.writeable
+        with pytest.raises(RuntimeError, match="requires grad"):
+            weight.numpy()
+        for of in (weight, weight.detach()):  # to an optimizer without torch, which would log nothing
+            with pytest.raises(ValueError, match="read-only"):
+                fastopt.SGD([of])
+        assert np.array_equal(table.weights, start(0, ROWS))
+
+
+def test_dense_gradients_without_lookups_update_all_rows_through_the_log(tmp_path):
+    with opened(tmp_path / "t") as table:
+        in_memory = torch.nn.Parameter(torch.tensor(start(0, ROWS)))
+        weight = ft.EmbeddingBag.from_table(table, mode="sum").weight
+        for p in (weight, in_memory):
+            (p**2).sum().backward()
+            ft.Adam([p], lr=0.1).step()
+        assert torch.equal(weight, in_memory) and table.changed
+        table.close()
+    with opened(tmp_path / "t") as table:
+        assert np.array_equal(table.weights, start(0, ROWS))
 
 
 def test_gradients_are_not_made_dense(tmp_path):
@@ -387,10 +530,14 @@ def test_gradients_are_not_made_dense(tmp_path):
         for call in (
             lambda: torch.nn.utils.clip_grad_norm_(bag.parameters(), 1.0),
             bag.weight.grad.dense,
-            torch.optim.SGD(bag.parameters()).step,
+            (bag(indices(0)) @ bag.weight.t()).sum().backward,
         ):
-            with pytest.raises(RuntimeError, match="is not made dense"):
+            with pytest.raises(
+                RuntimeError, match=r"of lookups in Table.* is not made dense.* weight\.t\(\)"
+            ):
                 call()
+        with pytest.raises(RuntimeError, match="beside their undo log"):
+            torch.optim.SGD(bag.parameters()).step()
         given = torch.func.functional_call(bag, {"weight": torch.zeros(5, DIM)}, indices(0) % 5)
         assert not given.any()
         for wrong in (indices(0).float(), indices(0).to("meta")):
