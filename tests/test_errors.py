@@ -62,7 +62,6 @@ PARAMETERS = [
     (np.ma.ones(3), TypeError, "is a masked array, whose mask would be lost"),
     (np.float64(1.0), TypeError, "is a float64: expected a NumPy array, a torch tensor or a CUDA array"),
     (1.0, TypeError, "is a float: expected a NumPy array"),
-    (None, TypeError, "is a NoneType"),
     ("ab", TypeError, "is a str"),
     (OnTheGPU(), RuntimeError, "lies on a CUDA device: "),
 ]
@@ -78,6 +77,12 @@ def test_parameters_that_do_not_fit_are_refused_by_name(bad, error, message):
         ([{"params": [good]}, {"params": {"w": bad}}], r"params\[1\]\['params'\]\['w'\]"),
     ):
         with pytest.raises(error, match=f"^{label} {message}"):
+            fastopt.SGD(params)
+
+
+def test_none_is_no_array_and_none_in_a_list_of_arrays_is_a_mistake():
+    for params, label in ((None, "params"), ([np.ones(2), None], r"params\[1\]")):
+        with pytest.raises(TypeError, match=f"^{label} is a NoneType: expected a NumPy array"):
             fastopt.SGD(params)
 
 

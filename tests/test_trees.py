@@ -105,6 +105,22 @@ def test_copies_keep_the_tree():
         assert all((p == -1).all() for p in arrays_of(group["params"]))
 
 
+@pytest.mark.parametrize("nest", [lambda own: own, lambda own: {"layer": own}], ids=["flat", "nested"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_none_in_a_dict_is_no_parameter(nest, grouped):
+    weight, other = np.zeros(2), np.zeros(3)
+    params, grads = nest({"w": weight, "b": None}), nest({"w": np.ones(2), "b": None})
+    opt = fastopt.SGD([{"params": params}, {"params": {"c": other}}] if grouped else params, lr=1.0)
+    opt.step([grads, {"c": np.ones(3)}] if grouped else grads)
+    opt.step({**grads, "c": np.ones(3)} if grouped else grads)
+    assert (weight == -2).all() and (other == -2 * grouped).all()
+    assert len(opt.state) == 1 + grouped and fastopt.grad_norm(grads) == np.sqrt(2)
+    inner = nest({"w": np.ones(2), "b": np.ones(2)})
+    with pytest.raises(ValueError, match=r"\['b'\] is of type ndarray: expected None, as there is no param"):
+        opt.step([inner, None] if grouped else inner)
+    assert (weight == -2).all()
+
+
 @pytest.mark.parametrize("of", [OrderedDict, MappingProxyType])
 def test_any_mapping_is_a_dict(of):
     p, q = np.zeros(2), np.zeros(3)
@@ -179,6 +195,7 @@ def test_parameters_that_make_no_tree_are_refused():
         (Dense(p, Dense(q, "x")), TypeError, "params.bias.bias is a str: expected a NumPy array"),
         ([(p, q), (q,)], ValueError, r"params\[1\]\[0\] shares memory with params\[0\]\[1\]"),
         ([[], {"a": None}], ValueError, "params holds no arrays"),
+        ({"a": None}, ValueError, "params holds no arrays"),
         ([{"params": [(p,)]}, {"params": [(q,)]}], ValueError, r"params\[1\]\['params'\] has the name '0.0'"),
     ):
         with pytest.raises(error, match="^" + message):

@@ -2,7 +2,7 @@
 
 The name of a leaf is its path, the keys, positions and fields that lead to it, with dots between them, such
 as ``encoder.layers.3.weight``; messages say ``params['encoder']['layers'][3].weight``. None among parameters
-stands for nothing at all, as in JAX.
+stands for nothing at all, as in JAX, but in a list of arrays alone.
 """
 
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, Set
@@ -36,10 +36,14 @@ def has_fields(value: Any) -> bool:
 
 
 def is_nested(params: Any) -> bool:
-    """Whether it is a container that holds others, or one whose entries are fields."""
+    """Whether it is a container that holds others, one whose entries are fields, or a dict with None in the
+    place of an array; in a list of arrays that is more likely a mistake."""
     if not is_container(params):
         return False
-    values = params.values() if isinstance(params, Mapping) else params
+    by_key = isinstance(params, Mapping)
+    values = params.values() if by_key else params
+    if by_key and any(value is None for value in values):
+        return True
     return has_fields(params) or any(map(is_container, values))
 
 

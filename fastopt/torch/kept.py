@@ -13,12 +13,12 @@ from fastopt._core.arrays import tensor_over
 from fastopt._core.groups import checked_group
 from fastopt._core.missed import LAST_STEP
 from fastopt._core.options import SHARED, is_immutable
-from fastopt._core.state import Slot
 from fastopt._core.versions import written
 from fastopt._step.settings import StepInfo
 from fastopt.torch.gradients import Usable, taken_dtype, usable
+from fastopt.torch.loaded import state_of
 from fastopt.torch.masters import Masters
-from fastopt.torch.memory import DTYPES, HALF, array_of, beside, is_shard, local, sharing
+from fastopt.torch.memory import DTYPES, HALF, beside, is_shard, local, sharing
 from fastopt.torch.nadam import PART, NAdamOfTorch, scalar_dtype
 from fastopt.torch.row_gradients import RowGradients
 from fastopt.torch.shown import Shown, same
@@ -237,23 +237,26 @@ class Kept:
             self._load(states)
         self._show()
 
-    def _load(self, states: list[Mapping[str, Any]]) -> None:
+    def _load(self, states: list[dict[str, Any]]) -> None:
         """Have the plain optimizer begin with the states that torch has of parameters; that of tables lies in
         their files."""
         assert self._plain is not None
-        slots = [{} if i in self.tables else self._plain.slots[i] for i in range(len(states))]
+        slots = [{} if i in self.tables else own for i, own in enumerate(self._plain.slots.values())]
+        begun = (self._counts > 0).tolist()
+        found = [state_of(own, slots[i], begun=begun[i]) for i, own in enumerate(states)]
         saved = {
             "optimizer": type(self._plain).__name__,
             "steps": max(self._plain.steps, int(self._counts.max())),
-            "state": {
-                i: {STEP: int(self._counts[i]), **_converted(own, slots[i])} for i, own in enumerate(states)
-            },
+            "state": {i: {STEP: int(self._counts[i]), **arrays} for i, arrays in enumerate(found)},
             "param_groups": [
                 {**group, "params": np.flatnonzero(self._group_of == k).tolist()}
                 for k, group in enumerate(self._plain.param_groups)
             ],
         }
         self._plain.load_state_dict(saved, options=False)
+        for own, arrays, names in zip(states, found, slots, strict=True):
+            for name in () if arrays else own.keys() & names.keys():  # first values, which the step makes
+                del own[name]
 
     def _show(self) -> None:
         """Have torch's state show the state arrays, and the counts of steps, as tensors over their memory."""
@@ -399,31 +402,6 @@ class Kept:
 def _product(own: Mapping[str, Any]) -> float:
     """NAdam's product in a parameter's state in torch."""
     return float(own.get(PRODUCT, 1.0))
-
-
-def _converted(own: Mapping[str, Any], slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
-    """Copies of a parameter's state in torch, in the dtypes that kernels work on; of what torch lacks, the
-    first values. None at all if torch has none.
-
-    Raises:
-        ValueError: 8-bit codes are expected where torch has numbers.
-    """
-    if not any(isinstance(own.get(name), Tensor) for name in slots):
-        return {}
-    found = {}
-    for name, (shape, dtype, first) in slots.items():
-        value = own.get(name)
-        if value is None:
-            found[name] = np.full(shape, first, dtype)
-            continue
-        value = local(value)
-        if dtype == np.uint8 and value.dtype != torch.uint8:
-            raise ValueError(
-                f"the state {name!r} has dtype {value.dtype}: expected 8-bit codes, as state_dtype='8bit' of "
-                "this optimizer makes them; load this state into one with state_dtype None or 'bfloat16'"
-            )
-        found[name] = array_of(value, dtype)
-    return found
 
 
 def _sharing(taken: list[list[Tensor]]) -> set[int]:
