@@ -16,8 +16,8 @@ from fastopt.torch.ops import opaque
 from fastopt.torch.tables import TableWeight
 from fastopt.torch.traced import MODES, WITNESS, Part, gradient, options_of
 
-# The compilers of older versions of torch, which do not have this, can't add such gradients up.
-_ADDS_UP = hasattr(torch.compiler, "is_exporting")
+# The compilers of torch 2.5 and 2.8 make such gradients dense; of the versions since, this one was tried.
+_FITS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 
 _sites = count()  # the calls in graphs, whose gradients are told apart by it
 
@@ -36,7 +36,7 @@ class Asked(NamedTuple):
 def has_op(table: torch.Tensor) -> bool:
     """Whether there is an op for lookups in a table: there is none for those in files. Lookups without one
     are no part of the graph."""
-    return _ADDS_UP and not isinstance(table, TableWeight)
+    return _FITS and not isinstance(table, TableWeight)
 
 
 def takes(asked: Asked) -> bool:

@@ -8,6 +8,8 @@ import numpy as np
 from fastopt.kernels.cuda.indices import place_of
 from fastopt.kernels.cuda.integers import unchanged
 from fastopt.kernels.cuda.launch import kernel
+from fastopt.kernels.cuda.lookups import THREADS as ROW_THREADS
+from fastopt.kernels.cuda.lookups import share_of
 from fastopt.kernels.cuda.memory import add_at, integer, last_at_most, load, store
 from fastopt.kernels.cuda.sort import index_at
 from fastopt.kernels.cuda.sums import THREADS
@@ -113,22 +115,25 @@ def leave_out(itemsize: int) -> Any:
     return leave_out
 
 
-@kernel("iiiiii", THREADS)
+@kernel("iiiiiii", ROW_THREADS)
 def won_rows(dtype: np.dtype) -> Any:
-    """``(values, bags, winners, dim, size, out)``: of ``size`` elements, in rows of ``dim``, each that its
-    position has won is that of the position's bag in ``values``, and the others are zeros."""
+    """``(values, bags, winners, dim, count, lane_bits, out)``: of ``count`` rows of ``dim`` elements, one for
+    each position, each element that its position has won is that of the position's bag in ``values``, and the
+    others are zeros."""
     zero, itemsize = dtype.type(0), dtype.itemsize
 
-    def won_rows(values, bags, winners, dim, size, out):
-        k, step = place_of()
-        while k < size:
-            position = k // dim
+    def won_rows(values, bags, winners, dim, count, lane_bits, out):
+        position, step, member, lanes = share_of(lane_bits)
+        while position < count:
             bag = np.int64(load(bags + position * 4, _COUNT))
-            element = bag * dim + k - position * dim
-            x = zero
-            if np.int64(load(winners + element * 4, _COUNT)) == position:
-                x = load(values + element * itemsize, zero)
-            store(out + k * itemsize, x)
-            k += unchanged(step)
+            d = member
+            while d < dim:
+                element = bag * dim + d
+                x = zero
+                if np.int64(load(winners + element * 4, _COUNT)) == position:
+                    x = load(values + element * itemsize, zero)
+                store(out + (position * dim + d) * itemsize, x)
+                d += unchanged(lanes)
+            position += unchanged(step)
 
     return won_rows

@@ -82,8 +82,11 @@ class Positions:
         """Set row k of ``out`` to those elements of ``values[bags_of[k]]`` whose ``winners`` are k, and to
         zeros elsewhere."""
         if out.size:
-            given = values.address, bags_of.address, winners.address, out.shape[1], out.size, out.address
-            bags.won_rows(out.dtype).ready(self.device, blocks_for(out.size), *given)()
+            count, dim = out.shape
+            bits = lane_bits(dim)
+            blocks = min(-(-(count << bits) // bags.ROW_THREADS), MOST_BLOCKS)
+            given = values.address, bags_of.address, winners.address, dim, count, bits, out.address
+            bags.won_rows(out.dtype).ready(self.device, blocks, *given)()
 
     def limit_norms(self, table: DeviceArray, segments: DeviceSegments, max_norm: float) -> None:
         """Scale those of the rows of segments whose norm is above ``max_norm`` down to it."""
