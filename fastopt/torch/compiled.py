@@ -17,7 +17,7 @@ from fastopt.torch.tables import TableWeight
 from fastopt.torch.traced import MODES, WITNESS, Part, gradient, options_of
 
 # The compilers of torch 2.5 and 2.8 make such gradients dense; of the versions since, this one was tried.
-_FITS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+_FITS = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 
 _sites = count()  # the calls in graphs, whose gradients are told apart by it
 
