@@ -113,7 +113,7 @@ class DLRM(torch.nn.Module):
         super().__init__()
         self.tables = tables
         self.bottom = mlp(DENSE, 512, 256, dim)
-        vectors = 1 + sum(1 for _ in tables.parameters())
+        vectors = 1 + len(list(tables.parameters()))
         self.first, self.second = torch.triu_indices(vectors, vectors, 1)  # all pairs
         self.top = torch.nn.Sequential(mlp(dim + len(self.first), 512, 256), torch.nn.Linear(256, 1))
 

@@ -44,9 +44,8 @@ def _call_in(
     try:
         call = Call(module, table, given, offsets, weights)
     except ValueError:
-        if given.is_cuda or not _ascend(offsets, given):  # which torch's kernels would not look at
-            raise
-        if isinstance(table, TableWeight):
+        # What torch's kernels would not look at, and what torch must not
+        if given.is_cuda or not _ascend(offsets, given) or isinstance(table, TableWeight):
             raise
         return None
     if module.max_norm is not None:

@@ -1,5 +1,6 @@
 """Many embedding tables as one module: their lookups are one launch, their indices are sorted at once."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -128,18 +129,19 @@ def _arguments(given: Bags, name: str) -> tuple[Any, Any, Any]:
 def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> torch.Tensor:
     """The lookups of all features; table by table, by torch, where some are not fastopt's."""
     modules = collection.modules_of_features()
+    alone = not _has_any_global_hook() and all(map(_looks_up_alone, modules))
     if torch.compiler.is_compiling():
         if not all(compiled.has_op(module.weight) for module in modules):
             return _out_of_graphs(collection, given)
         asked = [
             compiled.Asked(module, module.weight, *own) for module, own in zip(modules, given, strict=True)
         ]
-        if all(map(_looks_up_alone, modules)) and all(map(compiled.takes, asked)):
+        if alone and all(map(compiled.takes, asked)):
             return compiled.look_up(asked)
         return torch.cat([module(*own) for module, own in zip(modules, given, strict=True)], 1)
-    calls = _by_feature(collection, call_of, given) if all(map(_looks_up_alone, modules)) else [None]
+    calls = _by_feature(call_of, collection.features, modules, given) if alone else [None]
     if any(call is None for call in calls):
-        results = _by_feature(collection, lambda module, *own: module(*own), given)
+        results = _by_feature(operator.call, collection.features, modules, given)
         _check_bags(collection, [len(own) for own in results])
         return torch.cat(results, 1)
     known: list[Call] = [call for call in calls if call is not None]
@@ -152,7 +154,7 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
 
 
 def _looks_up_alone(module: torch.nn.EmbeddingBag) -> bool:
-    """Whether a call of a module is its lookup and nothing else."""
+    """Whether a call of a module is its lookup and nothing else, but for hooks of all modules."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -163,16 +165,18 @@ def _looks_up_alone(module: torch.nn.EmbeddingBag) -> bool:
         type(module).forward in (EmbeddingBag.forward, torch.nn.EmbeddingBag.forward)
         and "forward" not in vars(module)
         and not any(hooks)
-        and not _has_any_global_hook()
     )
 
 
 def _by_feature(
-    collection: EmbeddingBagCollection, function: Callable[..., Any], given: Sequence[tuple]
+    function: Callable[..., Any],
+    names: Sequence[str],
+    modules: Sequence[torch.nn.EmbeddingBag],
+    given: Sequence[tuple],
 ) -> list[Any]:
     """``function(module, *arguments)`` of each feature; its errors tell which."""
     found = []
-    for name, module, own in zip(collection.features, collection.modules_of_features(), given, strict=True):
+    for name, module, own in zip(names, modules, given, strict=True):
         try:
             found.append(function(module, *own))
         except Exception as error:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fastopt.torch.calls import fits, limit_norms
 from fastopt.torch.kept import is_laid_out
-from fastopt.torch.lookups import results
+from fastopt.torch.lookups import copied, results
 from fastopt.torch.ops import opaque
 from fastopt.torch.tables import TableWeight
 from fastopt.torch.traced import MODES, WITNESS, Part, gradient, options_of
@@ -153,7 +153,7 @@ class _LookedUp(torch.autograd.Function):
         site, parts = next(_sites), [list[Part]() for _ in ctx.shapes]
         of_tensors: list[torch.Tensor | None] = []
         dims = [ctx.shapes[own.table][1] for own in ctx.many]
-        for options, values in zip(ctx.many, _copy(grad_output).split(dims, 1), strict=True):
+        for options, values in zip(ctx.many, copied(grad_output).split(dims, 1), strict=True):
             k, own = options.table, options._replace(table=0)
             given = [one for one in own.given(rest) if one is not None]
             learns = [next(needed) for _ in given]
@@ -161,7 +161,7 @@ class _LookedUp(torch.autograd.Function):
             if own.has_weights and learns[-1]:
                 of_tensors[-1] = _gradient_of_weights(tables[k], values, given, own)
             if tables_learn[k]:
-                tensors = [values, *map(_copy, given)]
+                tensors = [values, *map(copied, given)]
                 tensors += [tables[k]] if own.mode == "max" else []
                 tensors += [places[k].clone()] if own.fused else []
                 parts[k].append(Part(site, own, tensors))
@@ -169,8 +169,3 @@ class _LookedUp(torch.autograd.Function):
             gradient(own, shape) if own else None for own, shape in zip(parts, ctx.shapes, strict=True)
         ]
         return None, None, *of_tables, *of_tensors
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy: before the gradient is used others may write to what was given."""
-    return tensor.clone(memory_format=torch.contiguous_format)

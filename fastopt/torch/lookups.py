@@ -51,7 +51,7 @@ class Call:
     ) -> None:
         pooled = not isinstance(module, torch.nn.Embedding) and module.mode is not None
         if torch.is_grad_enabled():
-            indices, weights = _copy(indices), None if weights is None else _copy(weights)
+            indices, weights = copied(indices), None if weights is None else copied(weights)
         self.table = table
         self.weights = weights
         self.fused = bool(getattr(module, "fused", False))
@@ -134,7 +134,7 @@ class _LookedUp(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         learning = [call for call, learns in zip(calls, needed, strict=False) if learns]
         if not all(call.fused for call in learning):
-            grad_output = _copy(grad_output)  # which may be the caller's, or the gradient of others, too
+            grad_output = copied(grad_output)  # which may be the caller's, or the gradient of others, too
         elif grad_output.stride(1) != 1:
             grad_output = grad_output.contiguous()
         values = dict(zip(calls, grad_output.split([call.table.shape[1] for call in calls], 1), strict=True))
@@ -171,6 +171,6 @@ def results(calls: Sequence[Call]) -> torch.Tensor:
     return tensor_over(out)
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy."""
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy: before it is used others may write to what was given."""
     return tensor.clone(memory_format=torch.contiguous_format)

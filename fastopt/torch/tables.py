@@ -19,7 +19,7 @@ CHECKSUM = "checksum"  # beside the step of a table in files in the state that i
 _AS_IT_IS = torch.ops.aten.detach.default, torch.ops.aten.alias.default
 
 
-class _OfTable(torch.Tensor):
+class _TableMemory(torch.Tensor):
     """Memory of a table in files, or a part of it, which torch reads and does not write: the table's undo log
     would not know what rows held before, and the flush that a crash goes back to would be lost.
 
@@ -52,13 +52,13 @@ class _OfTable(torch.Tensor):
             "table.weights is written"
         )
 
-    def _viewed(self, kind: "type[_OfTable]", result: torch.Tensor) -> torch.Tensor:
+    def _viewed(self, kind: "type[_TableMemory]", result: torch.Tensor) -> torch.Tensor:
         """What came of an operation that may return a view of this."""
         if result.untyped_storage().data_ptr() != self.untyped_storage().data_ptr():
             return result
         return self._with_table(kind, result)
 
-    def _with_table(self, kind: "type[_OfTable]", memory: torch.Tensor) -> Any:
+    def _with_table(self, kind: "type[_TableMemory]", memory: torch.Tensor) -> Any:
         with torch._C._DisableTorchDispatch():
             own = torch.Tensor._make_subclass(kind, memory, False)
         own.table = self.table
@@ -88,11 +88,11 @@ class _OfTable(torch.Tensor):
         return self._plain().tolist()
 
 
-class _TablePart(_OfTable):
+class _TablePart(_TableMemory):
     """A view of a table's weights."""
 
 
-class TableWeight(_OfTable, torch.nn.Parameter):
+class TableWeight(_TableMemory, torch.nn.Parameter):
     """The weights of a table in files as a parameter: a tensor over the mapped memory.
 
     It is not copied or pickled; an optimizer of :mod:`fastopt.torch` updates the table that it is of, with
@@ -124,13 +124,13 @@ class TableWeight(_OfTable, torch.nn.Parameter):
         return self.table.__reduce__()
 
 
-def _aliased(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[_OfTable, bool]]:
+def _aliased(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[_TableMemory, bool]]:
     """The memory of tables that an operation of torch writes, or returns views of, and whether it writes."""
     for k, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None:
             given = args[k] if k < len(args) else kwargs.get(argument.name)
             for own in given if isinstance(given, list | tuple) else [given]:
-                if isinstance(own, _OfTable):
+                if isinstance(own, _TableMemory):
                     yield own, argument.alias_info.is_write
 
 

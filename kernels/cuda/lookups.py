@@ -51,8 +51,14 @@ from fastopt.kernels.layout import (
 from fastopt.kernels.source import define
 
 THREADS = 128
+MOST_BLOCKS = 2**20  # of a launch, each of which then takes several shares
 AHEAD = 4  # rows of a bag, or positions of a warp, that are on their way at the same time
 WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.uint64}  # by bytes, what a row is copied by
+
+
+def blocks_of(shares: int, lane_bits: int, lookups: int = 1) -> int:
+    """How many blocks a launch has for so many shares of so many lanes, if it is one of several lookups."""
+    return min(-(-(shares << lane_bits) // THREADS), max(MOST_BLOCKS // lookups, 1))
 
 
 @register_jitable

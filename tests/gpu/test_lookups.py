@@ -231,7 +231,7 @@ def test_sums_of_negative_zeros_keep_their_sign(place):
 
 def test_a_device_takes_bags_one_after_the_other(rng, monkeypatch):
     """Results do not depend on how many blocks of threads share the bags."""
-    monkeypatch.setattr("fastopt.kernels.cuda.backend.lookups.MOST_BLOCKS", 1)
+    monkeypatch.setattr("fastopt.kernels.cuda.lookups.MOST_BLOCKS", 1)
     offsets = np.arange(0, 3 * 21, 3)
     indices = rng.integers(0, ROWS, offsets[-1])
     table = table_of(rng, 128)

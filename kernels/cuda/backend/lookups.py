@@ -9,12 +9,10 @@ from fastopt.kernels.cuda import lookups
 from fastopt.kernels.cuda.array import DeviceArray, empty, upload, zeros
 from fastopt.kernels.cuda.backend.placed import place
 from fastopt.kernels.cuda.lanes import VECTOR_BYTES, lane_bits, vector_length
-from fastopt.kernels.cuda.lookups import AHEAD, THREADS
+from fastopt.kernels.cuda.lookups import AHEAD, blocks_of
 from fastopt.kernels.formats import BFLOAT16, HALF, PLAIN, Format
 from fastopt.kernels.layout import pool_row
 from fastopt.kernels.work import PooledLookup
-
-MOST_BLOCKS = 2**20  # of a launch, each of which then takes several shares
 
 _SMALL = {kind.dtype: kind for kind in (HALF, BFLOAT16)}
 _SINGLE = np.dtype(np.float32)
@@ -24,12 +22,6 @@ def _read_as(table: DeviceArray) -> tuple[Format, np.dtype]:
     """The format of a table, and the dtype that its rows are read as."""
     small = _SMALL.get(table.dtype)
     return (PLAIN, table.dtype) if small is None else (small, _SINGLE)
-
-
-def _grid(shares: int, lane_bits: int, lookups: int = 1) -> int:
-    """How many blocks of threads there are for so many shares of so many lanes, in a launch of several
-    lookups."""
-    return min(-(-(shares << lane_bits) // THREADS), max(MOST_BLOCKS // lookups, 1))
 
 
 def _row_of(lookup: PooledLookup, lane_bits: int) -> list[int]:
@@ -56,7 +48,7 @@ class Lookups:
             size = math.gcd(VECTOR_BYTES, table.address, out.address, stride)  # of the largest words
             bits = lane_bits(stride // size)
             given = table.address, rows, stride // size, *_indices(indices), indices.size, bits, out.address
-            grid = _grid(-(-indices.size // AHEAD), bits)
+            grid = blocks_of(-(-indices.size // AHEAD), bits)
             lookups.gather(size).ready(self.device, grid, *given)()
         return out
 
@@ -74,7 +66,7 @@ class Lookups:
             length = what[-1]
             bits = [lane_bits(lookup.table.shape[1] // length) for lookup in own]
             rows = [_row_of(lookup, own_bits) for lookup, own_bits in zip(own, bits, strict=True)]
-            blocks = [_grid(len(lookup.out), b, len(own)) for lookup, b in zip(own, bits, strict=True)]
+            blocks = [blocks_of(len(lookup.out), b, len(own)) for lookup, b in zip(own, bits, strict=True)]
             bases = np.cumsum([0, *blocks])
             memory = upload(self.device, np.concatenate([np.ravel(rows), bases]))
             given = memory.address, len(rows[0]), memory.address + len(rows) * len(rows[0]) * 8, len(rows)
@@ -93,7 +85,7 @@ class Lookups:
             given = table.address, rows, dim, *_indices(indices), indices.size, offsets.address, bags
             how = max(padding, -1), bits, out.address, winners.address
             own = lookups.pool_max(*_read_as(table), length)
-            own.ready(self.device, _grid(bags, bits), *given, *how)()
+            own.ready(self.device, blocks_of(bags, bits), *given, *how)()
         return out, winners
 
     def row_products(
@@ -118,7 +110,7 @@ class Lookups:
             given = table.address, rows, dim, *_indices(indices), indices.size
             bags = bags_of.address, len(grad_output), 0 if scales is None else scales.address
             how = max(padding, -1), bits, grad_output.address, out.address
-            grid = _grid(-(-indices.size // AHEAD), bits)
+            grid = blocks_of(-(-indices.size // AHEAD), bits)
             own = lookups.row_products(kind, like, length)
             own.ready(self.device, grid, *given, *bags, *how)()
         return out

@@ -8,6 +8,7 @@ from fastopt.kernels.cuda.coalesce import coalesce
 from fastopt.kernels.cuda.indices import blocks_for
 from fastopt.kernels.cuda.lanes import lane_bits, vector_length
 from fastopt.kernels.cuda.limits import WARPS, limit_norms
+from fastopt.kernels.cuda.lookups import blocks_of
 from fastopt.kernels.cuda.memory import WARP
 from fastopt.kernels.cuda.segments import DeviceSegments
 
@@ -84,9 +85,8 @@ class Positions:
         if out.size:
             count, dim = out.shape
             bits = lane_bits(dim)
-            blocks = min(-(-(count << bits) // bags.ROW_THREADS), MOST_BLOCKS)
             given = values.address, bags_of.address, winners.address, dim, count, bits, out.address
-            bags.won_rows(out.dtype).ready(self.device, blocks, *given)()
+            bags.won_rows(out.dtype).ready(self.device, blocks_of(count, bits), *given)()
 
     def limit_norms(self, table: DeviceArray, segments: DeviceSegments, max_norm: float) -> None:
         """Scale those of the rows of segments whose norm is above ``max_norm`` down to it."""
