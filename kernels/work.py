@@ -111,18 +111,35 @@ class TableGradient(NamedTuple):
     skipped: int = -1
 
 
-class StoredTable(NamedTuple):
-    """A table and its state.
+class StoredState:
+    """The state of a table, which stays where it is from step to step.
 
-    state: the rule's state arrays shaped as the table, all with the same stride from row to row. row_state:
-    those of one element a row. master: the float32 copy of a table of 16 bits, or None. position, key: of the
-    random bits.
+    Args:
+        slots: the rule's state arrays shaped as the table, all with the same stride from row to row.
+        of_rows: those of one element a row.
+        master: the float32 copy of a table of 16 bits, or None.
     """
 
+    def __init__(self, slots: Slots, of_rows: tuple[Array, ...] = (), master: Array | None = None) -> None:
+        self.slots = slots
+        self.of_rows = of_rows
+        self.master = master
+        self._places: list[int] | None = None
+
+    def places(self, address: Callable[[Array], int]) -> list[int]:
+        """Two addresses of each state array: of its elements, and of the scales of their codes or 0.
+        ``address``: what finds where an array lies, the same at each call."""
+        if self._places is None:
+            pairs = [*self.slots, *((array, None) for array in self.of_rows)]
+            self._places = [0 if array is None else address(array) for pair in pairs for array in pair]
+        return self._places
+
+
+class StoredTable(NamedTuple):
+    """A table and its state. position, key: of the random bits."""
+
     table: Array
-    state: Slots
-    row_state: tuple[Array, ...]
-    master: Array | None
+    state: StoredState
     position: int
     key: int
 
@@ -134,17 +151,12 @@ class StoredTable(NamedTuple):
             "position": self.position,
             "key": self.key,
         }
-        if self.state:
-            first, _ = self.state[0]
+        if self.state.slots:
+            first, _ = self.state.slots[0]
             columns["state_stride"] = first.strides[0] // first.itemsize
-        if self.master is not None:
-            columns["master"] = address(self.master)
+        if self.state.master is not None:
+            columns["master"] = address(self.state.master)
         return columns
-
-    def places(self, address: Callable[[Array], int]) -> list[int]:
-        """Two addresses of each state array: of its elements, and of the scales of their codes or 0."""
-        pairs = [*self.state, *((array, None) for array in self.row_state)]
-        return [0 if array is None else address(array) for pair in pairs for array in pair]
 
 
 class RowSteps(NamedTuple):

@@ -131,10 +131,10 @@ def array_view(value: Any, label: str, remedy: Remedy = READ) -> Array:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{label} is a masked array, whose mask would be lost: {remedy.unmasked(label)}")
         return np.asarray(value)
-    if isinstance(value, TableInFiles):
-        return value.weights
     if is_tensor(value):
         return _torch_view(loaded("torch"), value, label, remedy)
+    if isinstance(value, TableInFiles):
+        return value.weights
     if is_jax_array(value) and _is_host_alone(value, label):
         return _jax_view(value, label)
     found = device_array(value, label)

@@ -230,6 +230,10 @@ class Backend(Protocol):
     def bounds(self, indices: Array) -> tuple[int, int]:
         """Smallest and largest of 1-D indices, which are not empty; waits for them."""
 
+    def copies(self, parts: Sequence[Array]) -> list[tuple[Array, int, int]]:
+        """C-contiguous copies of indices of any shapes, none of which is empty, each with its smallest and
+        largest; waits for these."""
+
     def segments_of(self, parts: Sequence[tuple[Array, int]]) -> list[Segments]:
         """Segments of the 1-D indices of each table, given with how many rows it has, by one stable sort.
         They have the attributes of :class:`Segments`; a device's may have room for more than there are, and

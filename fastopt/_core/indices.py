@@ -201,6 +201,22 @@ class Indices:
         return self._segments
 
 
+def copied_together(parts: Sequence[tuple[Array, int]]) -> list[Indices | None]:
+    """Copies of indices, int32 or int64, of tables, given with how many rows each has, all of a device copied
+    and looked at at once; None of those that are empty, or name rows that there are not."""
+    found: list[Indices | None] = [None] * len(parts)
+    alike: dict[Backend, list[int]] = {}
+    for k, (indices, _) in enumerate(parts):
+        if indices.size:
+            alike.setdefault(backend_of(indices), []).append(k)
+    for backend, own in alike.items():
+        copies = backend.copies([parts[k][0] for k in own])
+        for k, (copy, low, high) in zip(own, copies, strict=True):
+            if low >= 0 and high < parts[k][1]:
+                found[k] = Indices(copy, parts[k][1])
+    return found
+
+
 def sort_together(many: list[Indices]) -> None:
     """Sort, all at once, those that are not sorted into segments yet."""
     alike: dict[Backend, list[Indices]] = {}

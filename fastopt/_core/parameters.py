@@ -27,7 +27,7 @@ from fastopt._core.state import (
 from fastopt._core.state import state_formats as chosen_formats
 from fastopt._core.structure import Structure, as_container, is_groups, named_values
 from fastopt.kernels import formats
-from fastopt.kernels.work import Array, Segments, StoredTable
+from fastopt.kernels.work import Array, Segments, StoredState, StoredTable
 
 
 @dataclass(eq=False)
@@ -42,6 +42,7 @@ class Parameter:
         clock: the numbers of steps of all parameters, this one's being that at ``index``.
         state: its state arrays by name, empty before its first gradient.
         tracking: for ``rows="dense"``, how far its rows are, None while all are up to date.
+        described: the state that was last used by rows, with where it lies; None before.
     """
 
     value: Any
@@ -56,6 +57,10 @@ class Parameter:
     clock: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     state: dict[str, Array] = field(default_factory=dict)
     tracking: Tracking | None = None
+    described: tuple[Mapping[str, Array], StoredState] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "described": None}
 
     @property
     def step(self) -> int:
@@ -158,6 +163,8 @@ class Parameter:
             apart = all(array.flags.c_contiguous for array in self.state.values())
             contiguous = self.backend.contiguous
             return self.state if apart else {k: contiguous(v) for k, v in self.state.items()}
+        if self.described is not None and self.described[0] is self.state:
+            return self.state
         if self.codes_by_row or not any(kind.coded for kind in self.state_formats):
             return self.state
         own = dict(self.state)
@@ -183,15 +190,12 @@ class Parameter:
 
     def stored_table(self, table: Array, own: Mapping[str, Array], step: int) -> StoredTable:
         """``table``, the parameter, and ``own``, its state, by rows; ``step``: of the random bits."""
-        rule = self.group.rule
-        return StoredTable(
-            self.rows_of(table),
-            tuple((self.rows_of(own[slot]), own.get(slot + SCALES)) for slot in rule.state_slots),
-            tuple(own[slot] for slot in rule.row_slots),
-            own.get(MASTER),
-            self.first,
-            self.random_key(step),
-        )
+        if self.described is None or self.described[0] is not own:
+            rule = self.group.rule
+            slots = tuple((self.rows_of(own[slot]), own.get(slot + SCALES)) for slot in rule.state_slots)
+            of_rows = tuple(own[slot] for slot in rule.row_slots)
+            self.described = own, StoredState(slots, of_rows, own.get(MASTER))
+        return StoredTable(self.rows_of(table), self.described[1], self.first, self.random_key(step))
 
     def random_key(self, step: int) -> int:
         """The key of the random bits of a step, 0 if there are none."""

@@ -1,6 +1,7 @@
 """The structures that parameters and gradients come in: an array, list, dict or tree, or groups of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -165,14 +166,20 @@ class Structure:
             entries += self._paired(number, own, label)
         return entries
 
-    def label(self, grads: Any, index: int) -> str:
-        """What the gradient of parameter ``index`` is called in messages."""
+    def labels(self, grads: Any) -> Callable[[int], str]:
+        """What says what the gradient of a parameter, by its index, is called in messages."""
         if self._grouped and self._is_flat(grads):
             if self._whole is not None:
-                return f"grads{dict(self._whole.suffixes())[index]}"
+                suffixes = dict(self._whole.suffixes())
+                return lambda index: f"grads{suffixes[index]}"
             names = [key for keys in self._keys for key in keys]
-            return f"grads[{names[index]!r}]" if isinstance(grads, Mapping) else f"grads[{index}]"
-        for number, _, label in self._of_groups(grads):
+            by_name = isinstance(grads, Mapping)
+            return lambda index: f"grads[{names[index]!r}]" if by_name else f"grads[{index}]"
+        groups = list(self._of_groups(grads))
+        return lambda index: self._label_in(groups, index)
+
+    def _label_in(self, groups: Sequence[tuple[int, Any, str]], index: int) -> str:
+        for number, _, label in groups:
             params, keys = self._containers[number], self._keys[number]
             if index < len(keys):
                 if isinstance(params, Node):
@@ -238,9 +245,10 @@ class Gradients:
         self._given = given
         self._structure = structure
 
-    def label(self, index: int) -> str:
-        """What the gradient of parameter ``index`` is called in messages."""
-        return self._structure.label(self._given, index)
+    @cached_property
+    def label(self) -> Callable[[int], str]:
+        """What says what the gradient of a parameter, by its index, is called in messages."""
+        return self._structure.labels(self._given)
 
     def replace(self, positions: Iterable[int], made: Callable[[Any, str], Any]) -> None:
         """Have those gradients of these positions that came as a list or a sparse tensor be what is ``made``

@@ -141,8 +141,9 @@ class Planner:
         """A plan for gradients that are not all where they were, and the updates by rows."""
         everyone = self._parameters.all
         parameters_at, unknown = self._locator.parameters()
-        for i in unknown:
-            parameters_at[i] = everyone[i].backend.address(everyone[i].view())
+        views = {i: everyone[i].view() for i in unknown}  # the others are what they were
+        for i, view in views.items():
+            parameters_at[i] = everyone[i].backend.address(view)
         gradients_at, unknown = self._locator.gradients()
         gradients.replace(unknown, partial(as_gradient, writes=zero_grads))
         entries = gradients.entries
@@ -152,7 +153,7 @@ class Planner:
             if entries[i] is None:
                 gradients_at[i], kinds[i] = 0, NONE
                 continue
-            table = everyone[i].view()
+            table = views[i] if i in views else arrays.array_view(everyone[i].value, everyone[i].label)
             found = _checked(everyone[i], table, gradients, options[everyone[i].group.number], self._name)
             if isinstance(found, RowGradient):
                 rows.append(RowUpdate(everyone[i], found, table))

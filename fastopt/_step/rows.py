@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastopt._core.backend import Backend, Factor, Launch
 from fastopt._core.missed import ROW_STEPS, Tracking, fold_of
@@ -64,33 +64,43 @@ def ready_rows(update: RowUpdate) -> ReadyRows:
 def row_launches(updates: Sequence[ReadyRows], conditions: Conditions, factor: Factor = None) -> list[Launch]:
     """The launches of these updates; ``factor``: of a norm that is on its way (see Norm)."""
     alike: dict[tuple, tuple[Backend, Spec, list[TableWork]]] = {}
+    known: dict[tuple, Spec] = {}  # tables of a group that have made as many steps have the same numbers
     for update in updates:
-        spec, work = _work(update, conditions)
-        backend = update.parameter.backend
-        alike.setdefault((backend, *spec.key), (backend, spec, []))[-1].append(work)
+        parameter = update.parameter
+        step = parameter.step + 1
+        kind = parameter.group.number, parameter.dtype, step
+        if kind not in known:
+            known[kind] = _spec(parameter, conditions, step)
+        spec, work = _work(update, known[kind], conditions, step)
+        alike.setdefault((parameter.backend, *spec.key), (parameter.backend, spec, []))[-1].append(work)
     return [backend.update_rows(spec, works, factor) for backend, spec, works in alike.values()]
 
 
-def _work(update: ReadyRows, conditions: Conditions) -> tuple[Spec, TableWork]:
-    parameter, gradient, table, state, tracking = update
-    group, options, compute = parameter.group, parameter.group.checked, parameter.compute
-    lr, step = conditions.rates[group.number], parameter.step + 1
+def _spec(parameter: Parameter, conditions: Conditions, step: int) -> Spec:
+    """The update of a table whose rows have missed no steps."""
+    group, compute = parameter.group, parameter.compute
+    options, lr = group.checked, conditions.rates[group.number]
     h = rule_numbers(group, options, lr, step, compute)
     c = decay_numbers(group, options, group.decay, lr, conditions.scale, conditions.limit, compute)
-    by_row = gradient.by_row()
-    mode: Any = Lazy()
-    row_steps, missed_key, numbers = None, 0, (*h, *c)
+    return Spec(h, c, compute, (parameter.own_format, PLAIN, *parameter.state_formats), Lazy())
+
+
+def _work(update: ReadyRows, spec: Spec, conditions: Conditions, step: int) -> tuple[Spec, TableWork]:
+    parameter, gradient, table, state, tracking = update
+    group = parameter.group
+    by_row, numbers = gradient.by_row(), (*spec.h, *spec.c)
+    row_steps, missed_key = None, 0
     if ROW_STEPS in state:
-        mode, numbers = PerRow(), (lr, *h[1:], *c)
-        fold = fold_of(group.rule, options)
+        spec = spec._replace(mode=PerRow())
+        numbers = conditions.rates[group.number], *spec.h[1:], *spec.c
+        fold = fold_of(group.rule, group.checked)
         row_steps = parameter.backend.counted_steps(state[ROW_STEPS], by_row.segments, fold, parameter.step)
     elif tracking is not None:
         history = tracking.history
-        mode = history.kind()
-        row_steps = history.of_rows(tracking.last_step, by_row.segments.rows.size, compute)
+        spec = spec._replace(mode=history.kind())
+        row_steps = history.of_rows(tracking.last_step, by_row.segments.rows.size, spec.compute)
         missed_key = parameter.random_key(step_of_catch_up(parameter))
-    spec = Spec(h, c, compute, (parameter.own_format, PLAIN, *parameter.state_formats), mode)
-    limit = options["clip_row_norm"]
+    limit = group.checked["clip_row_norm"]
     limit = math.inf if limit is None else limit
     stored = parameter.stored_table(table, state, step)
     return spec, TableWork(stored, by_row, numbers, limit, step, row_steps, missed_key)

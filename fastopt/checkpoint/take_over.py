@@ -24,6 +24,7 @@ def take_over(parameters: Parameters, restored: Restored, definition: Definition
             calls.append(group.adopting(options, {**group.options, **own}, definition))
     for parameter, (parameter_step, state, tracking) in zip(parameters.all, restored.states, strict=True):
         calls.append(partial(setattr, parameter, "tracking", tracking))
+        calls.append(partial(setattr, parameter, "described", None))  # which would keep the former state
         if parameter.in_files is None:
             calls.append(partial(setattr, parameter, "state", state))
         elif state or (parameter.state and not parameter_step):

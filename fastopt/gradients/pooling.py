@@ -1,6 +1,7 @@
 """Bags of rows: which positions belong to each, checked, and what follows from it."""
 
 import operator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,33 +17,45 @@ from fastopt.kernels.work import Array, PooledLookup
 MODES = ("sum", "mean", "max")
 
 
+class Offsets:
+    """Checked offsets of bags, which those of several tables may share.
+
+    array: int64 [bags + 1], from 0 to the number of indices.
+    """
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    @cached_property
+    def one_each(self) -> bool:
+        """Whether each bag is known to have one index."""
+        if not isinstance(self.array, np.ndarray):
+            return False
+        return bool((self.array[1:] - self.array[:-1] == 1).all())
+
+
 class Bags:
     """Checked arguments of a pooled lookup.
 
-    indices; offsets: int64 [count + 1]; weights: one for each index, or None; padding: a row that
-    counts for nothing, or -1.
+    weights: one for each index, or None; padding: a row that counts for nothing, or -1.
     """
 
     def __init__(
-        self, indices: Indices, offsets: Array, mode: str, weights: Array | None, padding: int
+        self, indices: Indices, bounds: Offsets, mode: str, weights: Array | None, padding: int
     ) -> None:
         self.indices = indices
-        self.offsets = offsets
+        self.bounds = bounds
         self.mode = mode
         self.weights = weights
         self.padding = padding
 
     @property
-    def count(self) -> int:
-        return self.offsets.size - 1
+    def offsets(self) -> Array:
+        return self.bounds.array
 
     @property
-    def have_one_each(self) -> bool:
-        """Whether each bag is known to have one index."""
-        offsets = self.offsets
-        if not isinstance(offsets, np.ndarray) or self.count != self.indices.flat.size:
-            return False
-        return bool((offsets[1:] - offsets[:-1] == 1).all())
+    def count(self) -> int:
+        return self.offsets.size - 1
 
     def pool(self, table: Array) -> Array:
         """[count, dim]: each bag's rows summed or averaged; rows of 16 bits are added in float32."""
@@ -66,7 +79,7 @@ class Bags:
         of the dtypes of gradients; divided by the number of the bag's rows for a mean. Rounded to ``dtype``.
         It is the gradient of the weights."""
         backend = backend_of(table)
-        without_weights = Bags(self.indices, self.offsets, self.mode, None, self.padding)
+        without_weights = Bags(self.indices, self.bounds, self.mode, None, self.padding)
         of_positions, scales = without_weights.of_positions(computed_with(table.dtype))
         given = table, self.indices.flat, of_positions, scales, self.padding, backend.widen(values)
         products = backend.row_products(*given)
@@ -116,7 +129,9 @@ def checked_bags(given: Any, label: str, rows: int | None, weights: tuple[np.dty
     return Bags(indices, offsets, given.mode, factors, _padding(given.padding_idx, rows, prefix))
 
 
-def _offsets(given: Any, indices: Array, prefix: str) -> Array:
+def _offsets(given: Any, indices: Array, prefix: str) -> Offsets:
+    if isinstance(given.offsets, Offsets):
+        return given.offsets
     if not is_flag(given.include_last_offset):
         raise TypeError(
             f"{prefix}include_last_offset is {given.include_last_offset!r}: expected True or False"
@@ -129,7 +144,7 @@ def _offsets(given: Any, indices: Array, prefix: str) -> Array:
             )
         if given.include_last_offset:
             raise ValueError(f"{prefix}include_last_offset is True but offsets is None: expected offsets")
-        return backend_of(indices).regular_offsets(*indices.shape)
+        return Offsets(backend_of(indices).regular_offsets(*indices.shape))
     if indices.ndim != 1:
         raise ValueError(
             f"{prefix}indices has shape {indices.shape} and there are offsets: expected 1-D indices, "
@@ -151,7 +166,7 @@ def _offsets(given: Any, indices: Array, prefix: str) -> Array:
     own = backend.bag_offsets(offsets, indices.size, with_last)
     if given.check_indices or isinstance(own, np.ndarray):
         _check_offsets(backend.check_offsets(own), own, indices, with_last, prefix)
-    return own
+    return Offsets(own)
 
 
 def _check_offsets(

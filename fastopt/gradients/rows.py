@@ -82,7 +82,7 @@ class RowGradient:
         """The row of ``values`` that each position has, None if position k has row k, and the factor on it,
         None where all are 1."""
         bags = self.bags
-        if bags is None or (not self.takes_maxima and bags.weights is None and bags.have_one_each):
+        if bags is None or (not self.takes_maxima and bags.weights is None and bags.bounds.one_each):
             return None, None
         return bags.of_positions(self.values.dtype)
 

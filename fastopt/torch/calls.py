@@ -1,9 +1,13 @@
 """What modules are called with: whether kernels take it, or torch does, which then says what is wrong."""
 
+from collections.abc import Sequence
+
 import torch
 from torch.autograd import forward_ad
 
-from fastopt._core.arrays import before_writing
+from fastopt._core.arrays import array_view, before_writing
+from fastopt._core.indices import Indices, copied_together
+from fastopt.gradients.pooling import Offsets
 from fastopt.torch.kept import takes
 from fastopt.torch.lookups import Call
 from fastopt.torch.tables import TableWeight, plain_parameter, writable
@@ -11,19 +15,67 @@ from fastopt.torch.tables import TableWeight, plain_parameter, writable
 _INTEGERS = {torch.int32, torch.int64}
 
 
+class Together:
+    """Lookups that are made together: all their indices are copied and looked at at once, and offsets that
+    several of them are given are checked once.
+
+    Args:
+        tables: of the lookups. given: the indices of each.
+    """
+
+    def __init__(self, tables: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> None:
+        parts = {
+            (id(indices), table.shape[0]): (array_view(indices, "indices"), table.shape[0])
+            for table, indices in zip(tables, given, strict=True)
+            if table.ndim == 2
+            and _is_plain(indices)
+            and indices.layout is torch.strided
+            and indices.dtype in _INTEGERS
+            and indices.device == table.device
+        }
+        self._indices = dict(zip(parts, copied_together([*parts.values()]), strict=True))
+        self._offsets: dict[tuple, Offsets] = {}
+
+    def call_of(
+        self,
+        module: torch.nn.EmbeddingBag,
+        table: torch.Tensor,
+        given: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> Call | None:
+        """One of the lookups, as the function of this name."""
+        if offsets is None:
+            key: tuple = given.device, given.shape
+        else:
+            key = id(offsets), given.numel(), module.include_last_offset
+        indices = self._indices.get((id(given), table.shape[0])) if table.ndim else None
+        call = call_of(module, table, given, offsets, weights, indices, self._offsets.get(key))
+        if call is not None and call.bags is not None:
+            self._offsets[key] = call.bags.bounds
+        return call
+
+
 def call_of(
     module: torch.nn.EmbeddingBag | torch.nn.Embedding,
+    table: torch.Tensor,
     given: torch.Tensor,
     offsets: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
+    indices: Indices | None = None,
+    bounds: Offsets | None = None,
 ) -> Call | None:
     """A lookup with the rows that it names ready, or None if it is torch's.
+
+    Args:
+        module; table: its weight, which may be computed each time that it is asked for. given, offsets,
+            weights: as for its ``forward``. indices, bounds: copies of the first two, if they are made and
+            checked.
 
     Raises:
         TypeError: it would be torch's, in a table in files, of which torch makes dense gradients.
     """
-    table = module.weight  # read once: it may be computed
-    call = _call_in(table, module, given, offsets, weights)
+    call = _call_in(module, table, given, offsets, weights, indices, bounds)
     if call is None and isinstance(table, TableWeight):
         raise TypeError(
             f"{table.table!r} can't be looked up by these arguments: expected what {type(module).__name__} "
@@ -33,16 +85,19 @@ def call_of(
 
 
 def _call_in(
-    table: torch.Tensor,
     module: torch.nn.EmbeddingBag | torch.nn.Embedding,
+    table: torch.Tensor,
     given: torch.Tensor,
     offsets: torch.Tensor | None,
     weights: torch.Tensor | None,
+    indices: Indices | None,
+    bounds: Offsets | None,
 ) -> Call | None:
-    if not (_is_plain(given) and takes(table) and fits(module, table, given, offsets, weights)):
+    is_plain = indices is not None or _is_plain(given)
+    if not (is_plain and takes(table) and fits(module, table, given, offsets, weights)):
         return None
     try:
-        call = Call(module, table, given, offsets, weights)
+        call = Call(module, table, indices or given, bounds or offsets, weights)
     except ValueError:
         # What torch's kernels would not look at, and what torch must not
         if given.is_cuda or not _ascend(offsets, given) or isinstance(table, TableWeight):

@@ -8,7 +8,7 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastopt.torch import compiled
-from fastopt.torch.calls import call_of
+from fastopt.torch.calls import Together
 from fastopt.torch.lookups import Call, look_up
 from fastopt.torch.modules import EmbeddingBag
 
@@ -139,7 +139,7 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
         if alone and all(map(compiled.takes, asked)):
             return compiled.look_up(asked)
         return torch.cat([module(*own) for module, own in zip(modules, given, strict=True)], 1)
-    calls = _by_feature(call_of, collection.features, modules, given) if alone else [None]
+    calls = _calls(collection, modules, given) if alone else [None]
     if any(call is None for call in calls):
         results = _by_feature(operator.call, collection.features, modules, given)
         _check_bags(collection, [len(own) for own in results])
@@ -151,6 +151,15 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise ValueError(f"tables are of {found}: expected the same of all")
     return look_up(known)
+
+
+def _calls(
+    collection: EmbeddingBagCollection, modules: Sequence[torch.nn.EmbeddingBag], given: Sequence[tuple]
+) -> list[Call | None]:
+    tables = [module.weight for module in modules]
+    together = Together(tables, [indices for indices, _, _ in given])
+    arguments = [(table, *own) for table, own in zip(tables, given, strict=True)]
+    return _by_feature(together.call_of, collection.features, modules, arguments)
 
 
 def _looks_up_alone(module: torch.nn.EmbeddingBag) -> bool:

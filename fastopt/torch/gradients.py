@@ -58,6 +58,14 @@ def _usable(
     return gradient.resolve_neg().contiguous()
 
 
+def last_by_rows(gradients: Sequence[Any], before: Sequence[bool]) -> list[bool]:
+    """Whether the last gradient of each parameter is by rows: one of these, or the one ``before``."""
+    return [
+        known if own is None else isinstance(own, SparseGradient)
+        for own, known in zip(gradients, before, strict=True)
+    ]
+
+
 def taken_dtype(gradient: torch.Tensor, p: torch.Tensor) -> torch.dtype:
     """The dtype that kernels take a gradient in, its own if they do: ``p.grad_dtype`` allows any."""
     if p.dtype in HALF and gradient.dtype != p.dtype:

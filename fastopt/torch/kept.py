@@ -15,7 +15,7 @@ from fastopt._core.missed import LAST_STEP
 from fastopt._core.options import SHARED, is_immutable
 from fastopt._core.versions import written
 from fastopt._step.settings import StepInfo
-from fastopt.torch.gradients import Usable, taken_dtype, usable
+from fastopt.torch.gradients import Usable, last_by_rows, taken_dtype, usable
 from fastopt.torch.loaded import state_of
 from fastopt.torch.masters import Masters
 from fastopt.torch.memory import DTYPES, HALF, beside, is_shard, local, sharing
@@ -126,7 +126,7 @@ class Kept:
         self._plain = traits.make(own_groups, owner) if own_groups else None
         self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
         self._seen: list[dict[str, Any]] = [{} for _ in self.params]  # the arrays that torch's state shows
-        self._by_rows = False  # whether the last step had gradients by rows, which state may be moved for
+        self._by_rows = [False for _ in self.params]  # whether the last gradient was, for which state moves
         self._not_shown: list[int] = []  # the positions of parameters that have no state yet
         self.has_shards = any(map(is_shard, self.params))
         self._kinds = [*map(_kind, self._locals())]
@@ -344,7 +344,7 @@ class Kept:
 
     def step(self, given: list[Tensor | None], **arguments: Any) -> StepInfo:
         """Update those of the parameters that have gradients, which are given."""
-        if self._plain is None:
+        if self._plain is None or (arguments.get("clip_norm") is None and not any(map(_is_there, given))):
             return StepInfo()
         gradients, by_rows, without = self.usable(given)
         self._masters.follow()
@@ -353,9 +353,10 @@ class Kept:
         if not info.skipped:
             self._count(without)
             written([p for i, p in self.tables.items() if gradients[i] is not None])
-            if by_rows or self._by_rows or any(gradients[i] is not None for i in self._not_shown):
+            kinds = last_by_rows(gradients, self._by_rows) if by_rows or any(self._by_rows) else self._by_rows
+            if kinds != self._by_rows or any(gradients[i] is not None for i in self._not_shown):
                 self._show()
-            self._by_rows = by_rows
+                self._by_rows = kinds
         return info
 
     def _count(self, without: list[int]) -> None:
@@ -408,6 +409,10 @@ def _sharing(taken: list[list[Tensor]]) -> set[int]:
     """The ids of parameters that share memory with another, which kernels would update at the same time."""
     params = [p for own in taken for p in own]
     return {id(params[i]) for i in sharing([*map(local, params)])}
+
+
+def _is_there(gradient: Tensor | None) -> bool:
+    return gradient is not None
 
 
 def _is_sparse(gradient: Tensor | None) -> bool:

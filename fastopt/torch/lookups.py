@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from fastopt._core.arrays import array_view, tensor_over
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices, sort_together
-from fastopt.gradients.pooling import Bags, checked_bags, weights_dtypes
+from fastopt.gradients.pooling import Bags, Offsets, checked_bags, weights_dtypes
 from fastopt.kernels.work import Array
 from fastopt.torch import fused
 from fastopt.torch.memory import DTYPES
@@ -29,8 +29,8 @@ class Call:
     Args:
         module: an ``EmbeddingBag`` or ``Embedding`` of torch, whose options count, or others with the
             attributes of one; ``mode`` is None of a lookup that is not pooled. table: its weight.
-        indices, offsets, weights: as its ``forward`` takes them. check: whether indices that lie on a device
-            are looked at.
+        indices, offsets, weights: as its ``forward`` takes them, the first two also once they are copied and
+            checked. check: whether indices that lie on a device are looked at.
 
     Attributes:
         table, weights: as given, the latter a copy. indices: checked. bags: of a pooled lookup. fused:
@@ -44,14 +44,15 @@ class Call:
         self,
         module: Any,
         table: torch.Tensor,
-        indices: torch.Tensor,
-        offsets: torch.Tensor | None = None,
+        indices: torch.Tensor | Indices,
+        offsets: torch.Tensor | Offsets | None = None,
         weights: torch.Tensor | None = None,
         check: bool = True,
     ) -> None:
         pooled = not isinstance(module, torch.nn.Embedding) and module.mode is not None
         if torch.is_grad_enabled():
-            indices, weights = copied(indices), None if weights is None else copied(weights)
+            indices = indices if isinstance(indices, Indices) else copied(indices)
+            weights = None if weights is None else copied(weights)
         self.table = table
         self.weights = weights
         self.fused = bool(getattr(module, "fused", False))
@@ -68,10 +69,11 @@ class Call:
                 include_last_offset=module.include_last_offset and offsets is not None,
                 check_indices=check,
             )
-            self.bags = checked_bags(given, "", len(table), weights_dtypes(DTYPES[table.dtype]))
+            dtypes = () if weights is None else weights_dtypes(DTYPES[table.dtype])
+            self.bags = checked_bags(given, "", table.shape[0], dtypes)
             self.indices = self.bags.indices
         else:
-            self.indices = Indices.checked(indices, "indices", len(table), check)
+            self.indices = Indices.checked(indices, "indices", table.shape[0], check)
 
     @property
     def rows(self) -> int:
@@ -94,7 +96,7 @@ class Call:
         """What is left of it for the table's gradient, ``values`` being that of the result."""
         bags, own = self.bags, self.indices
         if bags is None and (self._by_frequency or self._padding is not None):
-            offsets = backend_of(own.array).regular_offsets(own.flat.size, 1)
+            offsets = Offsets(backend_of(own.array).regular_offsets(own.flat.size, 1))
             bags = Bags(own, offsets, "sum", None, -1 if self._padding is None else self._padding)
         found = Lookup(own, bags, values)
         return found.by_frequency() if self._by_frequency else found

@@ -142,7 +142,7 @@ def _looked_up(
             return _out_of_graphs(module, given, offsets, weights)
         asked = compiled.Asked(module, module.weight, given, offsets, weights)
         return compiled.look_up([asked]) if compiled.takes(asked) else None
-    call = call_of(module, given, offsets, weights)
+    call = call_of(module, module.weight, given, offsets, weights)
     return None if call is None else look_up([call])
 
 

@@ -6,6 +6,7 @@ a row for each index. Optimizers of :mod:`fastopt.torch` use it as it is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fastopt._core.indices import Indices
 from fastopt.gradients import IndexedSlices, SparseGradient, SumOfGradients
 from fastopt.gradients.pooling import Bags
 from fastopt.gradients.rows import RowGradient
+from fastopt.kernels.work import Array
 from fastopt.torch.tables import TableWeight
 
 _aten = torch.ops.aten
@@ -39,13 +41,18 @@ class Lookup(SparseGradient):
     bags: Bags | None
     values: torch.Tensor
 
-    def numbers(self, label: str) -> tuple[torch.Tensor, str]:
+    @cached_property
+    def array(self) -> Array:
         """``values``."""
-        return self.values, label
+        return array_view(self.values, "values")
+
+    def numbers(self, label: str) -> tuple[Array, str]:
+        """``values``."""
+        return self.array, label
 
     def checked(self, label: str, rows: int | None) -> RowGradient:
         """The gradient with its bags, which the lookup has checked."""
-        return RowGradient(array_view(self.values, label), self.indices, self.bags)
+        return RowGradient(self.array, self.indices, self.bags)
 
     def dense(self, table: torch.Tensor) -> torch.Tensor:
         """As a tensor of the table's shape, in the dtype that sums are computed in."""
@@ -69,7 +76,7 @@ class Lookup(SparseGradient):
         weights = self.weights_of_all()
         _, positions, counts = tensor_over(self.indices.flat).unique(return_inverse=True, return_counts=True)
         weights = array_view(weights / counts[positions], "weights")
-        bags = Bags(self.indices, self.bags.offsets, "sum", weights, self.bags.padding)
+        bags = Bags(self.indices, self.bags.bounds, "sum", weights, self.bags.padding)
         return replace(self, bags=bags)
 
     def _counted(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from numba import prange
 from fastopt.kernels.cpu.jit import Kernel, helper
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.threads import thread_count
+from fastopt.kernels.intrinsics import view
 from fastopt.kernels.work import Segments
 
 DIGIT_BITS = 11  # 2,048 counters fit the first-level cache
@@ -38,6 +39,30 @@ def find_bounds(indices, found):
         first = block * INDICES_PER_BLOCK
         last = min(first + INDICES_PER_BLOCK, indices.size)
         found[block, 0], found[block, 1] = bounds_of(indices, first, last)
+
+
+@Kernel
+def copy_indices(like, parts, blocks, out, found):
+    """Copy 1-D indices, of the type of ``like``, one part after the other to ``out``; ``found[block]``:
+    smallest and largest of each block.
+
+    parts: int64 [any number, 3]: of each its address, how many indices it has, and their place in ``out``.
+    blocks: int64 [any number, 2], a part, and a number among its blocks.
+
+    Bytes moved: each index read and written once.
+    """
+    for k in prange(blocks.shape[0]):
+        found[k, 0], found[k, 1] = copy_block(like, parts[blocks[k, 0]], blocks[k, 1], out)
+
+
+@helper
+def copy_block(like, part, block, out):
+    """Copy a block of a part; returns the smallest and the largest of it, which are not none."""
+    indices = view(part[0], part[1], like)
+    first = block * INDICES_PER_BLOCK
+    last = min(first + INDICES_PER_BLOCK, part[1])
+    out[part[2] + first : part[2] + last] = indices[first:last]
+    return bounds_of(indices, first, last)
 
 
 @helper

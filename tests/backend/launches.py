@@ -9,7 +9,7 @@ import numpy as np
 
 from fastopt.kernels import formats, rules
 from fastopt.kernels.rule import L2, RULES, Decoupled, Scaled
-from fastopt.kernels.work import ArrayWork, Segments, Spec, StoredTable, TableGradient, TableWork
+from fastopt.kernels.work import ArrayWork, Segments, Spec, StoredState, StoredTable, TableGradient, TableWork
 
 PLAIN, BFLOAT16 = formats.PLAIN, formats.BFLOAT16
 BFLOAT16_OF, STOCHASTIC = formats.BFLOAT16_OF, formats.STOCHASTIC
@@ -143,7 +143,7 @@ class StoredAdam:
     @property
     def stored(self) -> StoredTable:
         table, *state = self.arrays
-        return StoredTable(table, tuple((array, None) for array in state), (), None, 0, 0)
+        return StoredTable(table, StoredState(tuple((array, None) for array in state)), 0, 0)
 
     def work(
         self,

@@ -21,6 +21,24 @@ def test_bounds_are_the_smallest_and_the_largest(device, rng, dtype):
     assert device.backend.bounds(device.put(indices)) == (np.iinfo(dtype).min, np.iinfo(dtype).max)
 
 
+@pytest.mark.covers("copies")
+def test_copies_come_with_the_smallest_and_the_largest(device, rng):
+    shapes = [(70_000,), (3, 5), (1,), (40_000, 1), (32_768,)]
+    given = [rng.integers(-1000, 1000, shape).astype(INTEGERS[k % 2]) for k, shape in enumerate(shapes)]
+    given[0][-1], given[3][0] = np.iinfo(given[0].dtype).max, np.iinfo(given[3].dtype).min
+    parts = [device.put(own) for own in given]
+    parts.append(device.put(rng.integers(0, 9, (50, 4)))[:, 1])  # strided
+    given.append(device.get(parts[-1]))
+    found = device.backend.copies(parts)
+    for own in parts:
+        own[...] = 0
+    for (copy, low, high), own in zip(found, given, strict=True):
+        assert copy.dtype == own.dtype and copy.flags.c_contiguous
+        np.testing.assert_array_equal(device.get(copy), own)
+        assert (low, high) == (own.min(), own.max())
+        assert type(low) is int and type(high) is int
+
+
 def check(device, found, indices, first_row=0, first_position=0):
     """The segments of one table against a stable sort."""
     distinct, counts = np.unique(indices, return_counts=True)

@@ -32,7 +32,7 @@ from fastopt.kernels.formats import (
     Format,
 )
 from fastopt.kernels.rule import L2, Adaptive, Decoupled, Linear, Loop, Rule, Scaled, Still
-from fastopt.kernels.work import CountFold, Spec, StoredTable
+from fastopt.kernels.work import CountFold, Spec, StoredState, StoredTable
 
 OPTIONS = {
     "lr": 0.0, "momentum": 0.8, "dampening": 0.3, "nesterov": True, "lr_decay": 0.1, "momentum_decay": 0.2,
@@ -120,7 +120,7 @@ class Side:
     @property
     def stored(self) -> StoredTable:
         (table, master), *state = self.arrays
-        return StoredTable(table, tuple(state), self.row_state, master, 2**33 - 77, KEY)
+        return StoredTable(table, StoredState(tuple(state), self.row_state, master), 2**33 - 77, KEY)
 
     def catch_up(self, segments: Any = None) -> None:
         compute = np.dtype(self.case.compute)

@@ -27,7 +27,7 @@ from fastopt.kernels.formats import (
     Format,
 )
 from fastopt.kernels.rule import L2, Decoupled, Lazy, PerRow, Rule, Scaled
-from fastopt.kernels.work import CountFold, Spec, StoredTable, TableGradient, TableWork
+from fastopt.kernels.work import CountFold, Spec, StoredState, StoredTable, TableGradient, TableWork
 
 OPTIONS = {
     "lr": 0.03, "momentum": 0.8, "dampening": 0.3, "nesterov": True, "lr_decay": 0.1, "momentum_decay": 0.2,
@@ -133,7 +133,8 @@ class Side:
     def works(self, spec: Spec, row_steps: Any = None) -> list[TableWork]:
         works = []
         for t, ((table, *state), row_state) in enumerate(self.tables):
-            stored = StoredTable(table[0], tuple(state), tuple(row_state), table[1], 2**33 - 77 + t, KEY + t)
+            own = StoredState(tuple(state), tuple(row_state), table[1])
+            stored = StoredTable(table[0], own, 2**33 - 77 + t, KEY + t)
             numbers = (*spec.h, *spec.c)
             given = stored, self.gradients[t], numbers, self.case.limit
             works.append(TableWork(*given, 4 + t, row_steps, MISSED_KEY))

@@ -1,8 +1,14 @@
 """Indices, the segments they are sorted into, and offsets of bags."""
 
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
 import numpy as np
 
-from fastopt.kernels.cpu.index import check_bounds
+from fastopt.kernels.cpu.backend.addresses import address
+from fastopt.kernels.cpu.index import INDICES_PER_BLOCK, check_bounds, copy_indices
+from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.work import Segments
 
 SMALL = 4096  # indices; below, NumPy finds their bounds as fast as a kernel
@@ -13,6 +19,29 @@ def bounds(indices: np.ndarray) -> tuple[int, int]:
     if indices.size < SMALL:
         return int(indices.min()), int(indices.max())
     return check_bounds(indices)
+
+
+def copies(parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, int, int]]:
+    """C-contiguous copies of indices of any shapes, none of which is empty, each with its smallest and
+    largest."""
+    found: list[Any] = [None] * len(parts)
+    for dtype in {part.dtype for part in parts}:
+        own = [k for k, part in enumerate(parts) if part.dtype == dtype]
+        given = [np.ascontiguousarray(parts[k]) for k in own]
+        lasts = list(accumulate(part.size for part in given))
+        out = empty(lasts[-1], dtype)
+        firsts = [0, *lasts[:-1]]
+        table = [(address(part), part.size, first) for part, first in zip(given, firsts, strict=True)]
+        counts = [-(-part.size // INDICES_PER_BLOCK) for part in given]
+        blocks = np.array([(k, block) for k, count in enumerate(counts) for block in range(count)], np.int64)
+        bounds_of = np.empty((len(blocks), 2), np.int64)
+        copy_indices(lasts[-1], dtype.type(0), np.array(table, np.int64), blocks, out, bounds_of)
+        first_blocks = np.cumsum([0, *counts[:-1]])
+        lows = np.minimum.reduceat(bounds_of[:, 0], first_blocks).tolist()
+        highs = np.maximum.reduceat(bounds_of[:, 1], first_blocks).tolist()
+        for k, first, last, low, high in zip(own, firsts, lasts, lows, highs, strict=True):
+            found[k] = out[first:last].reshape(parts[k].shape), low, high
+    return found
 
 
 def all_rows(rows: int) -> tuple[np.ndarray, Segments]:

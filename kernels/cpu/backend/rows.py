@@ -62,7 +62,7 @@ def catch_up(
 ) -> RowsLaunch:
     """Have rows, those of ``segments`` or all, take the steps up to ``step`` that they missed."""
     columns = {**stored.columns(address), **row_steps.columns(address), "step": step + 1}
-    row = np.array(table_row(stored.places(address), columns), np.int64)
+    row = np.array(table_row(stored.state.places(address), columns), np.int64)
     count, dim = stored.table.shape
     listed = np.empty(0, np.int64) if segments is None else distinct_rows(segments)
     count = count if segments is None else listed.size
@@ -97,16 +97,17 @@ def _row_of_work(work: TableWork) -> list[int]:
     columns = {**_of_gradient(work.gradient), **work.stored.columns(address), "step": work.step}
     if work.row_steps is not None:
         columns.update(work.row_steps.columns(address))
-    return table_row(work.stored.places(address), columns)
+    return table_row(work.stored.state.places(address), columns)
 
 
 def _of_gradient(gradient: TableGradient) -> dict[str, int]:
     segments = gradient.segments
+    order = address(segments.order)
     columns = {
         "dim": gradient.values.shape[1],
         "values": address(gradient.values),
         "values_stride": gradient.values.strides[0],
-        "order": address(segments.order),
+        "order": order,
         "first_position": segments.first_position,
         "rows": address(segments.rows),
         "first_row": segments.first_row,
@@ -115,7 +116,7 @@ def _of_gradient(gradient: TableGradient) -> dict[str, int]:
         "skipped": gradient.skipped,
     }
     if gradient.source is None:
-        columns |= {"source": address(segments.order), "source_base": segments.first_position}
+        columns |= {"source": order, "source_base": segments.first_position}
     else:
         columns |= {"source": address(gradient.source), "source_origin": int(segments.starts[0])}
     if gradient.weights is not None:

@@ -84,7 +84,7 @@ class CatchUpLaunch:
         if segments is not None:
             columns |= of_segments(segments)
             bounds = segments.own_bounds
-        table = table_row(stored.places(place), columns)
+        table = table_row(stored.state.places(place), columns)
         row = np.array(table, np.int64)
         h, _ = spec.typed
         numbers = np.array(h, spec.compute)

@@ -30,6 +30,12 @@ class Indices:
         low, high = found.copy_to_host().min(axis=0)
         return int(low), ~int(high)
 
+    def copies(self, parts: Sequence[DeviceArray]) -> list[tuple[DeviceArray, int, int]]:
+        """C-contiguous copies of indices of any shapes, none of which is empty, each with its smallest and
+        largest; waits for these."""
+        own = [part.copy() for part in parts]
+        return [(copy, *self.bounds(copy.reshape(-1))) for copy in own]
+
     def segments_of(self, parts: Sequence[tuple[DeviceArray, int]]) -> list[DeviceSegments]:
         """The segments of the 1-D indices of each table, given with how many rows it has."""
         sizes, rows = [indices.size for indices, _ in parts], [own for _, own in parts]

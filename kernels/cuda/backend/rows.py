@@ -131,7 +131,7 @@ def _row_of(work: TableWork, vectors: RowVectors, lane_bits: int, sums: int) -> 
         columns |= {"source": place(gradient.source), "source_origin": segments.first_position}
     if work.row_steps is not None:
         columns |= work.row_steps.columns(place)
-    shared = table_row(stored.places(place), columns)
+    shared = table_row(stored.state.places(place), columns)
     aligned = rows_aligned(vectors, shared) and columns["values"] % VECTOR_BYTES == 0
     limit = int(np.float64(work.limit).view(np.int64))
     own = [
