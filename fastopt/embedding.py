@@ -8,7 +8,7 @@ from fastopt._core import arrays
 from fastopt._core.backend import backend_of
 from fastopt._core.indices import Indices
 from fastopt._core.options import check_limit
-from fastopt.gradients.pooling import checked_bags, checked_table, weights_dtypes
+from fastopt.gradients.pooling import bags_of, checked_table, weights_dtypes
 from fastopt.kernels.work import Array
 
 
@@ -107,8 +107,9 @@ def embedding_bag(
         include_last_offset=include_last_offset,
         check_indices=check_indices,
     )
-    bags = checked_bags(given, "", source.shape[0], weights_dtypes(source.dtype))
-    arrays.check_beside(bags.indices.array, "indices", indices, source, "table")
+    own = Indices.unchecked(indices, "indices", source.shape[0], check_indices)
+    bags = bags_of(given, "", own, source.shape[0], weights_dtypes(source.dtype))
+    arrays.check_beside(own.unseen, "indices", indices, source, "table")
     _make_ready(table, source, bags.indices, max_norm, optimizer)
     return arrays.in_kind(bags.pool_max(source)[0] if mode == "max" else bags.pool(source), table)
 

@@ -60,6 +60,7 @@ ARRAY_PARAMETER, ARRAY_GRADIENT, ARRAY_STATE = ARRAY_PLACES, ARRAY_PLACES + 2, A
 
 (
     POOL_TABLE,  # address of [rows, dim]
+    POOL_ROWS,
     POOL_DIM,
     POOL_INDICES,  # address
     POOL_POSITIONS,  # how many indices there are
@@ -70,7 +71,7 @@ ARRAY_PARAMETER, ARRAY_GRADIENT, ARRAY_STATE = ARRAY_PLACES, ARRAY_PLACES + 2, A
     POOL_PADDING,  # a row that is left out, or -1
     POOL_OUT,  # address of [bags, dim]
     POOL_OUT_STRIDE,  # bytes from row to row
-) = range(11)
+) = range(12)
 
 _COLUMNS = {
     name.removeprefix("TABLE_").lower(): k for name, k in list(globals().items()) if name.startswith("TABLE_")
@@ -96,7 +97,7 @@ def pool_row(lookup: PooledLookup, address: Callable[[Array], int]) -> list[int]
     """The row of a pooled lookup; ``address``: what finds where an array lies."""
     table, indices, offsets, weights, mean, padding, out = lookup
     of_weights = 0 if weights is None else address(weights)
-    given = address(table), table.shape[1], address(indices), indices.size, address(offsets), len(out)
+    given = address(table), *table.shape, address(indices), indices.size, address(offsets), len(out)
     return [*given, of_weights, int(mean), max(padding, -1), address(out), out.strides[0]]
 
 

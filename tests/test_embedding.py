@@ -33,6 +33,27 @@ def test_a_lookup_equals_indexing(dtype, rows, width, shape, index_type, seed):
     assert not np.shares_memory(found, table)
 
 
+@pytest.mark.parametrize("at", [0, 17_000, 39_999])
+@pytest.mark.parametrize("bad", [-1, 1_000, -(2**62), 2**62])
+def test_bags_name_rows_of_the_table(at, bad):
+    table = np.ones((1_000, 16), np.float32)
+    indices = np.random.default_rng(0).integers(0, 1_000, 40_000)
+    indices[at] = bad
+    for mode, own in (("sum", table), ("mean", table), ("max", table), ("sum", table.astype(np.float16))):
+        with pytest.raises(ValueError, match=rf"indices holds {bad}: expected every index in \[0, 1000\)"):
+            fastopt.embedding_bag(own, indices.reshape(-1, 20), mode=mode)
+
+
+def test_bags_of_16_bits_leave_out_padding():
+    table = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float16)
+    indices = np.array([[3, 7, 3], [7, 7, 7], [1, 2, 4]])
+    for mode, of in (("sum", np.sum), ("max", np.max)):
+        found = fastopt.embedding_bag(table, indices, mode=mode, padding_idx=7)
+        wide = table.astype(np.float32)
+        want = [of(wide[[3, 3]], 0), np.zeros(4), of(wide[[1, 2, 4]], 0)]
+        np.testing.assert_array_equal(found, np.array(want).astype(np.float16))
+
+
 def test_a_large_lookup_equals_indexing():
     rng = np.random.default_rng(0)
     table = rng.standard_normal((1_000, 10)).astype(np.float32)

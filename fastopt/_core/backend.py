@@ -277,9 +277,13 @@ class Backend(Protocol):
     def gather(self, table: Array, indices: Array) -> Array:
         """The rows of ``table`` that 1-D indices name."""
 
-    def pool(self, lookups: Sequence[PooledLookup]) -> None:
+    def pool(self, lookups: Sequence[PooledLookup]) -> Sequence[tuple[int, int]]:
         """Set the rows of their results to sums of rows times weights, or these divided by how many rows;
-        without padding. Results are of the table's dtype; weights are float32 for one of 16 bits."""
+        without padding. Results are of the table's dtype; weights are float32 for one of 16 bits.
+
+        Returns, on the host, whose indices need not have been looked at, the smallest and the largest of
+        those of each lookup, 0 and -1 of none: the result of one that names rows that its table lacks is of
+        any content. A device returns nothing."""
 
     def pool_max(self, table: Array, indices: Array, offsets: Array, padding: int) -> tuple[Array, Array]:
         """[bags, dim]: maxima, of the table's dtype, and the positions, int32, that they come from."""

@@ -138,6 +138,24 @@ def _whole(array: Array, value: Any, label: str) -> str:
 
 def checked_indices(indices: Any, label: str, rows: int | None, check: bool = True) -> Array:
     """``indices`` as an array, every one in [0, rows); ``check``: whether those of a device are looked at."""
+    array = _whole_numbers(indices, label, check)
+    if array.size and (check or isinstance(array, np.ndarray)):
+        backend = backend_of(array)
+        check_bounds(backend.bounds(backend.contiguous(array).reshape(-1)), label, rows)
+    return array
+
+
+def check_bounds(found: tuple[int, int], label: str, rows: int | None) -> None:
+    """Refuse indices of which these are the smallest and the largest, if not all are in [0, rows)."""
+    low, high = found
+    if low < 0 or (rows is not None and high >= rows):
+        bad = low if low < 0 else high
+        limit = "not negative" if rows is None else f"in [0, {rows}), the rows of the table"
+        raise ValueError(f"{label} holds {bad}: expected every index {limit}")
+
+
+def _whole_numbers(indices: Any, label: str, check: Any) -> Array:
+    """``indices`` as an array of integers that kernels take."""
     if not is_flag(check):
         raise TypeError(f"check_indices is {check!r}: expected True or False")
     array = arrays.array_view(indices, label)
@@ -145,24 +163,42 @@ def checked_indices(indices: Any, label: str, rows: int | None, check: bool = Tr
         raise TypeError(
             f"{label} has dtype {array.dtype}: expected int32 or int64{_whole(array, indices, label)}"
         )
-    on_host = isinstance(array, np.ndarray)
-    if array.size and (check or on_host):
-        backend = backend_of(array)
-        low, high = backend.bounds(backend.contiguous(array).reshape(-1))
-        if low < 0 or (rows is not None and high >= rows):
-            bad = low if low < 0 else high
-            limit = "not negative" if rows is None else f"in [0, {rows}), the rows of the table"
-            raise ValueError(f"{label} holds {bad}: expected every index {limit}")
     return array
 
 
 class Indices:
-    """Checked indices of one table: a plan's, or an array's, which are sorted into segments when needed."""
+    """Checked indices of one table: a plan's, or an array's, which are sorted into segments when needed.
 
-    def __init__(self, array: Array, rows: int, segments: Segments | None = None) -> None:
-        self.array = array
+    Attributes:
+        unseen: the array, which kernels may be given that look at the bounds themselves, and say what they
+            found to :meth:`see`. rows: of the table.
+    """
+
+    def __init__(
+        self, array: Array, rows: int, segments: Segments | None = None, label: str | None = None
+    ) -> None:
+        """``label``: what the array is called, if nobody has looked whether its indices are in [0, rows)."""
+        self.unseen = array
         self.rows = rows
         self._segments = segments
+        self._label = label
+
+    @property
+    def array(self) -> Array:
+        """The array, every index of which is in [0, rows).
+
+        Raises:
+            ValueError: one is not.
+        """
+        if self._label is not None:
+            self.see(backend_of(self.unseen).bounds(self.unseen.reshape(-1)))
+        return self.unseen
+
+    def see(self, bounds: tuple[int, int]) -> None:
+        """Take in the smallest and the largest index; raises as ``array``."""
+        if self._label is not None:
+            check_bounds(bounds, self._label, self.rows)
+            self._label = None
 
     @classmethod
     def checked(cls, given: Any, label: str, rows: int | None, check: bool = True) -> "Indices":
@@ -182,6 +218,16 @@ class Indices:
         if rows is None:
             rows = backend.bounds(array.reshape(-1))[1] + 1 if array.size else 0
         return cls(array, rows)
+
+    @classmethod
+    def unchecked(cls, given: Any, label: str, rows: int, check: bool = True) -> "Indices":
+        """The same, but for the bounds of those in the host's memory, which are looked at later."""
+        if isinstance(given, Indices | IndexPlan):
+            return cls.checked(given, label, rows)
+        array = _whole_numbers(given, label, check)
+        if not isinstance(array, np.ndarray) or not array.size:
+            return cls.checked(given, label, rows, check)
+        return cls(backend_of(array).contiguous(array), rows, label=label)
 
     @classmethod
     def of_all(cls, rows: int, backend: Backend) -> "Indices":

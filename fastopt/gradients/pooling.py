@@ -25,6 +25,7 @@ class Offsets:
 
     def __init__(self, array: Array) -> None:
         self.array = array
+        self._bags: Array | None = None
 
     @cached_property
     def one_each(self) -> bool:
@@ -32,6 +33,12 @@ class Offsets:
         if not isinstance(self.array, np.ndarray):
             return False
         return bool((self.array[1:] - self.array[:-1] == 1).all())
+
+    def bags_of(self, indices: Array) -> Array:
+        """int32: the bag of each position of 1-D indices, as many as the last offset says."""
+        if self._bags is None:
+            self._bags = backend_of(self.array).bags_of_positions(self.array, indices, None, False, -1)
+        return self._bags
 
 
 class Bags:
@@ -61,14 +68,15 @@ class Bags:
         """[count, dim]: each bag's rows summed or averaged; rows of 16 bits are added in float32."""
         backend = backend_of(table)
         out = backend.empty((self.count, table.shape[1]), table.dtype)
-        backend.pool([self.lookup(table, out)])
+        for bounds in backend.pool([self.lookup(table, out)]):
+            self.indices.see(bounds)
         return out
 
     def lookup(self, table: Array, out: Array) -> PooledLookup:
         """What is to be written to ``out``, [count, dim]; not for "max"."""
         mean = self.mode == "mean"
-        given = self.indices.flat, self.offsets, self.weights, mean, self.padding
-        return PooledLookup(table, *given, out)
+        indices = self.indices.unseen.reshape(-1)
+        return PooledLookup(table, indices, self.offsets, self.weights, mean, self.padding, out)
 
     def pool_max(self, table: Array) -> tuple[Array, Array]:
         """[count, dim]: the largest element of each bag's rows, and the position it comes from."""
@@ -92,10 +100,10 @@ class Bags:
     def of_positions(self, dtype: np.dtype) -> tuple[Array, Array | None]:
         """The bag of each position, and the factor on its row, None where all are 1."""
         backend, mean = backend_of(self.offsets), self.mode == "mean"
-        scales = None
-        if self.weights is not None or mean:
-            scales = backend.empty(self.indices.array.size, dtype)
-            scales[...] = 1 if self.weights is None else self.weights
+        if self.weights is None and not mean:
+            return self.bounds.bags_of(self.indices.flat), None
+        scales = backend.empty(self.indices.array.size, dtype)
+        scales[...] = 1 if self.weights is None else self.weights
         bags = backend.bags_of_positions(self.offsets, self.indices.flat, scales, mean, self.padding)
         return bags, scales
 
@@ -120,12 +128,20 @@ def weights_dtypes(*tables: np.dtype) -> tuple[np.dtype, ...]:
 def checked_bags(given: Any, label: str, rows: int | None, weights: tuple[np.dtype, ...]) -> Bags:
     """The arguments of a pooled lookup, attributes of ``given``, checked for a table of so many rows, or for
     one that is not known; weights: the dtypes that ``per_sample_weights`` may have."""
+    indices_label = f"{label}.indices" if label else "indices"
+    indices = Indices.checked(given.indices, indices_label, rows, given.check_indices)
+    return bags_of(given, label, indices, rows, weights)
+
+
+def bags_of(
+    given: Any, label: str, indices: Indices, rows: int | None, weights: tuple[np.dtype, ...]
+) -> Bags:
+    """The same for indices that are at hand."""
     prefix = f"{label}." if label else ""
     if given.mode not in MODES:
         raise ValueError(f"{prefix}mode is {given.mode!r}: expected 'sum', 'mean' or 'max'")
-    indices = Indices.checked(given.indices, f"{prefix}indices", rows, given.check_indices)
-    offsets = _offsets(given, indices.array, prefix)
-    factors = _weights(given, indices.array, weights, prefix)
+    offsets = _offsets(given, indices.unseen, prefix)
+    factors = _weights(given, indices.unseen, weights, prefix)
     return Bags(indices, offsets, given.mode, factors, _padding(given.padding_idx, rows, prefix))
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 from numba import prange
 
+from fastopt.kernels.cpu.index import bounds_of
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.segments import add_row, add_weighted_row, sum_bags
 from fastopt.kernels.intrinsics import AHEAD, prefetch, view
@@ -16,47 +17,57 @@ from fastopt.kernels.layout import (
     POOL_OUT_STRIDE,
     POOL_PADDING,
     POOL_POSITIONS,
+    POOL_ROWS,
     POOL_TABLE,
     POOL_WEIGHTS,
 )
 from fastopt.kernels.magnitude import magnitude
 
 BAGS_PER_CHUNK = 64
+LOOKUPS_AHEAD = 32  # rows that are fetched before their turn: a sum alone takes less time than an update
 BAGS_PER_SUM = 32  # whose rows, if they are wide, are summed a block of columns after the other
 POSITIONS_PER_CHUNK = 8_192
 ROWS_PER_CHUNK = 256
 
 
 @Kernel
-def pool(like, index, lookups, parts):
+def pool(like, index, lookups, parts, bounds):
     """Of each lookup, a row of ``lookups`` (see layout.py), ``out[b]``: the sum of the rows
     ``indices[offsets[b]:offsets[b + 1]]``, each times its weight if there are weights, without the row of
     padding; divided by how many they are for a mean.
 
     like, index: numbers of the types of tables and of indices. parts: int64 [any number, 3], a lookup, a
-    part, and how many parts that lookup has.
+    part, and how many parts that lookup has. bounds: int64 [any number, 2], set to the smallest and the
+    largest index of each part: nothing is done in a part where these are not rows of its table.
 
     Bytes moved: one row read for each index, one written for each bag.
     """
     for k in prange(parts.shape[0]):
-        pool_part(like, index, lookups[parts[k, 0]], parts[k, 1], parts[k, 2])
+        bounds[k, 0], bounds[k, 1] = pool_part(like, index, lookups[parts[k, 0]], parts[k, 1], parts[k, 2])
 
 
 @helper
 def pool_part(like, index, lookup, part, parts):
-    """A part's share of :func:`pool`; apart, because what stands in a prange compiles slowly."""
+    """A part's share of :func:`pool`; returns the smallest and the largest of its indices, 0 and -1 of none.
+    Apart, because what stands in a prange compiles slowly."""
     dim, positions, padding = lookup[POOL_DIM], lookup[POOL_POSITIONS], lookup[POOL_PADDING]
     indices = view(lookup[POOL_INDICES], positions, index)
     weights = view(lookup[POOL_WEIGHTS], positions if lookup[POOL_WEIGHTS] else np.int64(0), like)
     start, stride = lookup[POOL_TABLE], dim * weights.itemsize
     offsets = view(lookup[POOL_OFFSETS], lookup[POOL_BAGS] + 1, np.int64(0))
     out, out_stride = lookup[POOL_OUT], lookup[POOL_OUT_STRIDE]
-    end, zero = first_bag(offsets, part + 1, parts), np.int64(0)
-    for begin in range(first_bag(offsets, part, parts), end, BAGS_PER_SUM):
+    zero, start_bag, end = np.int64(0), first_bag(offsets, part, parts), first_bag(offsets, part + 1, parts)
+    low, high = zero, np.int64(-1)
+    if offsets[end] > offsets[start_bag]:
+        low, high = bounds_of(indices, offsets[start_bag], offsets[end])
+    if low < 0 or high >= lookup[POOL_ROWS]:
+        return low, high
+    for begin in range(start_bag, end, BAGS_PER_SUM):
         until = min(begin + BAGS_PER_SUM, end)
         if padding < 0:
             own, place = offsets[begin : until + 1], out + begin * out_stride
-            sum_bags(start, stride, indices, zero, weights, own, positions, place, out_stride, dim)
+            given = positions, np.int64(LOOKUPS_AHEAD), place, out_stride, dim
+            sum_bags(start, stride, indices, zero, weights, own, *given)
         for bag in range(begin, until):
             total = view(out + bag * out_stride, dim, like)
             first, last = offsets[bag], offsets[bag + 1]
@@ -65,6 +76,7 @@ def pool_part(like, index, lookup, part, parts):
                 count = pool_without(padding, start, stride, indices, weights, first, last, total)
             if lookup[POOL_MEAN] and count > 1:
                 divide_row(total, total.dtype.type(count))
+    return low, high
 
 
 @helper

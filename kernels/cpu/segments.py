@@ -34,14 +34,14 @@ from fastopt.kernels.layout import (
     TABLE_WINNERS,
 )
 
-WIDE, MIDDLE = 256, 128  # bytes of a block: eight and four common vector registers
+WIDE, MIDDLE, NARROW = 256, 128, 64  # bytes of a block: eight, four and two common vector registers
 
 
 def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: int, weighted: bool,
                  address: Any, stride: Any, rows: Any, base: Any, weights: Any, first: Any, last: Any,
-                 final: Any) -> Any:  # fmt: skip
+                 final: Any, ahead: Any) -> Any:  # fmt: skip
     """The sum of ``width`` elements at ``address`` of the rows from ``first`` to ``last``; rows up to
-    ``final`` are fetched ahead."""
+    ``final`` are fetched so many ``ahead`` of their turn."""
     i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
     fetch = prefetch_instruction(builder.module)
     vector = number if width == 1 else ir.VectorType(number, width)
@@ -60,7 +60,7 @@ def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: 
     builder.position_at_end(loop)
     k = builder.phi(i64)
     total = builder.phi(vector)
-    ahead = builder.add(k, i64(AHEAD))
+    ahead = builder.add(k, ahead)
     ahead = start_of(builder.select(builder.icmp_signed("<", ahead, final), ahead, final))
     for line in range(0, width * size, CACHE_LINE):
         fetch(builder, builder.inttoptr(builder.add(ahead, i64(line)), i8.as_pointer()))
@@ -90,16 +90,16 @@ def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: 
 def _block_function(
     module: ir.Module, number: ir.Type, index: ir.Type, width: int, weighted: bool
 ) -> ir.Function:
-    """``void (address, stride, rows, base, weights, offsets, bags, end, out, out_stride)`` for ``width``
-    elements."""
+    """``void (address, stride, rows, base, weights, offsets, bags, end, ahead, out, out_stride)`` for so many
+    elements as ``width``."""
     i64 = ir.IntType(64)
     name = f"fastopt_sum_{number}_{index}_{width}_{weighted}"
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [i64] * 10), name)
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [i64] * 11), name)
     if function.blocks:
         return function
     function.linkage = "internal"
     function.attributes.add("noinline")
-    address, stride, rows, base, weights, offsets, bags, end, out, out_stride = function.args
+    address, stride, rows, base, weights, offsets, bags, end, ahead, out, out_stride = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     rows = builder.inttoptr(rows, index.as_pointer())
     weights = builder.inttoptr(weights, number.as_pointer())
@@ -108,7 +108,7 @@ def _block_function(
     with cgutils.for_range(builder, bags) as loop:
         first = builder.load(builder.gep(offsets, [loop.index]))
         last = builder.load(builder.gep(offsets, [builder.add(loop.index, i64(1))]))
-        given = address, stride, rows, base, weights, first, last, final
+        given = address, stride, rows, base, weights, first, last, final, ahead
         result = _sum_of_rows(builder, number, index, width, weighted, *given)
         place = builder.add(out, builder.mul(loop.index, out_stride))
         size = 4 if number == ir.FloatType() else 8
@@ -119,9 +119,9 @@ def _block_function(
 
 @intrinsic(prefer_literal=True)
 def _sum_block(context: Any, address: Any, stride: Any, rows: Any, base: Any, weights: Any, offsets: Any,
-               bags: Any, end: Any, out: Any, out_stride: Any, size: Any) -> Any:  # fmt: skip
+               bags: Any, end: Any, ahead: Any, out: Any, out_stride: Any, size: Any) -> Any:  # fmt: skip
     """Sum ``size`` bytes, at least an element, at ``address`` of the rows of each bag into those at ``out``;
-    rows before ``end`` are fetched ahead."""
+    rows before ``end`` are fetched so many ``ahead`` of their turn."""
     number = weights.dtype
     width = max(size.literal_value * 8 // number.bitwidth, 1)
 
@@ -142,11 +142,11 @@ def _sum_block(context: Any, address: Any, stride: Any, rows: Any, base: Any, we
         return context.get_dummy_value()
 
     count = types.int64
-    others = [count] * 5
+    others = [count] * 6
     return types.void(count, count, rows, count, weights, *others, size), generate
 
 
-def _python_sum_bags(address, stride, rows, base, weights, offsets, end, out, out_stride, dim):
+def _python_sum_bags(address, stride, rows, base, weights, offsets, end, ahead, out, out_stride, dim):
     """Plain Python's :func:`sum_bags`."""
     for bag, (first, last) in enumerate(pairwise(offsets.tolist())):
         total = view(out + bag * out_stride, dim, weights.dtype.type(0))
@@ -157,34 +157,50 @@ def _python_sum_bags(address, stride, rows, base, weights, offsets, end, out, ou
 
 
 @helper
-def _compiled_sum_bags(address, stride, rows, base, weights, offsets, end, out, out_stride, dim):
+def _compiled_sum_bags(address, stride, rows, base, weights, offsets, end, ahead, out, out_stride, dim):
     """Set ``dim`` elements at ``out``, and ``out_stride`` bytes further for each next bag, to the sum of the
     rows ``rows[k] - base``, for k from ``offsets[bag]`` to ``offsets[bag + 1]``, of an array at ``address``
-    with ``stride`` bytes a row, times ``weights[k]`` if there are weights."""
+    with ``stride`` bytes a row, times ``weights[k]`` if there are weights. Rows before ``end`` are fetched so
+    many ``ahead`` of their turn."""
     bags, starts = np.int64(offsets.size - 1), offsets.ctypes.data
     bytes_left = dim * weights.itemsize
     at = np.int64(0)
     while bytes_left - at >= WIDE:
-        _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, WIDE)
+        _sum_block(
+            address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, WIDE
+        )
         at += WIDE
     if bytes_left - at >= MIDDLE:
-        _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, MIDDLE)
+        _sum_block(
+            address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, MIDDLE
+        )
         at += MIDDLE
+    if bytes_left - at >= NARROW:
+        _sum_block(
+            address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, NARROW
+        )
+        at += NARROW
     while at < bytes_left:  # the last block may sum some columns once more
         if bytes_left >= 32:
             at = min(at, bytes_left - 32)
-            _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, 32)
+            _sum_block(
+                address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, 32
+            )
             at += 32
         elif bytes_left >= 16:
             at = min(at, bytes_left - 16)
-            _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, 16)
+            _sum_block(
+                address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, 16
+            )
             at += 16
         elif bytes_left >= 8:
             at = min(at, bytes_left - 8)
-            _sum_block(address + at, stride, rows, base, weights, starts, bags, end, out + at, out_stride, 8)
+            _sum_block(
+                address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, 8
+            )
             at += 8
         else:
-            _sum_block(address, stride, rows, base, weights, starts, bags, end, out, out_stride, 4)
+            _sum_block(address, stride, rows, base, weights, starts, bags, end, ahead, out, out_stride, 4)
             at += 4
 
 
@@ -196,7 +212,8 @@ def sum_rows(address, stride, rows, base, weights, first, last, end, total):
     """Set ``total`` to the sum of the rows from ``first`` to ``last``, as one bag."""
     offsets = on_stack(np.int64(0))[:2]
     offsets[0], offsets[1] = first, last
-    sum_bags(address, stride, rows, base, weights, offsets, end, total.ctypes.data, np.int64(0), total.size)
+    place, ahead = total.ctypes.data, np.int64(AHEAD)
+    sum_bags(address, stride, rows, base, weights, offsets, end, ahead, place, np.int64(0), total.size)
 
 
 @restricted_helper

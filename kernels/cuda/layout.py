@@ -40,9 +40,8 @@ def with_own_columns(table: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 # What kernels read of a pooled lookup: its own columns and then those of the CPU's kernels.
 (
-    POOL_ROWS,  # of the table
     POOL_INDEX_STRIDE,  # bytes from index to index
     POOL_INDEX_SIZE,  # bytes of an index
     POOL_LANE_BITS,  # 2 to this are the lanes that take a bag
     POOL_SHARED,  # the first of the shared columns
-) = range(5)
+) = range(4)

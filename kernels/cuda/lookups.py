@@ -20,7 +20,6 @@ from fastopt.kernels.cuda.layout import (
     POOL_INDEX_SIZE,
     POOL_INDEX_STRIDE,
     POOL_LANE_BITS,
-    POOL_ROWS,
     POOL_SHARED,
 )
 from fastopt.kernels.cuda.memory import (
@@ -45,6 +44,7 @@ from fastopt.kernels.layout import (
     POOL_OUT_STRIDE,
     POOL_PADDING,
     POOL_POSITIONS,
+    POOL_ROWS,
     POOL_TABLE,
     POOL_WEIGHTS,
 )
@@ -279,7 +279,7 @@ def pool(kind: Format, like: np.dtype, length: int) -> Any:
             while d < dim:
                 columns_of_bag(
                     integer(shared, POOL_TABLE),
-                    integer(own, POOL_ROWS),
+                    integer(shared, POOL_ROWS),
                     dim,
                     integer(shared, POOL_INDICES),
                     integer(own, POOL_INDEX_STRIDE),

@@ -7,7 +7,7 @@ import numpy as np
 from fastopt.kernels.cpu import bags, norms, stored_rows
 from fastopt.kernels.cpu import rows as row_kernels
 from fastopt.kernels.cpu.backend.addresses import address
-from fastopt.kernels.cpu.backend.indices import distinct_rows
+from fastopt.kernels.cpu.backend.indices import bounds, distinct_rows
 from fastopt.kernels.cpu.backend.parts import equal_parts
 from fastopt.kernels.cpu.memory import ALIGNMENT, aligned, empty
 from fastopt.kernels.cpu.widen import widen_bfloat16, widen_half
@@ -71,27 +71,40 @@ def gather(table: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return out
 
 
-def pool(lookups: Sequence[PooledLookup]) -> None:
+def pool(lookups: Sequence[PooledLookup]) -> list[tuple[int, int]]:
     """Write the sums, or means, of the bags of lookups; rows of 16 bits are added in float32. Those of tables
-    and indices of the same dtypes are one launch."""
-    alike: dict[tuple[np.dtype, np.dtype], list[PooledLookup]] = {}
-    for lookup in lookups:
+    and indices of the same dtypes are one launch. Returns the smallest and the largest index of each, 0 and
+    -1 of none, which may be of rows that there are not: then its result is of any content."""
+    found = [(0, -1)] * len(lookups)
+    alike: dict[tuple[np.dtype, np.dtype], list[int]] = {}
+    for k, lookup in enumerate(lookups):
         if lookup.table.dtype.itemsize == 2:
-            _pool_small(lookup)
+            found[k] = _pool_small(lookup)
         else:
-            alike.setdefault((lookup.table.dtype, lookup.indices.dtype), []).append(lookup)
-    for (dtype, index), many in alike.items():
-        amounts = [(own.indices.size + len(own.out)) * own.table.shape[1] for own in many]
-        rows = np.array([pool_row(own, address) for own in many], np.int64)
-        bags.pool(sum(amounts), dtype.type(0), index.type(0), rows, equal_parts(amounts))
+            alike.setdefault((lookup.table.dtype, lookup.indices.dtype), []).append(k)
+    for (dtype, index), own in alike.items():
+        many = [lookups[k] for k in own]
+        amounts = [(lookup.indices.size + len(lookup.out)) * lookup.table.shape[1] for lookup in many]
+        rows, parts = np.array([pool_row(lookup, address) for lookup in many], np.int64), equal_parts(amounts)
+        of_parts = np.empty((len(parts), 2), np.int64)
+        bags.pool(sum(amounts), dtype.type(0), index.type(0), rows, parts, of_parts)
+        lows, highs = np.zeros(len(own), np.int64), np.full(len(own), -1)
+        np.minimum.at(lows, parts[:, 0], of_parts[:, 0])
+        np.maximum.at(highs, parts[:, 0], of_parts[:, 1])
+        for k, low, high in zip(own, lows.tolist(), highs.tolist(), strict=True):
+            found[k] = low, high
+    return found
 
 
-def _pool_small(lookup: PooledLookup) -> None:
+def _pool_small(lookup: PooledLookup) -> tuple[int, int]:
     """The bags of a table of 16 bits."""
-    rows, where, none = _rows_read(lookup.table, lookup.indices, lookup.padding)
-    out = empty(lookup.out.shape, rows.dtype)
-    pool([lookup._replace(table=rows, indices=where, padding=none, out=out)])
-    lookup.out[...] = out
+    low, high = bounds(lookup.indices) if lookup.indices.size else (0, -1)
+    if low >= 0 and high < len(lookup.table):
+        rows, where, none = _rows_read(lookup.table, lookup.indices, lookup.padding)
+        out = empty(lookup.out.shape, rows.dtype)
+        pool([lookup._replace(table=rows, indices=where, padding=none, out=out)])
+        lookup.out[...] = out
+    return low, high
 
 
 def pool_max(
@@ -168,9 +181,11 @@ def _rows_read(table: np.ndarray, indices: np.ndarray, padding: int) -> tuple[np
     """A table that holds, in float32, the row of each position of one of 16 bits, its indices and padding."""
     read = widen(gather(table, indices))
     where = np.arange(len(read))
-    if padding >= 0:
-        where[indices == padding] = len(read)
-    return read, where, len(read)
+    padded = np.flatnonzero(indices == padding)
+    if not padded.size:
+        return read, where, len(read)
+    where[padded] = padded[0]  # one that is in the table, whose indices kernels look at
+    return read, where, int(padded[0])
 
 
 def limit_norms(table: np.ndarray, segments: Segments, max_norm: float) -> None:

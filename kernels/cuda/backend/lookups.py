@@ -27,7 +27,7 @@ def _read_as(table: DeviceArray) -> tuple[Format, np.dtype]:
 def _row_of(lookup: PooledLookup, lane_bits: int) -> list[int]:
     """What kernels are told of a pooled lookup (see layout.py)."""
     _, stride, size = _indices(lookup.indices)
-    return [len(lookup.table), stride, size, lane_bits, *pool_row(lookup, place)]
+    return [stride, size, lane_bits, *pool_row(lookup, place)]
 
 
 def _indices(indices: DeviceArray) -> tuple[int, int, int]:
@@ -52,7 +52,7 @@ class Lookups:
             lookups.gather(size).ready(self.device, grid, *given)()
         return out
 
-    def pool(self, many: Sequence[PooledLookup]) -> None:
+    def pool(self, many: Sequence[PooledLookup]) -> Sequence[tuple[int, int]]:
         """Write the sums, or means, of the bags of lookups. Those of tables of the same dtype, whose rows can
         be read by vectors alike, are one launch."""
         alike: dict[tuple, list[PooledLookup]] = {}
@@ -71,6 +71,7 @@ class Lookups:
             memory = upload(self.device, np.concatenate([np.ravel(rows), bases]))
             given = memory.address, len(rows[0]), memory.address + len(rows) * len(rows[0]) * 8, len(rows)
             lookups.pool(*what).ready(self.device, int(bases[-1]), *given)()
+        return ()
 
     def pool_max(
         self, table: DeviceArray, indices: DeviceArray, offsets: DeviceArray, padding: int
