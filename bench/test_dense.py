@@ -1,4 +1,5 @@
-"""Is a dense step as fast as memory, and as torch's fastest version of it? 33.5 M float32 parameters.
+"""Is a dense step as fast as memory, and as torch's fastest version of it? 33.5 M float32 parameters, and
+others.
 
 Torch has a fused CPU version of SGD, Adagrad, Adam and AdamW alone; the other two it has of all.
 """
@@ -37,8 +38,8 @@ def test_dense_fastopt(compare, rng, name, options, states, peer):
     p = np.ones(SIZE, np.float32)
     opt = getattr(fastopt, name)(p, **options)
     opt.step(g)
-    # where memory happens to lie makes a tenth or two: both work on the same
-    own = list(opt._all[0].state.values())
+    # both work on the same memory, since where it happens to lie can make a tenth
+    own = list(opt.state[0].values())
     torch_opts = torch_optimizers(peer, options, lambda: torch_parameters([SIZE], [g]))
     moved = p.nbytes * (3 + 2 * states)
     functions = {"fastopt": lambda: opt.step(g), "same traffic": floor(p, g, own)}
@@ -48,6 +49,30 @@ def test_dense_fastopt(compare, rng, name, options, states, peer):
         {label: (function, moved) for label, function in functions.items()},
         rounds=11,
     )
+
+
+# Sizes, round and not, and rules that torch has a fused version of.
+SIZES = [1 << 18, 500_000, 1 << 20, 1 << 21, 3_000_000, 1 << 22, 1 << 23, 10_000_000, 1 << 24, 30_000_000]
+SIZES += [1 << 25, 1 << 26]
+FUSED = [
+    rule for rule, i in zip(RULES, IDS, strict=True) if i in ("Adam", "AdamW", "SGD-momentum", "AdaGrad")
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("name", "options", "states", "peer"), FUSED, ids=[name for name, *_ in FUSED])
+def test_sizes_fastopt(compare, rng, name, options, states, peer, size):
+    """Beside torch's fused steps, twice: the two differ by what memory and the machine make of the same."""
+    g = np.abs(rng.standard_normal(size, dtype=np.float32))
+    opt = getattr(fastopt, name)(np.ones(size, np.float32), **options)
+    opt.step(g)
+    functions = {"fastopt": lambda: opt.step(g)}
+    for suffix in ("", ", again"):
+        peers = torch_optimizers(peer, options, lambda: torch_parameters([size], [g]), ["torch fused"])
+        functions |= {version + suffix: torch_opt.step for version, torch_opt in peers.items()}
+    moved = g.nbytes * (3 + 2 * states)
+    cases = {label: (function, moved) for label, function in functions.items()}
+    compare(f"{name}, {size:,} elements", cases, rounds=min(max(100_000_000 // size, 9), 41))
 
 
 # optimizer, torch's name or None, bytes moved for an element: more than one pass over the array

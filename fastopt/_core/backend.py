@@ -192,6 +192,10 @@ class Backend(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """Zeros, which begin with a cache line."""
 
+    def zeros_beside(self, array: Array, dtypes: Sequence[np.dtype]) -> list[Array]:
+        """Zeros of the shape of ``array``, one array of each dtype, placed for loops over the elements of all
+        of them."""
+
     def address(self, array: Array) -> int:
         """The address of the first element."""
 

@@ -155,7 +155,7 @@ class Parameter:
             return self.in_files.state(slots)
         if slots:
             together = rule.state_slots if by_row and len(self.shape) == 2 else ()
-            new = new_state(slots, together, self.backend)
+            new = new_state(slots, self.backend, together, None if by_row else self.beside)
             if MASTER in slots:
                 new[MASTER][...] = self.view()
             return new
@@ -173,6 +173,14 @@ class Parameter:
                 scales = slot + SCALES
                 own[slot], own[scales] = by_rows(kind, own[slot], own[scales])
         return own
+
+    @property
+    def beside(self) -> Array | None:
+        """The array that state of its shape is placed beside: itself, or None if state lies in files or is of
+        codes, which are gone through in blocks."""
+        if self.in_files is not None or any(kind.coded for kind in self.state_formats):
+            return None
+        return self.view()
 
     @property
     def state_formats(self) -> tuple[formats.Format, ...]:

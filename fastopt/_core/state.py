@@ -93,14 +93,26 @@ def is_factored(rule: Rule, shape: tuple[int, ...]) -> bool:
     return bool(rule.matrix_slots) and len(shape) >= 2
 
 
-def new_state(slots: Mapping[str, Slot], together: tuple[str, ...], backend: Backend) -> dict[str, Array]:
-    """State arrays; those of ``together`` lie row by row side by side, which memory answers faster."""
+def new_state(
+    slots: Mapping[str, Slot],
+    backend: Backend,
+    together: tuple[str, ...] = (),
+    beside: Array | None = None,
+) -> dict[str, Array]:
+    """State arrays.
+
+    together: names of those that lie row by row side by side, which memory answers faster. beside: an array
+    whose elements are updated together with those of state arrays of its shape.
+    """
     zeros = backend.zeros
     state = {}
     if len(together) > 1:
         (rows, dim), dtype, _ = slots[together[0]]
         both = zeros((rows, len(together), dim), dtype)
         state = {slot: both[:, k] for k, slot in enumerate(together)}
+    if beside is not None:
+        alike = [name for name, slot in slots.items() if slot.shape == beside.shape]
+        state |= zip(alike, backend.zeros_beside(beside, [slots[name].dtype for name in alike]), strict=True)
     for name, (shape, dtype, value) in slots.items():
         if name not in state:
             state[name] = zeros(shape, dtype)

@@ -240,8 +240,15 @@ def _state(
 
 
 def _beside(parameter: Parameter, array: np.ndarray) -> Array:
-    """An array of the host's where the parameter lies."""
-    return array if parameter.device < 0 else parameter.backend.from_host(array)
+    """An array of the host's where the parameter lies, and placed as new state would be."""
+    if parameter.device >= 0:
+        return parameter.backend.from_host(array)
+    beside = parameter.beside
+    if beside is None or array.shape != beside.shape:
+        return array
+    [placed] = parameter.backend.zeros_beside(beside, [array.dtype])
+    placed[...] = array
+    return placed
 
 
 def _is_by_row(saved: Mapping[str, Any]) -> bool:

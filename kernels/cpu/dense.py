@@ -8,11 +8,25 @@ import numpy as np
 from numba import prange
 
 from fastopt.kernels.cpu.jit import Kernel, helper
-from fastopt.kernels.cpu.runs import coded_slots, gradient_itemsize, new_array, run_length, update_run
+from fastopt.kernels.cpu.runs import (
+    coded_slots,
+    gradient_itemsize,
+    new_array,
+    parameter_itemsize,
+    run_length,
+    update_run,
+)
 from fastopt.kernels.element import unpack
 from fastopt.kernels.formats import BLOCK
-from fastopt.kernels.intrinsics import view
-from fastopt.kernels.layout import ARRAY_GRADIENT, ARRAY_KEY, ARRAY_NUMBERS, ARRAY_PLACES, ARRAY_POSITION
+from fastopt.kernels.intrinsics import CACHE_LINE, view
+from fastopt.kernels.layout import (
+    ARRAY_GRADIENT,
+    ARRAY_KEY,
+    ARRAY_NUMBERS,
+    ARRAY_PARAMETER,
+    ARRAY_PLACES,
+    ARRAY_POSITION,
+)
 
 
 @Kernel
@@ -46,10 +60,19 @@ def array_at(bases, position):
 
 
 @helper
+def before_line(address, width):
+    """Elements of an array at ``address`` before its first whole cache line. ``width``: bytes of an element,
+    or 0 where it has to be gone through in blocks, which gives 0."""
+    ahead = -address % CACHE_LINE
+    return 0 if width == 0 or ahead % width else ahead // width
+
+
+@helper
 def update_chunk(h, c, like, kinds, table, bases, numbers, zero_grads, first, last):
-    """The blocks of arrays that begin between the elements ``first`` and ``last``."""
+    """The blocks of arrays that begin between the elements ``first`` and ``last``; those of long arrays begin
+    with the next cache line, but for an array's first."""
     buffers = new_array((coded_slots(kinds, like), BLOCK), like)
-    run = run_length(kinds, like)
+    run, width = run_length(kinds, like), parameter_itemsize(kinds, like)
     begin_array = array_at(bases, first)
     known = table[begin_array, ARRAY_NUMBERS]
     own_h = unpack(h, numbers[known], like)
@@ -64,12 +87,19 @@ def update_chunk(h, c, like, kinds, table, bases, numbers, zero_grads, first, la
             own_h = unpack(h, numbers[known], like)
             own_c = unpack(c, numbers[known, len(h) :], like)
         begin = max(first - base + BLOCK - 1, 0) // BLOCK * BLOCK
-        end = min((last - base + BLOCK - 1) // BLOCK * BLOCK, bases[t + 1] - base)
+        end = (last - base + BLOCK - 1) // BLOCK * BLOCK
+        numel = bases[t + 1] - base
+        # Runs begin with cache lines of the parameter, but for its first: a vector that lies in two lines
+        # takes two accesses. One run more would cost a short array more than that spares.
+        before = before_line(row[ARRAY_PARAMETER], width) if numel > run else 0
+        length = before if begin == 0 and before else run
+        begin, end = begin + (before if begin else 0), min(end + before, numel)
         places = row[ARRAY_PLACES:]
-        for at in range(begin, end, run):
-            size = min(run, end - at)
+        for run_end in range(begin + length, end + run, run):
+            at = max(run_end - run, begin)
+            size = min(run_end, end) - at
             key, position = row[ARRAY_KEY], row[ARRAY_POSITION] + at
             update_run(own_h, own_c, like, kinds, places, at, size, key, position, buffers)
             if zero_grads:
-                width = gradient_itemsize(kinds, like)
-                view(row[ARRAY_GRADIENT] + at * width, size * width, np.uint8(0))[:] = 0
+                bytes_each = gradient_itemsize(kinds, like)
+                view(row[ARRAY_GRADIENT] + at * bytes_each, size * bytes_each, np.uint8(0))[:] = 0

@@ -12,6 +12,12 @@ SMALLEST = 1 << 16  # bytes; below, NumPy's own allocation is as fast
 MOST_WAITING = 1 << 28  # bytes that wait for their next use
 ALIGNMENT = 64  # bytes, a cache line: a row that begins elsewhere takes one more
 
+# Many processors tell by the place in a page alone whether a load may need an earlier store, and then wait
+# for it. Loops over several arrays load what comes next and store what was: no load waits where elements of
+# one index have the same place in their pages, many do where the array that is stored to is a little ahead.
+PAGE = 4096  # bytes
+SMALLEST_PLACED = 1 << 18  # bytes; of these a page is a trifle
+
 _waiting: dict[int, list[np.ndarray]] = {}
 _waiting_bytes = 0
 _lock = threading.RLock()  # a collection of garbage may come while it is held
@@ -46,10 +52,16 @@ class _Loan:
                 _waiting_bytes += self.memory.size
 
 
-def aligned(memory: np.ndarray, size: int) -> np.ndarray:
-    """The first ``size`` bytes of ``memory``, uint8, that begin with a cache line."""
-    first = -memory.__array_interface__["data"][0] % ALIGNMENT
+def _from(memory: np.ndarray, size: int, place: int, modulus: int) -> np.ndarray:
+    """The first ``size`` bytes of ``memory``, uint8, whose address is ``place`` modulo ``modulus``."""
+    first = (place - memory.__array_interface__["data"][0]) % modulus
     return memory[first : first + size]
+
+
+def zeros_at(shape: tuple[int, ...], dtype: np.dtype, place: int, modulus: int) -> np.ndarray:
+    """Zeros whose address is ``place`` modulo ``modulus``; they come from the system unread."""
+    size = math.prod(shape) * dtype.itemsize
+    return _from(np.zeros(size + modulus, np.uint8), size, place, modulus).view(dtype).reshape(shape)
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -67,5 +79,5 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
             _waiting_bytes -= capacity  # first: a collection of garbage may clear what waits
             memory = waiting.pop()
         else:
-            memory = aligned(np.empty(capacity + ALIGNMENT, np.uint8), capacity)
+            memory = _from(np.empty(capacity + ALIGNMENT, np.uint8), capacity, 0, ALIGNMENT)
     return np.asarray(_Loan(memory))[:needed].view(dtype).reshape(shape)

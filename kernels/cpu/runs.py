@@ -195,6 +195,11 @@ def coded_slots(kinds, like):
     """How many arrays have codes in blocks."""
 
 
+@made_by(_constant(lambda members, like: 0 if any(k.coded for k in members) else members[0].itemsize(like)))
+def parameter_itemsize(kinds, like):
+    """Bytes of a stored element of the parameter; 0 where there are codes in blocks."""
+
+
 @made_by(_constant(lambda members, like: members[1].itemsize(like)))
 def gradient_itemsize(kinds, like):
     """Bytes of a stored element of the gradient."""

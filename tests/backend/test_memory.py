@@ -34,6 +34,14 @@ def test_zeros_are_zeros_in_memory_that_was_used(device):
         assert not device.get(device.backend.zeros((300, 100), SINGLE)).any()
 
 
+@pytest.mark.covers("zeros_beside")
+def test_zeros_beside_an_array_have_its_shape(device):
+    for shape in SHAPES:
+        found = device.backend.zeros_beside(device.put(np.ones(shape, np.float32)), DTYPES)
+        assert [(array.shape, array.dtype) for array in found] == [(shape, dtype) for dtype in DTYPES]
+        assert not any(any(device.get(array).tobytes()) for array in found)
+
+
 @pytest.mark.covers("empty", "address")
 @pytest.mark.parametrize("shape", [7, 50_000, (3, 5), (0, 4), (300, 100)], ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, BFLOAT], ids=str)

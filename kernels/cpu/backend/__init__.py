@@ -39,6 +39,7 @@ from fastopt.kernels.cpu.backend.reads import (
     without,
     won_rows,
     zeros,
+    zeros_beside,
 )
 from fastopt.kernels.cpu.backend.rows import catch_up, sum_squares_rows, update_rows
 from fastopt.kernels.cpu.headers import Identities
@@ -95,4 +96,5 @@ __all__ = [
     "without",
     "won_rows",
     "zeros",
+    "zeros_beside",
 ]

@@ -9,7 +9,7 @@ from fastopt.kernels.cpu import rows as row_kernels
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.backend.indices import bounds, distinct_rows
 from fastopt.kernels.cpu.backend.parts import equal_parts
-from fastopt.kernels.cpu.memory import ALIGNMENT, aligned, empty
+from fastopt.kernels.cpu.memory import ALIGNMENT, PAGE, SMALLEST_PLACED, empty, zeros_at
 from fastopt.kernels.cpu.widen import widen_bfloat16, widen_half
 from fastopt.kernels.formats import Format, formats
 from fastopt.kernels.layout import pool_row
@@ -21,8 +21,19 @@ HALF = np.dtype(np.float16)
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Zeros that begin with a cache line. They come from the system unread: a huge table costs nothing until
     its rows are touched."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return aligned(np.zeros(size + ALIGNMENT, np.uint8), size).view(dtype).reshape(shape)
+    return zeros_at(shape, dtype, 0, ALIGNMENT)
+
+
+def zeros_beside(array: np.ndarray, dtypes: Sequence[np.dtype]) -> list[np.ndarray]:
+    """Zeros of the shape of ``array``, one array of each dtype, placed for loops over the elements of all of
+    them: where ``array`` begins a cache line, so do they. They come from the system unread, too."""
+    place, width = address(array), array.itemsize
+    before = -place % ALIGNMENT // width  # elements before its first whole line
+    found = []
+    for dtype in dtypes:
+        modulus = PAGE if array.size * dtype.itemsize >= SMALLEST_PLACED else ALIGNMENT
+        found.append(zeros_at(array.shape, dtype, place + before * (width - dtype.itemsize), modulus))
+    return found
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Arrays of a device, made and moved, and calls made."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ class Basics:
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         """Zeros."""
         return arrays.zeros(self.device, shape, dtype)
+
+    def zeros_beside(self, array: DeviceArray, dtypes: Sequence[np.dtype]) -> list[DeviceArray]:
+        """Zeros of the shape of ``array``, one array of each dtype."""
+        return [self.zeros(array.shape, dtype) for dtype in dtypes]
 
     def address(self, array: DeviceArray) -> int:
         """The address of the first element."""
