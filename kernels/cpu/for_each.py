@@ -68,7 +68,7 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     """``value``, arrays in it without owners: threads that count references to one owner wait for each other,
     which took half of the time of sparse steps. The kernel's caller keeps the owners."""
     if isinstance(kind, types.BaseTuple):
-        for k, member in enumerate(kind.types):
+        for k, member in enumerate(kind.types):  # type: ignore[attr-defined]
             own = _without_owner(context, builder, member, builder.extract_value(value, k))
             value = builder.insert_value(value, own, k)
     elif isinstance(kind, types.Array):
