@@ -55,11 +55,15 @@ class Helper(Compiler):
         return super().define_pipelines()
 
 
-class RestrictedHelper(Helper):
-    """Compiles a helper whose array arguments never overlap: its loops are vectorised while that is known, in
-    it and not in its callers."""
+class OptimisedHelper(Helper):
+    """Compiles a helper that is optimised by itself first."""
 
     library = _LinkedOptimised
+
+
+class RestrictedHelper(OptimisedHelper):
+    """Compiles a helper whose array arguments never overlap: its loops are vectorised while that is known, in
+    it and not in its callers."""
 
     def define_pipelines(self) -> Any:
         self.state.flags.noalias = True

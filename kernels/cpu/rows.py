@@ -5,7 +5,7 @@ from numba.extending import overload, register_jitable
 
 from fastopt.kernels.cpu.catch_up import take_missed_steps
 from fastopt.kernels.cpu.for_each import for_each
-from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.jit import Kernel, helper, optimised_helper, restricted_helper
 from fastopt.kernels.cpu.segments import add_row, first_segment, gradient_of, row_of_segment
 from fastopt.kernels.cpu.stored_rows import close_row, open_row, prefetch_row, update_apart
 from fastopt.kernels.element import limited, unpack
@@ -95,7 +95,7 @@ def update_tables(team, mode, h, c, like, kinds, tables, numbers, limits, parts,
     for_each(team, update_part, parts.shape[0], arguments)
 
 
-@helper
+@optimised_helper
 def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_parts, all_buffers):
     """The share of part ``k`` in :func:`update_tables`."""
     t, part, parts = all_parts[k, 0], all_parts[k, 1], all_parts[k, 2]
