@@ -36,12 +36,12 @@ def sparse(count):
 
 def forget():
     # As in a new process, which loads kernels.
-    vars(update_arrays).pop("serial", None)
+    vars(update_arrays).pop("compiled", None)
     update_arrays._entries.clear()
 
 def compiled_and_loaded():
-    stats = [d.stats for d in (vars(update_arrays).get("serial"), vars(update_arrays).get("parallel")) if d]
-    return [sum(sum(getattr(s, name).values()) for s in stats) for name in ("cache_misses", "cache_hits")]
+    stats = update_arrays.compiled.stats
+    return [sum(getattr(stats, name).values()) for name in ("cache_misses", "cache_hits")]
 """
 
 

@@ -79,26 +79,26 @@ def test_norms_have_the_same_bits_for_any_number_of_threads_and_variant(dtype, r
     ],
     ids=["scale", "clip"],
 )
-def test_clipping_has_the_same_bits_in_both_variants(kernel, args):
+def test_clipping_has_the_same_bits_on_one_thread_and_on_all(kernel, args):
     serial = np.random.default_rng(23).standard_normal(70_001).astype(np.float32)
     parallel = serial.copy()
-    kernel.serial(serial, *args)
-    kernel.parallel(parallel, *args)
+    kernel(0, serial, *args)
+    kernel(threads.PARALLEL_FROM, parallel, *args)
     assert serial.tobytes() == parallel.tobytes()
 
 
-def test_coalescing_and_lookups_have_the_same_bits_in_both_variants():
+def test_coalescing_and_lookups_have_the_same_bits_on_one_thread_and_on_all():
     rng = np.random.default_rng(24)
     serial = rng.standard_normal((5_001, 9)).astype(np.float32)
     parallel = serial.copy()
     indices = rng.integers(0, 700, 5_001)
     [segments] = segments_of([(indices, 700)])
-    rows.coalesce.serial(serial, segments.order, segments.starts, 0)
-    rows.coalesce.parallel(parallel, segments.order, segments.starts, 0)
+    rows.coalesce(0, serial, segments.order, segments.starts, 0)
+    rows.coalesce(threads.PARALLEL_FROM, parallel, segments.order, segments.starts, 0)
     assert serial.tobytes() == parallel.tobytes()
     found = np.empty((2, 5_001, 9), np.float32)
-    rows.gather.serial(serial, indices, found[0])
-    rows.gather.parallel(serial, indices, found[1])
+    rows.gather(0, serial, indices, found[0])
+    rows.gather(threads.PARALLEL_FROM, serial, indices, found[1])
     assert found[0].tobytes() == found[1].tobytes() == serial[indices].tobytes()
 
 

@@ -65,7 +65,7 @@ locks = {
     "of Numba's threads": lambda: parallel._backend_init_thread_lock,
     "of launches": lambda: threads.launcher.lock,
     "of memory": lambda: memory._lock,
-    "of the variants of kernels": lambda: lock_of(vars(jit.Kernel)["serial"]),
+    "of compiled kernels": lambda: lock_of(vars(jit.Kernel)["compiled"]),
     "of what rules compute once": lambda: lock_of(vars(rule.Rule)["state_slots"]),
 }
 
@@ -132,7 +132,7 @@ WHERE = {
     "in LLVM": ("numba:llvm_lock", "fresh()"),
     "while it loads": (
         "numba:llvm_lock",
-        "del vars(update_arrays)['serial']; update_arrays._entries.clear(); dense(5)",
+        "del vars(update_arrays)['compiled']; update_arrays._entries.clear(); dense(5)",
     ),
 }
 

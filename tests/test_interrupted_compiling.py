@@ -65,7 +65,7 @@ def forget():
     # As in a new process, which loads kernels.
     step()
     step(np.float64)
-    del vars(update_arrays)["serial"]
+    del vars(update_arrays)["compiled"]
     vars(update_arrays).get("_entries", {}).clear()
 """
 )

@@ -171,7 +171,7 @@ def test_a_format_from_outside_is_compiled_again_when_its_code_changed(tmp_path)
 
 
 COMPILES = {"Kernel", "Direct", "helper", "restricted_helper", "register_jitable", "overload", "intrinsic"}
-COMPILES |= {"njit", "jit", "vectorize", "generated_jit", "define"}
+COMPILES |= {"optimised_helper", "njit", "jit", "vectorize", "generated_jit", "define"}
 
 
 def test_files_that_the_digest_leaves_out_define_nothing_compiled_for_the_cpu():

@@ -34,7 +34,6 @@ _ABOUT = "fastopt.kernels.cuda.about"
 _ARRAYS, _PRODUCERS = "fastopt.kernels.cuda.array", "fastopt.kernels.cuda.producers"
 _DLPACK_CUDA = 2, 13  # the types of devices, kDLCUDA and kDLCUDAManaged, in DLPack
 
-
 Calls = Sequence[Callable[[], object]]  # for :meth:`Backend.run`
 Factor = Any  # what :meth:`Norm.factor` returns
 
@@ -283,11 +282,9 @@ class Backend(Protocol):
 
     def pool(self, lookups: Sequence[PooledLookup]) -> Sequence[tuple[int, int]]:
         """Set the rows of their results to sums of rows times weights, or these divided by how many rows;
-        without padding. Results are of the table's dtype; weights are float32 for one of 16 bits.
-
-        Returns, on the host, whose indices need not have been looked at, the smallest and the largest of
-        those of each lookup, 0 and -1 of none: the result of one that names rows that its table lacks is of
-        any content. A device returns nothing."""
+        without padding. Results are of the table's dtype; weights are float32 for one of 16 bits. The host
+        returns the smallest and the largest index of each lookup, 0 and -1 of none: where these were not
+        looked at, and are not all rows of the table, the result is of any content. A device has none."""
 
     def pool_max(self, table: Array, indices: Array, offsets: Array, padding: int) -> tuple[Array, Array]:
         """[bags, dim]: maxima, of the table's dtype, and the positions, int32, that they come from."""

@@ -1,8 +1,8 @@
 """Pooled lookups: bags of rows summed, averaged or their maximum taken, and what their gradients need."""
 
 import numpy as np
-from numba import prange
 
+from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.index import bounds_of
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.segments import add_row, add_weighted_row, sum_bags
@@ -31,7 +31,7 @@ ROWS_PER_CHUNK = 256
 
 
 @Kernel
-def pool(like, index, lookups, parts, bounds):
+def pool(team, like, index, lookups, parts, bounds):
     """Of each lookup, a row of ``lookups`` (see layout.py), ``out[b]``: the sum of the rows
     ``indices[offsets[b]:offsets[b + 1]]``, each times its weight if there are weights, without the row of
     padding; divided by how many they are for a mean.
@@ -42,14 +42,13 @@ def pool(like, index, lookups, parts, bounds):
 
     Bytes moved: one row read for each index, one written for each bag.
     """
-    for k in prange(parts.shape[0]):
-        bounds[k, 0], bounds[k, 1] = pool_part(like, index, lookups[parts[k, 0]], parts[k, 1], parts[k, 2])
+    for_each(team, pool_part, parts.shape[0], (like, index, lookups, parts, bounds))
 
 
 @helper
-def pool_part(like, index, lookup, part, parts):
-    """A part's share of :func:`pool`; returns the smallest and the largest of its indices, 0 and -1 of none.
-    Apart, because what stands in a prange compiles slowly."""
+def pool_part(k, like, index, lookups, all_parts, bounds):
+    """The share of part ``k`` in :func:`pool`."""
+    lookup, part, parts = lookups[all_parts[k, 0]], all_parts[k, 1], all_parts[k, 2]
     dim, positions, padding = lookup[POOL_DIM], lookup[POOL_POSITIONS], lookup[POOL_PADDING]
     indices = view(lookup[POOL_INDICES], positions, index)
     weights = view(lookup[POOL_WEIGHTS], positions if lookup[POOL_WEIGHTS] else np.int64(0), like)
@@ -57,11 +56,12 @@ def pool_part(like, index, lookup, part, parts):
     offsets = view(lookup[POOL_OFFSETS], lookup[POOL_BAGS] + 1, np.int64(0))
     out, out_stride = lookup[POOL_OUT], lookup[POOL_OUT_STRIDE]
     zero, start_bag, end = np.int64(0), first_bag(offsets, part, parts), first_bag(offsets, part + 1, parts)
-    low, high = zero, np.int64(-1)
+    low, high = zero, np.int64(-1)  # of no indices
     if offsets[end] > offsets[start_bag]:
         low, high = bounds_of(indices, offsets[start_bag], offsets[end])
+    bounds[k, 0], bounds[k, 1] = low, high
     if low < 0 or high >= lookup[POOL_ROWS]:
-        return low, high
+        return
     for begin in range(start_bag, end, BAGS_PER_SUM):
         until = min(begin + BAGS_PER_SUM, end)
         if padding < 0:
@@ -76,7 +76,6 @@ def pool_part(like, index, lookup, part, parts):
                 count = pool_without(padding, start, stride, indices, weights, first, last, total)
             if lookup[POOL_MEAN] and count > 1:
                 divide_row(total, total.dtype.type(count))
-    return low, high
 
 
 @helper
@@ -118,14 +117,18 @@ def divide_row(total, count):
 
 
 @Kernel
-def pool_max(table, indices, offsets, padding, out, winners):
+def pool_max(team, table, indices, offsets, padding, out, winners):
     """``out[b]``: maximum of each element over the rows of bag ``b``, NaN if one is NaN, 0 for none;
     ``winners``: the position that it comes from, the first of equal ones, -1 for none."""
-    bags = out.shape[0]
-    for chunk in prange((bags + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK):
-        first = chunk * BAGS_PER_CHUNK
-        for bag in range(first, min(first + BAGS_PER_CHUNK, bags)):
-            pool_max_bag(table, indices, offsets[bag], offsets[bag + 1], padding, out[bag], winners[bag])
+    chunks = (out.shape[0] + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK
+    for_each(team, pool_max_bags, chunks, (table, indices, offsets, padding, out, winners))
+
+
+@helper
+def pool_max_bags(chunk, table, indices, offsets, padding, out, winners):
+    first = chunk * BAGS_PER_CHUNK
+    for bag in range(first, min(first + BAGS_PER_CHUNK, out.shape[0])):
+        pool_max_bag(table, indices, offsets[bag], offsets[bag + 1], padding, out[bag], winners[bag])
 
 
 @helper
@@ -144,14 +147,18 @@ def pool_max_bag(table, indices, first, last, padding, best, winners):
 
 
 @Kernel
-def bags_of_positions(offsets, indices, padding, mean, bags, scales):
+def bags_of_positions(team, offsets, indices, padding, mean, bags, scales):
     """``bags[k]``: the bag of position ``k``; for ``mean``, ``scales[k]`` is times 1 / how many rows the
     bag has, the row ``padding`` not counted."""
-    count = offsets.size - 1
-    for chunk in prange((count + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK):
-        first = chunk * BAGS_PER_CHUNK
-        for bag in range(first, min(first + BAGS_PER_CHUNK, count)):
-            fill_bag(offsets[bag], offsets[bag + 1], bag, indices, padding, mean, bags, scales)
+    chunks = (offsets.size - 1 + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK
+    for_each(team, fill_bags, chunks, (offsets, indices, padding, mean, bags, scales))
+
+
+@helper
+def fill_bags(chunk, offsets, indices, padding, mean, bags, scales):
+    first = chunk * BAGS_PER_CHUNK
+    for bag in range(first, min(first + BAGS_PER_CHUNK, offsets.size - 1)):
+        fill_bag(offsets[bag], offsets[bag + 1], bag, indices, padding, mean, bags, scales)
 
 
 @helper
@@ -168,22 +175,32 @@ def fill_bag(first, last, bag, indices, padding, mean, bags, scales):
 
 
 @Kernel
-def take(values, order, first_position, out):
+def take(team, values, order, first_position, out):
     """``out[j] = values[order[j] - first_position]``, for 1-D arrays."""
-    for chunk in prange((out.size + POSITIONS_PER_CHUNK - 1) // POSITIONS_PER_CHUNK):
-        first = chunk * POSITIONS_PER_CHUNK
-        for j in range(first, min(first + POSITIONS_PER_CHUNK, out.size)):
-            out[j] = values[np.int64(order[j]) - first_position]
+    chunks = (out.size + POSITIONS_PER_CHUNK - 1) // POSITIONS_PER_CHUNK
+    for_each(team, take_chunk, chunks, (values, order, first_position, out))
+
+
+@helper
+def take_chunk(chunk, values, order, first_position, out):
+    first = chunk * POSITIONS_PER_CHUNK
+    for j in range(first, min(first + POSITIONS_PER_CHUNK, out.size)):
+        out[j] = values[np.int64(order[j]) - first_position]
 
 
 @Kernel
-def won_rows(values, bags, winners, out):
+def won_rows(team, values, bags, winners, out):
     """``out[k]``: those elements of ``values[bags[k]]`` whose ``winners[bags[k]]`` are ``k``, and zeros
     elsewhere."""
-    for chunk in prange((bags.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK):
-        first = chunk * ROWS_PER_CHUNK
-        for k in range(first, min(first + ROWS_PER_CHUNK, bags.size)):
-            won_row(values[bags[k]], winners[bags[k]], k, out[k])
+    chunks = (bags.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK
+    for_each(team, won_chunk, chunks, (values, bags, winners, out))
+
+
+@helper
+def won_chunk(chunk, values, bags, winners, out):
+    first = chunk * ROWS_PER_CHUNK
+    for k in range(first, min(first + ROWS_PER_CHUNK, bags.size)):
+        won_row(values[bags[k]], winners[bags[k]], k, out[k])
 
 
 @restricted_helper
@@ -193,17 +210,17 @@ def won_row(values, winners, position, out):
 
 
 @Kernel
-def dots(table, indices, bags, scales, padding, grad_output, out):
+def dots(team, table, indices, bags, scales, padding, grad_output, out):
     """``out[k]``: ``scales[k]`` (1 if it is empty) times the product of row ``indices[k]`` with
     ``grad_output[bags[k]]``; 0 for the row ``padding``."""
-    for chunk in prange((out.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK):
-        first = chunk * ROWS_PER_CHUNK
-        last = min(first + ROWS_PER_CHUNK, out.size)
-        dots_chunk(table, indices, bags, scales, padding, grad_output, out, first, last)
+    chunks = (out.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK
+    for_each(team, dots_chunk, chunks, (table, indices, bags, scales, padding, grad_output, out))
 
 
 @helper
-def dots_chunk(table, indices, bags, scales, padding, grad_output, out, first, last):
+def dots_chunk(chunk, table, indices, bags, scales, padding, grad_output, out):
+    first = chunk * ROWS_PER_CHUNK
+    last = min(first + ROWS_PER_CHUNK, out.size)
     stride = table.shape[1] * table.itemsize
     start = table.ctypes.data
     for k in range(first, last):
@@ -237,13 +254,18 @@ def dot(a, b):
 
 
 @Kernel
-def limit_norms(table, rows, max_norm):
+def limit_norms(team, table, rows, max_norm):
     """Scale those of the different ``rows`` whose norm is above ``max_norm``
     to that norm: by ``max_norm / (norm + 1e-7)``, as torch's ``embedding_renorm_``."""
-    for chunk in prange((rows.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK):
-        first = chunk * ROWS_PER_CHUNK
-        for k in range(first, min(first + ROWS_PER_CHUNK, rows.size)):
-            limit_norm(table[rows[k]], max_norm)
+    chunks = (rows.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK
+    for_each(team, limit_chunk, chunks, (table, rows, max_norm))
+
+
+@helper
+def limit_chunk(chunk, table, rows, max_norm):
+    first = chunk * ROWS_PER_CHUNK
+    for k in range(first, min(first + ROWS_PER_CHUNK, rows.size)):
+        limit_norm(table[rows[k]], max_norm)
 
 
 @helper

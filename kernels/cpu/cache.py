@@ -31,9 +31,9 @@ HOST_ONLY = (
 )
 
 
-def cache_for(function: Callable, parallel: bool) -> FunctionCache | NullCache:
+def cache_for(function: Callable) -> FunctionCache | NullCache:
     try:
-        return KernelCache(function, parallel)
+        return KernelCache(function)
     except RuntimeError:
         warn_no_cache("no folder for compiled kernels can be written")
         return NullCache()
@@ -48,16 +48,16 @@ class KernelCache(FunctionCache):
     can, when two processes compile at once, name one process's code for the other's signature.
     """
 
-    def __init__(self, function: Callable, parallel: bool) -> None:
+    def __init__(self, function: Callable) -> None:
         super().__init__(function)
-        self._variant = f"{function.__module__}.{function.__qualname__}", parallel
+        self._name = f"{function.__module__}.{function.__qualname__}"
         self._cache_file = KeyedFiles(Path(self._cache_path), self._impl.filename_base)
 
     def _index_key(self, signature: Any, codegen: Any) -> str:
         types = [str(t) for t in signature]
         classes = [class_key(cls) for cls in _tuple_classes(signature)]
         versions = sys.version, numba.__version__, llvmlite.__version__
-        key = self._variant, types, codegen.magic_tuple(), versions, package_digest(HOST_ONLY), classes
+        key = self._name, types, codegen.magic_tuple(), versions, package_digest(HOST_ONLY), classes
         return hashlib.sha256(repr(key).encode()).hexdigest()
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:

@@ -4,7 +4,6 @@ what the latest come to, and having rows take theirs."""
 import math
 
 import numpy as np
-from numba import prange
 from numba.extending import overload, register_jitable
 
 from fastopt.kernels.catch_up import (
@@ -24,6 +23,7 @@ from fastopt.kernels.catch_up import (
     tabulated,
     times_matrix,
 )
+from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.stored_rows import close_row, open_row, prefetch_row, update_apart
 from fastopt.kernels.element import load, store, unpack, unpack_decay
@@ -46,7 +46,7 @@ from fastopt.kernels.rule import Loop
 
 
 @Kernel
-def add_linear(steps, i, keep, penalty, lr, momentum, undampened, nesterov, decay):
+def add_linear(team, steps, i, keep, penalty, lr, momentum, undampened, nesterov, decay):
     """Set row ``i`` for b = momentum b + undampened g and p = keep p - lr b, or with Nesterov
     p = keep p - lr (g + momentum b), where g = penalty p."""
     own = steps[i, OWN : OWN + 4]
@@ -67,7 +67,7 @@ def add_linear(steps, i, keep, penalty, lr, momentum, undampened, nesterov, deca
 
 
 @Kernel
-def add_adaptive(steps, i, window, root, growth, step_size, keep, rectified, beta1, beta2):
+def add_adaptive(team, steps, i, window, root, growth, step_size, keep, rectified, beta1, beta2):
     """Set row ``i`` and add its step to the sums of the ``window`` rows before it."""
     steps[i, LOG_KEEP] = steps[i - 1, LOG_KEEP] + (0.0 if keep == 1.0 else math.log(keep))
     steps[i, DECAY1] = steps[i - 1, DECAY1] * beta1
@@ -100,11 +100,15 @@ def _store_numbers(k, row):
 
 
 @Kernel
-def tabulate(kind, steps, window, base, first, now, table):
+def tabulate(team, kind, steps, window, base, first, now, table):
     """``table[i]``: the numbers of ``coefficients(kind, steps, window, base, first + i, now)``."""
-    for i in prange(table.shape[0]):
-        k = coefficients(kind, steps, window, base, first + i, now, table.dtype.type(0))
-        _store_numbers(k, table[i])
+    for_each(team, tabulate_row, table.shape[0], (kind, steps, window, base, first, now, table))
+
+
+@helper
+def tabulate_row(i, kind, steps, window, base, first, now, table):
+    k = coefficients(kind, steps, window, base, first + i, now, table.dtype.type(0))
+    _store_numbers(k, table[i])
 
 
 # Taking the steps
@@ -166,18 +170,17 @@ def _loop_steps(mode, h, c, like, table, history, first, last, p, state, row_sta
 
 
 @Kernel
-def catch_up(mode, h, c, like, kinds, table, rows, count, buffers):
+def catch_up(team, mode, h, c, like, kinds, table, rows, count, buffers):
     """Bring rows up to date with the step before ``table[TABLE_STEP]``: the ``count`` different ones of
     ``rows`` or, if that is empty, the first ``count``. buffers: [parts, memory], as update_tables gets."""
-    parts = buffers.shape[0]
-    for part in prange(parts):
-        memory = buffers.ctypes.data + part * buffers.shape[1] * buffers.itemsize
-        begin, end = part * count // parts, (part + 1) * count // parts
-        catch_up_part(mode, h, c, like, kinds, table, rows, begin, end, memory)
+    for_each(team, catch_up_part, buffers.shape[0], (mode, h, c, like, kinds, table, rows, count, buffers))
 
 
 @helper
-def catch_up_part(mode, h, c, like, kinds, table, rows, begin, end, buffers):
+def catch_up_part(part, mode, h, c, like, kinds, table, rows, count, all_buffers):
+    parts = all_buffers.shape[0]
+    buffers = all_buffers.ctypes.data + part * all_buffers.shape[1] * all_buffers.itemsize
+    begin, end = part * count // parts, (part + 1) * count // parts
     for k in range(begin, end):
         if k + AHEAD < end:
             prefetch_row(h, kinds, table, like, rows[k + AHEAD] if rows.size else k + AHEAD)

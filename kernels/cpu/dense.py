@@ -5,8 +5,8 @@ divided by these numbers: chunks are of about equal size, whatever the sizes of 
 """
 
 import numpy as np
-from numba import prange
 
+from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper
 from fastopt.kernels.cpu.runs import (
     coded_slots,
@@ -30,7 +30,7 @@ from fastopt.kernels.layout import (
 
 
 @Kernel
-def update_arrays(h, c, like, kinds, table, bases, numbers, zero_grads, chunk):
+def update_arrays(team, h, c, like, kinds, table, bases, numbers, zero_grads, chunk):
     """Update arrays and their state with their gradients.
 
     h, c: the types of the hyperparameters. like: a number of the type that is computed with. kinds:
@@ -41,9 +41,8 @@ def update_arrays(h, c, like, kinds, table, bases, numbers, zero_grads, chunk):
     Bytes moved: each of the parameter and the state read and written, the gradient read; for float32
     Adam 28 an element.
     """
-    for k in prange((bases[-1] + chunk - 1) // chunk):
-        last = min((k + 1) * chunk, bases[-1])
-        update_chunk(h, c, like, kinds, table, bases, numbers, zero_grads, k * chunk, last)
+    arguments = h, c, like, kinds, table, bases, numbers, zero_grads, chunk
+    for_each(team, update_chunk, (bases[-1] + chunk - 1) // chunk, arguments)
 
 
 @helper
@@ -68,9 +67,10 @@ def before_line(address, width):
 
 
 @helper
-def update_chunk(h, c, like, kinds, table, bases, numbers, zero_grads, first, last):
-    """The blocks of arrays that begin between the elements ``first`` and ``last``; those of long arrays begin
-    with the next cache line, but for an array's first."""
+def update_chunk(k, h, c, like, kinds, table, bases, numbers, zero_grads, chunk):
+    """The blocks of arrays that begin in chunk ``k``; those of long arrays begin with the next cache line, an
+    array's first one excepted."""
+    first, last = k * chunk, min((k + 1) * chunk, bases[-1])
     buffers = new_array((coded_slots(kinds, like), BLOCK), like)
     run, width = run_length(kinds, like), parameter_itemsize(kinds, like)
     begin_array = array_at(bases, first)

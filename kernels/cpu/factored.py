@@ -12,10 +12,10 @@ p and g read and p written, 24.
 from typing import Any
 
 import numpy as np
-from numba import prange
 from numba.extending import overload
 from numba.np.numpy_support import as_dtype
 
+from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.norms import add_squares, add_sums, total_of
@@ -74,34 +74,23 @@ def _pieces(size: int, most: int) -> int:
 
 
 @Kernel
-def update_tiles(h, c, like, kinds, places, shape, row_var, col_var, numbers, zero_grads, chunk,
+def update_tiles(team, h, c, like, kinds, places, shape, row_var, col_var, numbers, zero_grads, chunk,
                  row_sums, col_sums, means, sums):  # fmt: skip
     """Update an array, a stack of matrices, and its state with its gradient. The arguments up to ``chunk``,
     tiles a thread takes at a time, are those of :func:`tile_arguments`; the others are memory for sums of
     squares: row_sums: [matrix and stripe, row]. col_sums: [matrix and band, column]. means: [matrix], of
     row_var. sums: [2, tile], of p and the update."""
-    tiles = sums.shape[1]
-    chunks = (tiles + chunk - 1) // chunk
-    for k in prange(chunks):
-        last = min((k + 1) * chunk, tiles)
-        add_tiles(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_sums, col_sums, sums)
-    for m in prange(means.size):
-        means[m] = update_moments(h, like, shape, numbers, m, row_sums, col_sums, row_var, col_var)
-    for k in prange(chunks):
-        last = min((k + 1) * chunk, tiles)
-        add_updates(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means,
-                    1.0, 1.0, sums)  # fmt: skip
+    chunks = (sums.shape[1] + chunk - 1) // chunk
+    given = h, c, like, kinds, places, shape, numbers
+    for_each(team, add_tiles, chunks, (given, chunk, row_sums, col_sums, sums))
+    for_each(team, update_moments, means.size, (given, row_sums, col_sums, row_var, col_var, means))
+    for_each(team, add_updates, chunks, (given, chunk, row_var, col_var, means, 1.0, 1.0, sums))
     p_unit, u_unit = unit_of(total_of_tiles(sums[0])), unit_of(total_of_tiles(sums[1]))
     if p_unit != 1.0 or u_unit != 1.0:
-        for k in prange(chunks):
-            last = min((k + 1) * chunk, tiles)
-            add_updates(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means,
-                        p_unit, u_unit, sums)  # fmt: skip
+        for_each(team, add_updates, chunks, (given, chunk, row_var, col_var, means, p_unit, u_unit, sums))
     factor = factor_of(h, shape, numbers, sums, p_unit, u_unit)
-    for k in prange(chunks):
-        last = min((k + 1) * chunk, tiles)
-        take_step(h, c, like, kinds, places, shape, numbers, k * chunk, last, row_var, col_var, means,
-                  factor, zero_grads)  # fmt: skip
+    tiles = sums.shape[1]
+    for_each(team, take_step, chunks, (given, chunk, tiles, row_var, col_var, means, factor, zero_grads))
 
 
 @helper
@@ -116,12 +105,14 @@ def tile_at(shape, tile):
 
 
 @helper
-def add_tiles(h, c, like, kinds, places, shape, numbers, first, last, row_sums, col_sums, sums):
-    """The squares of the parameter and, by row and by column, of the gradient."""
+def add_tiles(k, given, chunk, row_sums, col_sums, sums):
+    """The squares of the parameter and, by row and by column, of the gradient; for the tiles of chunk ``k``.
+    given: h, c, like, kinds, places, shape, numbers."""
+    h, c, like, kinds, places, shape, numbers = given
     c = unpack(c, numbers[len(h) :], like)
     buffers = new_array((2, LANES), like)
     lanes = np.empty((2, LANES))
-    for tile in range(first, last):
+    for tile in range(k * chunk, min((k + 1) * chunk, sums.shape[1])):
         matrix, band, stripe, top, bottom, left, right = tile_at(shape, tile)
         col_sums[band, left:right] = 0.0
         used = min(LANES, right - left)
@@ -150,8 +141,9 @@ def add_tile_squares(c, p, g, columns, g_lanes, p_lanes):
 
 
 @helper
-def update_moments(h, like, shape, numbers, matrix, row_sums, col_sums, row_var, col_var):
-    """Those of a matrix; returns the mean of its rows'."""
+def update_moments(matrix, given, row_sums, col_sums, row_var, col_var, means):
+    """Those of a matrix, and the mean of its rows'."""
+    h, _, like, _, _, shape, numbers = given
     h = unpack(h, numbers, like)
     rows, columns = shape[1], shape[2]
     stripes, bands = row_sums.shape[0] // shape[0], col_sums.shape[0] // shape[0]
@@ -161,7 +153,7 @@ def update_moments(h, like, shape, numbers, matrix, row_sums, col_sums, row_var,
     total = 0.0
     for row in range(rows):
         total += np.float64(own_rows[row])
-    return total / rows
+    means[matrix] = total / rows
 
 
 @helper
@@ -176,15 +168,15 @@ def average(h, like, sums, count, moments):
 
 
 @helper
-def add_updates(h, c, like, kinds, places, shape, numbers, first, last, row_var, col_var, means,
-                p_unit, u_unit, sums):  # fmt: skip
+def add_updates(k, given, chunk, row_var, col_var, means, p_unit, u_unit, sums):
     """The squares of the update over its unit; and those of the parameter, which have been added up in the
     unit 1, where its own is another."""
+    h, c, like, kinds, places, shape, numbers = given
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)
     buffers = new_array((2, LANES), like)
     lanes = np.empty((2, LANES))
-    for tile in range(first, last):
+    for tile in range(k * chunk, min((k + 1) * chunk, sums.shape[1])):
         matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
         columns = col_var[matrix * shape[2] :]
         used = min(LANES, right - left)
@@ -216,15 +208,14 @@ def find_updates(h, c, g, share, columns, updates):
 
 
 @helper
-def take_step(
-    h, c, like, kinds, places, shape, numbers, first, last, row_var, col_var, means, factor, zero_grads
-):
+def take_step(k, given, chunk, tiles, row_var, col_var, means, factor, zero_grads):
     """Update the parameter."""
+    h, c, like, kinds, places, shape, numbers = given
     rate = cast(like, numbers[0] * factor)
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)
     buffers = new_array((2, LANES), like)
-    for tile in range(first, last):
+    for tile in range(k * chunk, min((k + 1) * chunk, tiles)):
         matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
         columns = col_var[matrix * shape[2] :]
         for row in range(top, bottom):

@@ -8,8 +8,8 @@ which block of the words a thread works on does not show in the result, since th
 from collections.abc import Sequence
 
 import numpy as np
-from numba import prange
 
+from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.threads import thread_count
@@ -32,17 +32,35 @@ def bounds_of(indices, first, last):
     return low, high
 
 
+@helper
+def bounds_of_block(block, indices, found):
+    first = block * INDICES_PER_BLOCK
+    last = min(first + INDICES_PER_BLOCK, indices.size)
+    found[block, 0], found[block, 1] = bounds_of(indices, first, last)
+
+
 @Kernel
-def find_bounds(indices, found):
+def find_bounds(team, indices, found):
     """``found[block]``: smallest and largest of each block of the 1-D ``indices``."""
-    for block in prange(found.shape[0]):
-        first = block * INDICES_PER_BLOCK
-        last = min(first + INDICES_PER_BLOCK, indices.size)
-        found[block, 0], found[block, 1] = bounds_of(indices, first, last)
+    for_each(team, bounds_of_block, found.shape[0], (indices, found))
+
+
+@helper
+def block_of(words, block, blocks):
+    """Where a block of the words begins and ends."""
+    return block * words.size // blocks, (block + 1) * words.size // blocks
+
+
+@helper
+def count_block(block, is_first, indices, position_bits, words, shift, counts):
+    first, last = block_of(words, block, counts.shape[0])
+    if is_first:
+        pack(indices, first, last, position_bits, words)
+    count_digits(words, first, last, shift, np.uint64(counts.shape[1] - 1), counts[block])
 
 
 @Kernel
-def copy_indices(like, parts, blocks, out, found):
+def copy_indices(team, like, parts, blocks, out, found):
     """Copy 1-D indices, of the type of ``like``, one part after the other to ``out``; ``found[block]``:
     smallest and largest of each block.
 
@@ -51,18 +69,18 @@ def copy_indices(like, parts, blocks, out, found):
 
     Bytes moved: each index read and written once.
     """
-    for k in prange(blocks.shape[0]):
-        found[k, 0], found[k, 1] = copy_block(like, parts[blocks[k, 0]], blocks[k, 1], out)
+    for_each(team, copy_block, blocks.shape[0], (like, parts, blocks, out, found))
 
 
 @helper
-def copy_block(like, part, block, out):
-    """Copy a block of a part; returns the smallest and the largest of it, which are not none."""
+def copy_block(k, like, parts, blocks, out, found):
+    """Copy a block of a part, and find the smallest and the largest of it, which are not none."""
+    part, block = parts[blocks[k, 0]], blocks[k, 1]
     indices = view(part[0], part[1], like)
     first = block * INDICES_PER_BLOCK
     last = min(first + INDICES_PER_BLOCK, part[1])
     out[part[2] + first : part[2] + last] = indices[first:last]
-    return bounds_of(indices, first, last)
+    found[k, 0], found[k, 1] = bounds_of(indices, first, last)
 
 
 @helper
@@ -91,8 +109,10 @@ def count_digits(words, first, last, shift, mask, counts):
 
 
 @helper
-def move_words(words, scratch, first, last, shift, mask, places):
+def move_words(block, words, scratch, shift, all_places):
     """Move each word to the place of its digit, and the place on by one."""
+    first, last = block_of(words, block, all_places.shape[0])
+    mask, places = np.uint64(all_places.shape[1] - 1), all_places[block]
     digit = np.uint64(0)
     place = places[digit]
     for i in range(first, last):
@@ -119,8 +139,9 @@ def counts_to_places(counts):
 
 
 @helper
-def mark_heads(words, first, last, position_bits, order, heads):
-    """Split words into positions, and list where a new key starts; returns how many do."""
+def mark_heads(block, blocks, words, position_bits, order, heads, all_found):
+    """Split words into positions, and list where a new key starts; ``all_found[block + 1]``: how many do."""
+    first, last = block_of(words, block, blocks)
     bits = np.uint64(position_bits)
     mask = (np.uint64(1) << bits) - np.uint64(1)
     found = 0
@@ -133,12 +154,16 @@ def mark_heads(words, first, last, position_bits, order, heads):
         heads[first + found] = i
         found += (word >> bits) != key
         key = word >> bits
-    return found
+    all_found[block + 1] = found
 
 
 @helper
-def unpack_heads(words, heads, first, found, before, position_bits, starts, rows):
-    """Write down the starts and keys of a block's segments, ``before`` of which are in earlier blocks."""
+def unpack_heads(block, blocks, words, heads, all_found, position_bits, starts, rows):
+    """Write down the starts and keys of a block's segments, ``all_found[block]`` of which are in earlier
+    blocks."""
+    first, _ = block_of(words, block, blocks)
+    before = all_found[block]
+    found = all_found[block + 1] - before
     bits = np.uint64(position_bits)
     for k in range(found):
         head = heads[first + k]
@@ -147,7 +172,7 @@ def unpack_heads(words, heads, first, found, before, position_bits, starts, rows
 
 
 @Kernel
-def find_segments(indices, position_bits, words, scratch, counts, passes, found, order, starts, rows):
+def find_segments(team, indices, position_bits, words, scratch, counts, passes, found, order, starts, rows):
     """Sort the positions of ``indices`` by them, least significant digit first, and find where each distinct
     one starts; ``found[-1]`` is how many there are.
 
@@ -155,33 +180,22 @@ def find_segments(indices, position_bits, words, scratch, counts, passes, found,
 
     Bytes moved: 8 an index for each pass over the words, three for each digit.
     """
-    blocks, size = counts.shape[0], indices.size
+    blocks = counts.shape[0]
     digit_bits = 0
     while (1 << digit_bits) < counts.shape[1]:
         digit_bits += 1
-    mask = np.uint64(counts.shape[1] - 1)
     for digit in range(passes):
         shift = np.uint64(position_bits + digit * digit_bits)
-        for block in prange(blocks):
-            first, last = block * size // blocks, (block + 1) * size // blocks
-            if digit == 0:
-                pack(indices, first, last, position_bits, words)
-            count_digits(words, first, last, shift, mask, counts[block])
+        for_each(team, count_block, blocks, (digit == 0, indices, position_bits, words, shift, counts))
         counts_to_places(counts)
-        for block in prange(blocks):
-            first, last = block * size // blocks, (block + 1) * size // blocks
-            move_words(words, scratch, first, last, shift, mask, counts[block])
+        for_each(team, move_words, blocks, (words, scratch, shift, counts))
         words, scratch = scratch, words
-    heads = scratch.view(np.int64)
-    for block in prange(blocks):
-        first, last = block * size // blocks, (block + 1) * size // blocks
-        found[block + 1] = mark_heads(words, first, last, position_bits, order, heads)
+    heads = view(scratch.ctypes.data, scratch.size, np.int64(0))
+    for_each(team, mark_heads, blocks, (blocks, words, position_bits, order, heads, found))
     for block in range(blocks):
         found[block + 1] += found[block]
-    for block in prange(blocks):
-        own = found[block + 1] - found[block]
-        unpack_heads(words, heads, block * size // blocks, own, found[block], position_bits, starts, rows)
-    starts[found[blocks]] = size
+    for_each(team, unpack_heads, blocks, (blocks, words, heads, found, position_bits, starts, rows))
+    starts[found[blocks]] = indices.size
 
 
 def check_bounds(indices: np.ndarray) -> tuple[int, int]:

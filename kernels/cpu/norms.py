@@ -7,9 +7,9 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-from numba import prange
 
 from fastopt.kernels.cpu.dense import array_at
+from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.runs import Formats, made_by
 from fastopt.kernels.cpu.segments import gradient_of, row_of_segment
@@ -61,20 +61,19 @@ def add_sums(totals, sums):
 
 
 @Kernel
-def sum_squares_arrays(like, kinds, addresses, bases, scale, partials):
+def sum_squares_arrays(team, like, kinds, addresses, bases, scale, partials):
     """Sums of squares of arrays, times ``scale**2`` (a float64): partials of SUMMED elements each, whichever
     arrays they belong to, so that it does not matter how elements are divided into arrays.
 
     like: a number of the type that is computed with. kinds: the arrays' format. bases: the number of each
     array's first element, and that of all.
     """
-    for block in prange(partials.size):
-        last = min((block + 1) * SUMMED, bases[-1])
-        partials[block] = sum_squares_range(like, kinds, addresses, bases, scale, block * SUMMED, last)
+    for_each(team, sum_squares_range, partials.size, (like, kinds, addresses, bases, scale, partials))
 
 
 @helper
-def sum_squares_range(like, kinds, addresses, bases, scale, first, last):
+def sum_squares_range(block, like, kinds, addresses, bases, scale, partials):
+    first, last = block * SUMMED, min((block + 1) * SUMMED, bases[-1])
     sums = np.zeros(LANES)
     for t in range(array_at(bases, first), addresses.size):
         base = bases[t]
@@ -86,7 +85,7 @@ def sum_squares_range(like, kinds, addresses, bases, scale, first, last):
             size = min(LANES - lane, end - at)
             add_squares_at(kinds, like, addresses[t], at, scale, sums[lane : lane + size])
             at += size
-    return total_of(sums)
+    partials[block] = total_of(sums)
 
 
 def _adder_at(members: Formats, like: np.dtype) -> Callable:
@@ -108,15 +107,15 @@ def add_squares_at(kinds, like, address, at, scale, sums):
 
 
 @Kernel
-def sum_squares_tables(like, tables, blocks, scale, partials):
+def sum_squares_tables(team, like, tables, blocks, scale, partials):
     """The same for gradients of tables (see layout.py), a row's gradients summed: partials of
     SEGMENTS_PER_BLOCK segments each, blocks being of [table, number of the block in it]."""
-    for block in prange(blocks.shape[0]):
-        partials[block] = sum_squares_block(like, tables[blocks[block, 0]], blocks[block, 1], scale)
+    for_each(team, sum_squares_block, blocks.shape[0], (like, tables, blocks, scale, partials))
 
 
 @helper
-def sum_squares_block(like, table, block, scale):
+def sum_squares_block(k, like, tables, blocks, scale, partials):
+    table, block = tables[blocks[k, 0]], blocks[k, 1]
     dim = table[TABLE_DIM]
     total = np.empty_like(view(table[TABLE_PARAMETER], dim, like))
     sums = np.zeros(dim)
@@ -124,22 +123,34 @@ def sum_squares_block(like, table, block, scale):
     for segment in range(first, min(first + SEGMENTS_PER_BLOCK, table[TABLE_SEGMENTS])):
         if row_of_segment(table, segment) != table[TABLE_SKIPPED]:
             add_squares(view(gradient_of(table, like, total, segment), dim, like), scale, sums)
-    return total_of(sums)
+    partials[k] = total_of(sums)
 
 
 @Kernel
-def scale_in_place(g, factor):
+def scale_in_place(team, g, factor):
     """``g *= factor``, for a 1-D ``g`` and a factor of its dtype."""
-    for i in prange(g.size):
-        g[i] *= factor
+    for_each(team, scale_part, (g.size + SUMMED - 1) // SUMMED, (g, factor))
+
+
+@helper
+def scale_part(part, g, factor):
+    own = g[part * SUMMED : (part + 1) * SUMMED]
+    for i in range(own.size):
+        own[i] *= factor
 
 
 @Kernel
-def clip_in_place(g, limit):
+def clip_in_place(team, g, limit):
     """Clip each element of the 1-D ``g`` to [-limit, limit]; NaN stays NaN."""
-    for i in prange(g.size):
-        value = g[i]
+    for_each(team, clip_part, (g.size + SUMMED - 1) // SUMMED, (g, limit))
+
+
+@helper
+def clip_part(part, g, limit):
+    own = g[part * SUMMED : (part + 1) * SUMMED]
+    for i in range(own.size):
+        value = own[i]
         if value > limit:
-            g[i] = limit
+            own[i] = limit
         elif value < -limit:
-            g[i] = -limit
+            own[i] = -limit

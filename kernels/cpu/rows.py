@@ -1,11 +1,11 @@
 """Sparse updates and reads: the rows of tables that indices name."""
 
 import numpy as np
-from numba import prange
 from numba.extending import overload, register_jitable
 
 from fastopt.kernels.cpu.catch_up import take_missed_steps
-from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.for_each import for_each
+from fastopt.kernels.cpu.jit import Kernel, helper, optimised_helper, restricted_helper
 from fastopt.kernels.cpu.segments import add_row, first_segment, gradient_of, row_of_segment
 from fastopt.kernels.cpu.stored_rows import close_row, open_row, prefetch_row, update_apart
 from fastopt.kernels.element import limited, unpack
@@ -79,7 +79,7 @@ def _enter_row(mode, h, c, like, table, row, p, state, row_state):
 
 
 @Kernel
-def update_tables(mode, h, c, like, kinds, tables, numbers, limits, parts, buffers):
+def update_tables(team, mode, h, c, like, kinds, tables, numbers, limits, parts, buffers):
     """Update the rows of tables that their segments name, each once, with the sum of its gradients.
 
     mode: what comes before a row's update. kinds: formats of the parameter, of the gradient, which is as
@@ -91,17 +91,16 @@ def update_tables(mode, h, c, like, kinds, tables, numbers, limits, parts, buffe
     Bytes moved: the rows of values once for each position, and each distinct row of the table and
     of the state read and written.
     """
-    for k in prange(parts.shape[0]):
-        t = parts[k, 0]
-        memory = buffers.ctypes.data + k * buffers.shape[1] * buffers.itemsize
-        update_part(
-            mode, h, c, like, kinds, tables[t], numbers[t], limits[t], parts[k, 1], parts[k, 2], memory
-        )
+    arguments = mode, h, c, like, kinds, tables, numbers, limits, parts, buffers
+    for_each(team, update_part, parts.shape[0], arguments)
 
 
-@helper
-def update_part(mode, h, c, like, kinds, table, numbers, limit, part, parts, buffers):
-    """One part's share of :func:`update_tables`; apart, because what stands in a prange compiles slowly."""
+@optimised_helper
+def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_parts, all_buffers):
+    """The share of part ``k`` in :func:`update_tables`."""
+    t, part, parts = all_parts[k, 0], all_parts[k, 1], all_parts[k, 2]
+    table, numbers, limit = tables[t], all_numbers[t], limits[t]
+    buffers = all_buffers.ctypes.data + k * all_buffers.shape[1] * all_buffers.itemsize
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)
     dim, segments = table[TABLE_DIM], table[TABLE_SEGMENTS]
@@ -120,7 +119,9 @@ def update_part(mode, h, c, like, kinds, table, numbers, limit, part, parts, buf
 
 
 @helper
-def gather_rows(table, indices, out, first, last):
+def gather_rows(chunk, table, indices, out):
+    first = chunk * LOOKUPS_PER_CHUNK
+    last = min(first + LOOKUPS_PER_CHUNK, indices.size)
     stride = table.shape[1] * table.itemsize
     start = table.ctypes.data
     for k in range(first, last):
@@ -136,23 +137,24 @@ def copy_row(out, row):
 
 
 @Kernel
-def gather(table, indices, out):
+def gather(team, table, indices, out):
     """``out[k] = table[indices[k]]``, for a 2-D table and 1-D indices."""
     chunks = (indices.size + LOOKUPS_PER_CHUNK - 1) // LOOKUPS_PER_CHUNK
-    for chunk in prange(chunks):
-        first = chunk * LOOKUPS_PER_CHUNK
-        gather_rows(table, indices, out, first, min(first + LOOKUPS_PER_CHUNK, indices.size))
+    for_each(team, gather_rows, chunks, (table, indices, out))
 
 
 @Kernel
-def coalesce(values, order, starts, first_position):
+def coalesce(team, values, order, starts, first_position):
     """Put each segment's sum in the place of its first member and zeros in the places of the others."""
-    segments = starts.size - 1
-    chunks = (segments + SEGMENTS_PER_CHUNK - 1) // SEGMENTS_PER_CHUNK
-    for chunk in prange(chunks):
-        first = chunk * SEGMENTS_PER_CHUNK
-        for k in range(first, min(first + SEGMENTS_PER_CHUNK, segments)):
-            coalesce_segment(values, order, starts[k], starts[k + 1], first_position)
+    chunks = (starts.size - 1 + SEGMENTS_PER_CHUNK - 1) // SEGMENTS_PER_CHUNK
+    for_each(team, coalesce_segments, chunks, (values, order, starts, first_position))
+
+
+@helper
+def coalesce_segments(chunk, values, order, starts, first_position):
+    first = chunk * SEGMENTS_PER_CHUNK
+    for k in range(first, min(first + SEGMENTS_PER_CHUNK, starts.size - 1)):
+        coalesce_segment(values, order, starts[k], starts[k + 1], first_position)
 
 
 @helper

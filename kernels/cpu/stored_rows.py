@@ -4,10 +4,10 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import prange
 from numba.extending import overload
 from numba.np.numpy_support import as_dtype
 
+from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.runs import NO_SCALES, Formats, new_array, reader, reblock_row, writer
 from fastopt.kernels.cpu.trust import rated
@@ -146,15 +146,15 @@ def update_apart(h, c, p, g, state, row_state):
 
 
 @Kernel
-def reblock(kinds, like, codes, scales, new, new_scales):
+def reblock(team, kinds, like, codes, scales, new, new_scales):
     """Encode the table ``codes``, [rows, dim], whose blocks go on over its rows, as ``new``, whose blocks end
     with its rows, rounded to the nearest. kinds: the format of both. scales: 1-D. new_scales: [rows, blocks
     of a row]."""
     flat = codes.reshape(-1)
-    for row in prange(codes.shape[0]):
-        reblock_part(kinds, like, flat, scales, row * codes.shape[1], new[row], new_scales[row])
+    for_each(team, reblock_part, codes.shape[0], (kinds, like, flat, scales, new, new_scales))
 
 
 @helper
-def reblock_part(kinds, like, flat, scales, first, new, new_scales):
-    reblock_row(kinds, like, flat, scales, first, new_array(new.size, like), new, new_scales)
+def reblock_part(row, kinds, like, flat, scales, new, new_scales):
+    dim = new.shape[1]
+    reblock_row(kinds, like, flat, scales, row * dim, new_array(dim, like), new[row], new_scales[row])

@@ -32,8 +32,8 @@ class Launcher:
     """Launches parallel kernels.
 
     OpenMP kills or hangs a forked child that starts a parallel region after its parent did, be it
-    through Numba or through a library that shares OpenMP, as torch can: forked children run serial
-    kernels. The workqueue layer aborts the process when two Python threads launch at once, so there
+    through Numba or through a library that shares OpenMP, as torch can: forked children run kernels on
+    one thread. The workqueue layer aborts the process when two Python threads launch at once, so there
     launches take turns.
     """
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from numba import prange
 from numba.extending import overload, register_jitable
 
 from fastopt.kernels.cpu.dense import array_at, update_arrays
+from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.norms import SUMMED, add_squares, total_of
 from fastopt.kernels.cpu.runs import Formats, made_by, new_array, opened, run_length
@@ -65,7 +65,9 @@ def update_whole_arrays(
 
 
 @Kernel
-def find_trust_ratios(h, c, like, kinds, table, bases, numbers, chunk, units, sums, needed, own_numbers):
+def find_trust_ratios(
+    team, h, c, like, kinds, table, bases, numbers, chunk, units, sums, needed, own_numbers
+):
     """Set row t of ``own_numbers`` to the hyperparameters of array t, its trust ratio in the learning rate.
 
     The arguments are those of update_arrays; units: [array, 2], what the parameter and the direction are
@@ -74,9 +76,8 @@ def find_trust_ratios(h, c, like, kinds, table, bases, numbers, chunk, units, su
 
     Bytes moved: the parameter, the gradient and the state read; for float32 LAMB 16 an element.
     """
-    for k in prange((bases[-1] + chunk - 1) // chunk):
-        last = min((k + 1) * chunk, bases[-1])
-        sum_chunk(h, c, like, kinds, table, bases, numbers, k * chunk, last, units, sums)
+    arguments = h, c, like, kinds, table, bases, numbers, chunk, units, sums
+    for_each(team, sum_chunk, (bases[-1] + chunk - 1) // chunk, arguments)
     for t in range(table.shape[0]):
         numbers_of_array = numbers[table[t, ARRAY_NUMBERS]]
         find_trust_ratio(h, bases, t, numbers_of_array, units[t], sums, needed[t], own_numbers[t])
@@ -89,8 +90,9 @@ def first_sums(bases, t):
 
 
 @helper
-def sum_chunk(h, c, like, kinds, table, bases, numbers, first, last, units, sums):
-    """The blocks of arrays that begin between the elements ``first`` and ``last``."""
+def sum_chunk(k, h, c, like, kinds, table, bases, numbers, chunk, units, sums):
+    """The blocks of arrays that begin in chunk ``k``."""
+    first, last = k * chunk, min((k + 1) * chunk, bases[-1])
     p_memory, u_memory = np.empty(LANES), np.empty(LANES)
     found = new_array((2, GATHERED), like)
     run = min(run_length(kinds, like), GATHERED)

@@ -1,22 +1,33 @@
 """Arrays of 16 bits as float32."""
 
-from numba import prange
-
-from fastopt.kernels.cpu.jit import Kernel
+from fastopt.kernels.cpu.for_each import for_each
+from fastopt.kernels.cpu.jit import Kernel, restricted_helper
 from fastopt.kernels.formats import float_of_bfloat16
 from fastopt.kernels.intrinsics import float_of_half
 
+PART = 8_192  # elements
+
 
 @Kernel
-def widen_half(stored, out):
+def widen_half(team, stored, out):
     """``out[i] = stored[i]``, for the 1-D bits of float16 and a float32 ``out``. Bytes moved: 6 an
     element."""
-    for i in prange(out.size):
+    for_each(team, widen_half_part, (out.size + PART - 1) // PART, (stored, out))
+
+
+@restricted_helper
+def widen_half_part(part, stored, out):
+    for i in range(part * PART, min((part + 1) * PART, out.size)):
         out[i] = float_of_half(stored[i])
 
 
 @Kernel
-def widen_bfloat16(stored, out):
+def widen_bfloat16(team, stored, out):
     """The same for bfloat16."""
-    for i in prange(out.size):
+    for_each(team, widen_bfloat16_part, (out.size + PART - 1) // PART, (stored, out))
+
+
+@restricted_helper
+def widen_bfloat16_part(part, stored, out):
+    for i in range(part * PART, min((part + 1) * PART, out.size)):
         out[i] = float_of_bfloat16(stored[i])

@@ -24,5 +24,5 @@ def about() -> Iterator[tuple[str, str]]:
     yield "threads", f"{numba.get_num_threads()} of {numba.config.NUMBA_NUM_THREADS}"  # type: ignore[attr-defined]
     yield "threading layer", launcher.layer or "none, without JIT"
     kernel: Any = update_arrays
-    folder = getattr(cache_for(kernel.__wrapped__, parallel=True), "cache_path", None)
+    folder = getattr(cache_for(kernel.__wrapped__), "cache_path", None)
     yield "kernels kept in", "nowhere" if folder is None else str(Path(folder))
