@@ -4,6 +4,8 @@
 fbgemm-gpu-cpu==1.8.0``, which goes with torch 2.13.
 """
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from draws import draw, update_bytes
@@ -12,7 +14,9 @@ from fbgemm import embedding_bags
 import fastopt
 
 ROWS, INDICES = 2_000_000, 262_144
-CELLS = [(dim, pooled, kind) for dim in (32, 64, 128) for pooled in (4, 20) for kind in ("zipf", "uniform")]
+KINDS = "zipf", "uniform"
+CELLS = [(dim, pooled, kind) for dim in (32, 64, 128) for pooled in (4, 20) for kind in KINDS]
+FORWARD = [(dim, pooled, kind) for dim in (16, 32, 64, 128) for pooled in (1, 4, 20) for kind in KINDS]
 
 
 def bags(rng: np.random.Generator, kind: str, pooled: int) -> tuple[np.ndarray, np.ndarray]:
@@ -27,42 +31,29 @@ def fbgemm(dim: int, optimizer: str):
     return embedding_bags(1, ROWS, dim, optimizer, "cpu")
 
 
-@pytest.mark.parametrize(("dim", "pooled", "kind"), CELLS)
-class TestForward:
-    def moved(self, dim, indices, offsets):
-        return 4 * dim * (indices.size + offsets.size - 1)
-
-    def test_fastopt(self, measure, rng, dim, pooled, kind):
-        table = np.ones((ROWS, dim), np.float32)
-        indices, offsets = bags(rng, kind, pooled)
-        measure(
-            f"embedding_bag of {pooled}, dim {dim}, {kind}",
-            lambda: fastopt.embedding_bag(table, indices, offsets, include_last_offset=True, mode="sum"),
-            self.moved(dim, indices, offsets),
+@pytest.mark.parametrize(("dim", "pooled", "kind"), FORWARD)
+def test_forward(compare, rng, dim, pooled, kind):
+    table = np.ones((ROWS, dim), np.float32)
+    indices, offsets = bags(rng, kind, pooled)
+    calls = {
+        "fastopt": lambda: fastopt.embedding_bag(
+            table, indices, offsets, include_last_offset=True, mode="sum"
         )
-
-    def test_torch(self, measure, rng, dim, pooled, kind):
-        torch = pytest.importorskip("torch")
-        table = torch.from_numpy(np.ones((ROWS, dim), np.float32))
-        indices, offsets = bags(rng, kind, pooled)
-        arguments = torch.from_numpy(indices), table, torch.from_numpy(offsets)
-        measure(
-            f"embedding_bag of {pooled}, dim {dim}, {kind}",
-            lambda: torch.nn.functional.embedding_bag(*arguments, mode="sum", include_last_offset=True),
-            self.moved(dim, indices, offsets),
-        )
-
-    def test_fbgemm(self, measure, rng, dim, pooled, kind):
-        operator = fbgemm(dim, "EXACT_ROWWISE_ADAGRAD")
+    }
+    with suppress(ImportError):
         import torch
 
-        indices, offsets = bags(rng, kind, pooled)
-        arguments = torch.from_numpy(indices), torch.from_numpy(offsets)
-        measure(
-            f"embedding_bag of {pooled}, dim {dim}, {kind}",
-            lambda: operator(*arguments),
-            self.moved(dim, indices, offsets),
+        given = torch.from_numpy(indices), torch.from_numpy(table), torch.from_numpy(offsets)
+        calls["torch"] = lambda: torch.nn.functional.embedding_bag(
+            *given, mode="sum", include_last_offset=True
         )
+        import fbgemm_gpu  # noqa: F401
+
+        operator = embedding_bags(1, ROWS, dim, "EXACT_ROWWISE_ADAGRAD", "cpu")
+        calls["FBGEMM"] = lambda: operator(given[0], given[2])
+    moved = 4 * dim * (indices.size + offsets.size - 1)
+    group = f"embedding_bag of {pooled}, dim {dim}, {kind}"
+    compare(group, {name: (call, moved) for name, call in calls.items()})
 
 
 @pytest.mark.parametrize(("dim", "pooled", "kind"), CELLS)

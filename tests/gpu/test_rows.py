@@ -412,7 +412,8 @@ def test_rows_count_their_own_updates(case):
         fold = CountFold(case.rule, options)
         row_steps = side.backend.counted_steps(own, side.gradients[0].segments, fold, 17)
         [work] = side.works(spec, row_steps)
-        stored = work.stored._replace(row_state=work.stored.row_state[:-1])
+        state = work.stored.state
+        stored = work.stored._replace(state=StoredState(state.slots, state.of_rows[:-1], state.master))
         works = [work._replace(stored=stored)]
         launch = side.backend.update_rows(spec, works)
         side.backend.run(launch.prepare())
