@@ -23,10 +23,11 @@ INDICES_PER_BLOCK = 32_768  # that a thread counts and moves at a time
 @helper
 def bounds_of(indices, first, last):
     """Smallest and largest of ``indices[first:last]``."""
-    low = np.int64(indices[first])
+    own = indices[first:last]
+    low = np.int64(own[0])
     high = low
-    for i in range(first, last):
-        x = np.int64(indices[i])
+    for i in range(own.size):  # from 0, so that no index may count from the end: then it is a loop of vectors
+        x = np.int64(own[i])
         low = min(low, x)
         high = max(high, x)
     return low, high
