@@ -44,6 +44,14 @@ def test_bags_name_rows_of_the_table(at, bad):
             fastopt.embedding_bag(own, indices.reshape(-1, 20), mode=mode)
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_empty_rows_name_rows_of_the_table(mode):
+    table = np.ones((5, 0), np.float32)
+    assert fastopt.embedding_bag(table, np.array([[4, 1]]), mode=mode).shape == (1, 0)
+    with pytest.raises(ValueError, match="indices holds 7"):
+        fastopt.embedding_bag(table, np.array([[7, 1]]), mode=mode)
+
+
 def test_bags_of_16_bits_leave_out_padding():
     table = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float16)
     indices = np.array([[3, 7, 3], [7, 7, 7], [1, 2, 4]])

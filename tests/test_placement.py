@@ -1,5 +1,8 @@
 """Where state lies beside its parameter, which decides how many cache lines a step has to go to."""
 
+import gc
+import weakref
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -75,3 +78,15 @@ def test_state_that_is_loaded_is_placed_as_new_state():
         assert (place(array) - place(p)) % PAGE == 0
         assert array.tobytes() == saved["state"][0][name].tobytes()
         assert not np.shares_memory(array, saved["state"][0][name])
+
+
+def test_state_that_was_put_elsewhere_is_let_go():
+    """Rows have their state side by side; a dense gradient has each array for itself from then on."""
+    table = np.zeros((1000, 64), np.float32)
+    opt = fastopt.Adam(table)
+    opt.step(fastopt.IndexedSlices(np.array([1]), np.ones((1, 64), np.float32)))
+    before = [weakref.ref(array.base) for array in opt.state[0].values()]
+    for _ in range(2):
+        opt.step(np.ones_like(table))
+    gc.collect()
+    assert [ref() for ref in before] == [None, None]

@@ -176,6 +176,7 @@ class Plan:
             states = [parameter.ready_state(by_row=False) for parameter in self.dense]
             kept = self._new_updates(states, conditions)
             adopted = [partial(setattr, p, "state", own) for p, own in zip(self.dense, states, strict=True)]
+            adopted += [partial(setattr, p, "described", None) for p in self.dense]  # it keeps former state
             adopted.append(partial(setattr, self, "_updates", kept))
             adopted.append(partial(setattr, self, "_stepped", True))
         ready = [ready_rows(update) for update in rows]

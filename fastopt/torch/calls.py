@@ -1,6 +1,7 @@
 """What modules are called with: whether kernels take it, or torch does, which then says what is wrong."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -100,7 +101,7 @@ def _call_in(
         call = Call(module, table, indices or given, bounds or offsets, weights)
     except ValueError:
         # What torch's kernels would not look at, and what torch must not
-        if given.is_cuda or not _ascend(offsets, given) or isinstance(table, TableWeight):
+        if given.is_cuda or not _can_hold(module, offsets, given) or isinstance(table, TableWeight):
             raise
         return None
     if module.max_norm is not None:
@@ -156,11 +157,13 @@ def _are_bags(
     return fits and module.mode == "sum" and weights.shape == given.shape and weights.dtype in dtypes
 
 
-def _ascend(offsets: torch.Tensor | None, indices: torch.Tensor) -> bool:
-    """Whether bags begin in order, and hold all indices."""
+def _can_hold(module: Any, offsets: torch.Tensor | None, indices: torch.Tensor) -> bool:
+    """Whether bags begin in order, and there is one to hold indices: without, torch's kernels crash."""
     if offsets is None:
         return True
-    return len(indices) == 0 if len(offsets) == 0 else bool((offsets.diff() >= 0).all())
+    if len(offsets) == int(module.include_last_offset):
+        return len(indices) == 0
+    return bool((offsets.diff() >= 0).all())
 
 
 def limit_norms(

@@ -270,3 +270,11 @@ def test_rows_that_are_behind_are_not_looked_up():
     ours(*bags(0)).sum().backward()
     with pytest.raises(ValueError, match="rows is 'dense' in the group of a table"):
         opt.step()
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_indices_without_bags_are_refused(mode):
+    """torch does not look, and its kernels may end the process."""
+    bag = fastopt.torch.EmbeddingBag(8, 2, mode=mode, include_last_offset=True)
+    with pytest.raises(ValueError, match="the last of offsets is 0: expected 3, the number of indices"):
+        bag(torch.tensor([1, 0, 1]), torch.tensor([0]))

@@ -95,7 +95,9 @@ def pool(lookups: Sequence[PooledLookup]) -> list[tuple[int, int]]:
             alike.setdefault((lookup.table.dtype, lookup.indices.dtype), []).append(k)
     for (dtype, index), own in alike.items():
         many = [lookups[k] for k in own]
-        amounts = [(lookup.indices.size + len(lookup.out)) * lookup.table.shape[1] for lookup in many]
+        amounts = [  # not 0 where rows are empty: the indices are looked at all the same
+            (lookup.indices.size + len(lookup.out)) * max(lookup.table.shape[1], 1) for lookup in many
+        ]
         rows, parts = np.array([pool_row(lookup, address) for lookup in many], np.int64), equal_parts(amounts)
         of_parts = np.empty((len(parts), 2), np.int64)
         bags.pool(sum(amounts), dtype.type(0), index.type(0), rows, parts, of_parts)
