@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.index import bounds_of
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
@@ -120,14 +121,14 @@ def divide_row(total, count):
 def pool_max(team, table, indices, offsets, padding, out, winners):
     """``out[b]``: maximum of each element over the rows of bag ``b``, NaN if one is NaN, 0 for none;
     ``winners``: the position that it comes from, the first of equal ones, -1 for none."""
-    chunks = (out.shape[0] + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK
+    chunks = chunk_count(out.shape[0], BAGS_PER_CHUNK)
     for_each(team, pool_max_bags, chunks, (table, indices, offsets, padding, out, winners))
 
 
 @helper
 def pool_max_bags(chunk, table, indices, offsets, padding, out, winners):
-    first = chunk * BAGS_PER_CHUNK
-    for bag in range(first, min(first + BAGS_PER_CHUNK, out.shape[0])):
+    first, last = chunk_ends(chunk, BAGS_PER_CHUNK, out.shape[0])
+    for bag in range(first, last):
         pool_max_bag(table, indices, offsets[bag], offsets[bag + 1], padding, out[bag], winners[bag])
 
 
@@ -150,14 +151,14 @@ def pool_max_bag(table, indices, first, last, padding, best, winners):
 def bags_of_positions(team, offsets, indices, padding, mean, bags, scales):
     """``bags[k]``: the bag of position ``k``; for ``mean``, ``scales[k]`` is times 1 / how many rows the
     bag has, the row ``padding`` not counted."""
-    chunks = (offsets.size - 1 + BAGS_PER_CHUNK - 1) // BAGS_PER_CHUNK
+    chunks = chunk_count(offsets.size - 1, BAGS_PER_CHUNK)
     for_each(team, fill_bags, chunks, (offsets, indices, padding, mean, bags, scales))
 
 
 @helper
 def fill_bags(chunk, offsets, indices, padding, mean, bags, scales):
-    first = chunk * BAGS_PER_CHUNK
-    for bag in range(first, min(first + BAGS_PER_CHUNK, offsets.size - 1)):
+    first, last = chunk_ends(chunk, BAGS_PER_CHUNK, offsets.size - 1)
+    for bag in range(first, last):
         fill_bag(offsets[bag], offsets[bag + 1], bag, indices, padding, mean, bags, scales)
 
 
@@ -177,14 +178,14 @@ def fill_bag(first, last, bag, indices, padding, mean, bags, scales):
 @Kernel
 def take(team, values, order, first_position, out):
     """``out[j] = values[order[j] - first_position]``, for 1-D arrays."""
-    chunks = (out.size + POSITIONS_PER_CHUNK - 1) // POSITIONS_PER_CHUNK
+    chunks = chunk_count(out.size, POSITIONS_PER_CHUNK)
     for_each(team, take_chunk, chunks, (values, order, first_position, out))
 
 
 @helper
 def take_chunk(chunk, values, order, first_position, out):
-    first = chunk * POSITIONS_PER_CHUNK
-    for j in range(first, min(first + POSITIONS_PER_CHUNK, out.size)):
+    first, last = chunk_ends(chunk, POSITIONS_PER_CHUNK, out.size)
+    for j in range(first, last):
         out[j] = values[np.int64(order[j]) - first_position]
 
 
@@ -192,14 +193,14 @@ def take_chunk(chunk, values, order, first_position, out):
 def won_rows(team, values, bags, winners, out):
     """``out[k]``: those elements of ``values[bags[k]]`` whose ``winners[bags[k]]`` are ``k``, and zeros
     elsewhere."""
-    chunks = (bags.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK
+    chunks = chunk_count(bags.size, ROWS_PER_CHUNK)
     for_each(team, won_chunk, chunks, (values, bags, winners, out))
 
 
 @helper
 def won_chunk(chunk, values, bags, winners, out):
-    first = chunk * ROWS_PER_CHUNK
-    for k in range(first, min(first + ROWS_PER_CHUNK, bags.size)):
+    first, last = chunk_ends(chunk, ROWS_PER_CHUNK, bags.size)
+    for k in range(first, last):
         won_row(values[bags[k]], winners[bags[k]], k, out[k])
 
 
@@ -213,14 +214,13 @@ def won_row(values, winners, position, out):
 def dots(team, table, indices, bags, scales, padding, grad_output, out):
     """``out[k]``: ``scales[k]`` (1 if it is empty) times the product of row ``indices[k]`` with
     ``grad_output[bags[k]]``; 0 for the row ``padding``."""
-    chunks = (out.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK
+    chunks = chunk_count(out.size, ROWS_PER_CHUNK)
     for_each(team, dots_chunk, chunks, (table, indices, bags, scales, padding, grad_output, out))
 
 
 @helper
 def dots_chunk(chunk, table, indices, bags, scales, padding, grad_output, out):
-    first = chunk * ROWS_PER_CHUNK
-    last = min(first + ROWS_PER_CHUNK, out.size)
+    first, last = chunk_ends(chunk, ROWS_PER_CHUNK, out.size)
     stride = table.shape[1] * table.itemsize
     start = table.ctypes.data
     for k in range(first, last):
@@ -257,14 +257,14 @@ def dot(a, b):
 def limit_norms(team, table, rows, max_norm):
     """Scale those of the different ``rows`` whose norm is above ``max_norm``
     to that norm: by ``max_norm / (norm + 1e-7)``, as torch's ``embedding_renorm_``."""
-    chunks = (rows.size + ROWS_PER_CHUNK - 1) // ROWS_PER_CHUNK
+    chunks = chunk_count(rows.size, ROWS_PER_CHUNK)
     for_each(team, limit_chunk, chunks, (table, rows, max_norm))
 
 
 @helper
 def limit_chunk(chunk, table, rows, max_norm):
-    first = chunk * ROWS_PER_CHUNK
-    for k in range(first, min(first + ROWS_PER_CHUNK, rows.size)):
+    first, last = chunk_ends(chunk, ROWS_PER_CHUNK, rows.size)
+    for k in range(first, last):
         limit_norm(table[rows[k]], max_norm)
 
 

@@ -6,6 +6,7 @@ divided by these numbers: chunks are of about equal size, whatever the sizes of 
 
 import numpy as np
 
+from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper
 from fastopt.kernels.cpu.runs import (
@@ -42,7 +43,7 @@ def update_arrays(team, h, c, like, kinds, table, bases, numbers, zero_grads, ch
     Adam 28 an element.
     """
     arguments = h, c, like, kinds, table, bases, numbers, zero_grads, chunk
-    for_each(team, update_chunk, (bases[-1] + chunk - 1) // chunk, arguments)
+    for_each(team, update_chunk, chunk_count(bases[-1], chunk), arguments)
 
 
 @helper
@@ -70,7 +71,7 @@ def before_line(address, width):
 def update_chunk(k, h, c, like, kinds, table, bases, numbers, zero_grads, chunk):
     """The blocks of arrays that begin in chunk ``k``; those of long arrays begin with the next cache line, an
     array's first one excepted."""
-    first, last = k * chunk, min((k + 1) * chunk, bases[-1])
+    first, last = chunk_ends(k, chunk, bases[-1])
     buffers = new_array((coded_slots(kinds, like), BLOCK), like)
     run, width = run_length(kinds, like), parameter_itemsize(kinds, like)
     begin_array = array_at(bases, first)
@@ -87,7 +88,7 @@ def update_chunk(k, h, c, like, kinds, table, bases, numbers, zero_grads, chunk)
             own_h = unpack(h, numbers[known], like)
             own_c = unpack(c, numbers[known, len(h) :], like)
         begin = max(first - base + BLOCK - 1, 0) // BLOCK * BLOCK
-        end = (last - base + BLOCK - 1) // BLOCK * BLOCK
+        end = chunk_count(last - base, BLOCK) * BLOCK
         numel = bases[t + 1] - base
         # Runs begin with cache lines of the parameter, but for its first: a vector that lies in two lines
         # takes two accesses. One run more would cost a short array more than that spares.

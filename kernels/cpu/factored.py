@@ -15,6 +15,7 @@ import numpy as np
 from numba.extending import overload
 from numba.np.numpy_support import as_dtype
 
+from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.memory import empty
@@ -80,7 +81,7 @@ def update_tiles(team, h, c, like, kinds, places, shape, row_var, col_var, numbe
     tiles a thread takes at a time, are those of :func:`tile_arguments`; the others are memory for sums of
     squares: row_sums: [matrix and stripe, row]. col_sums: [matrix and band, column]. means: [matrix], of
     row_var. sums: [2, tile], of p and the update."""
-    chunks = (sums.shape[1] + chunk - 1) // chunk
+    chunks = chunk_count(sums.shape[1], chunk)
     given = h, c, like, kinds, places, shape, numbers
     for_each(team, add_tiles, chunks, (given, chunk, row_sums, col_sums, sums))
     for_each(team, update_moments, means.size, (given, row_sums, col_sums, row_var, col_var, means))
@@ -96,8 +97,8 @@ def update_tiles(team, h, c, like, kinds, places, shape, row_var, col_var, numbe
 @helper
 def tile_at(shape, tile):
     """The matrix, the band of rows and the stripe of columns of a tile, and where these begin and end."""
-    stripes = (shape[2] + TILE_COLUMNS - 1) // TILE_COLUMNS
-    bands = (shape[1] + TILE_ROWS - 1) // TILE_ROWS
+    stripes = chunk_count(shape[2], TILE_COLUMNS)
+    bands = chunk_count(shape[1], TILE_ROWS)
     matrix, band, stripe = tile // (bands * stripes), tile // stripes % bands, tile % stripes
     top, left = band * TILE_ROWS, stripe * TILE_COLUMNS
     bottom, right = min(top + TILE_ROWS, shape[1]), min(left + TILE_COLUMNS, shape[2])
@@ -112,7 +113,8 @@ def add_tiles(k, given, chunk, row_sums, col_sums, sums):
     c = unpack(c, numbers[len(h) :], like)
     buffers = new_array((2, LANES), like)
     lanes = np.empty((2, LANES))
-    for tile in range(k * chunk, min((k + 1) * chunk, sums.shape[1])):
+    first, last = chunk_ends(k, chunk, sums.shape[1])
+    for tile in range(first, last):
         matrix, band, stripe, top, bottom, left, right = tile_at(shape, tile)
         col_sums[band, left:right] = 0.0
         used = min(LANES, right - left)
@@ -176,7 +178,8 @@ def add_updates(k, given, chunk, row_var, col_var, means, p_unit, u_unit, sums):
     h = unpack(h, numbers, like)
     buffers = new_array((2, LANES), like)
     lanes = np.empty((2, LANES))
-    for tile in range(k * chunk, min((k + 1) * chunk, sums.shape[1])):
+    first, last = chunk_ends(k, chunk, sums.shape[1])
+    for tile in range(first, last):
         matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
         columns = col_var[matrix * shape[2] :]
         used = min(LANES, right - left)
@@ -215,7 +218,8 @@ def take_step(k, given, chunk, tiles, row_var, col_var, means, factor, zero_grad
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)
     buffers = new_array((2, LANES), like)
-    for tile in range(k * chunk, min((k + 1) * chunk, tiles)):
+    first, last = chunk_ends(k, chunk, tiles)
+    for tile in range(first, last):
         matrix, _, _, top, bottom, left, right = tile_at(shape, tile)
         columns = col_var[matrix * shape[2] :]
         for row in range(top, bottom):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastopt.kernels.cpu.chunks import chunk_ends
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper
 from fastopt.kernels.cpu.memory import empty
@@ -35,8 +36,7 @@ def bounds_of(indices, first, last):
 
 @helper
 def bounds_of_block(block, indices, found):
-    first = block * INDICES_PER_BLOCK
-    last = min(first + INDICES_PER_BLOCK, indices.size)
+    first, last = chunk_ends(block, INDICES_PER_BLOCK, indices.size)
     found[block, 0], found[block, 1] = bounds_of(indices, first, last)
 
 
@@ -44,20 +44,6 @@ def bounds_of_block(block, indices, found):
 def find_bounds(team, indices, found):
     """``found[block]``: smallest and largest of each block of the 1-D ``indices``."""
     for_each(team, bounds_of_block, found.shape[0], (indices, found))
-
-
-@helper
-def block_of(words, block, blocks):
-    """Where a block of the words begins and ends."""
-    return block * words.size // blocks, (block + 1) * words.size // blocks
-
-
-@helper
-def count_block(block, is_first, indices, position_bits, words, shift, counts):
-    first, last = block_of(words, block, counts.shape[0])
-    if is_first:
-        pack(indices, first, last, position_bits, words)
-    count_digits(words, first, last, shift, np.uint64(counts.shape[1] - 1), counts[block])
 
 
 @Kernel
@@ -78,10 +64,23 @@ def copy_block(k, like, parts, blocks, out, found):
     """Copy a block of a part, and find the smallest and the largest of it, which are not none."""
     part, block = parts[blocks[k, 0]], blocks[k, 1]
     indices = view(part[0], part[1], like)
-    first = block * INDICES_PER_BLOCK
-    last = min(first + INDICES_PER_BLOCK, part[1])
+    first, last = chunk_ends(block, INDICES_PER_BLOCK, part[1])
     out[part[2] + first : part[2] + last] = indices[first:last]
     found[k, 0], found[k, 1] = bounds_of(indices, first, last)
+
+
+@helper
+def block_of(words, block, blocks):
+    """Where a block of the words begins and ends."""
+    return block * words.size // blocks, (block + 1) * words.size // blocks
+
+
+@helper
+def count_block(block, is_first, indices, position_bits, words, shift, counts):
+    first, last = block_of(words, block, counts.shape[0])
+    if is_first:
+        pack(indices, first, last, position_bits, words)
+    count_digits(words, first, last, shift, np.uint64(counts.shape[1] - 1), counts[block])
 
 
 @helper

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
 from fastopt.kernels.cpu.dense import array_at
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
@@ -119,8 +120,8 @@ def sum_squares_block(k, like, tables, blocks, scale, partials):
     dim = table[TABLE_DIM]
     total = np.empty_like(view(table[TABLE_PARAMETER], dim, like))
     sums = np.zeros(dim)
-    first = block * SEGMENTS_PER_BLOCK
-    for segment in range(first, min(first + SEGMENTS_PER_BLOCK, table[TABLE_SEGMENTS])):
+    first, last = chunk_ends(block, SEGMENTS_PER_BLOCK, table[TABLE_SEGMENTS])
+    for segment in range(first, last):
         if row_of_segment(table, segment) != table[TABLE_SKIPPED]:
             add_squares(view(gradient_of(table, like, total, segment), dim, like), scale, sums)
     partials[k] = total_of(sums)
@@ -129,7 +130,7 @@ def sum_squares_block(k, like, tables, blocks, scale, partials):
 @Kernel
 def scale_in_place(team, g, factor):
     """``g *= factor``, for a 1-D ``g`` and a factor of its dtype."""
-    for_each(team, scale_part, (g.size + SUMMED - 1) // SUMMED, (g, factor))
+    for_each(team, scale_part, chunk_count(g.size, SUMMED), (g, factor))
 
 
 @helper
@@ -142,7 +143,7 @@ def scale_part(part, g, factor):
 @Kernel
 def clip_in_place(team, g, limit):
     """Clip each element of the 1-D ``g`` to [-limit, limit]; NaN stays NaN."""
-    for_each(team, clip_part, (g.size + SUMMED - 1) // SUMMED, (g, limit))
+    for_each(team, clip_part, chunk_count(g.size, SUMMED), (g, limit))
 
 
 @helper

@@ -4,6 +4,7 @@ import numpy as np
 from numba.extending import overload, register_jitable
 
 from fastopt.kernels.cpu.catch_up import take_missed_steps
+from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, optimised_helper, restricted_helper
 from fastopt.kernels.cpu.segments import add_row, first_segment, gradient_of, row_of_segment
@@ -120,8 +121,7 @@ def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_par
 
 @helper
 def gather_rows(chunk, table, indices, out):
-    first = chunk * LOOKUPS_PER_CHUNK
-    last = min(first + LOOKUPS_PER_CHUNK, indices.size)
+    first, last = chunk_ends(chunk, LOOKUPS_PER_CHUNK, indices.size)
     stride = table.shape[1] * table.itemsize
     start = table.ctypes.data
     for k in range(first, last):
@@ -139,21 +139,21 @@ def copy_row(out, row):
 @Kernel
 def gather(team, table, indices, out):
     """``out[k] = table[indices[k]]``, for a 2-D table and 1-D indices."""
-    chunks = (indices.size + LOOKUPS_PER_CHUNK - 1) // LOOKUPS_PER_CHUNK
+    chunks = chunk_count(indices.size, LOOKUPS_PER_CHUNK)
     for_each(team, gather_rows, chunks, (table, indices, out))
 
 
 @Kernel
 def coalesce(team, values, order, starts, first_position):
     """Put each segment's sum in the place of its first member and zeros in the places of the others."""
-    chunks = (starts.size - 1 + SEGMENTS_PER_CHUNK - 1) // SEGMENTS_PER_CHUNK
+    chunks = chunk_count(starts.size - 1, SEGMENTS_PER_CHUNK)
     for_each(team, coalesce_segments, chunks, (values, order, starts, first_position))
 
 
 @helper
 def coalesce_segments(chunk, values, order, starts, first_position):
-    first = chunk * SEGMENTS_PER_CHUNK
-    for k in range(first, min(first + SEGMENTS_PER_CHUNK, starts.size - 1)):
+    first, last = chunk_ends(chunk, SEGMENTS_PER_CHUNK, starts.size - 1)
+    for k in range(first, last):
         coalesce_segment(values, order, starts[k], starts[k + 1], first_position)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba.extending import overload, register_jitable
 
+from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
 from fastopt.kernels.cpu.dense import array_at, update_arrays
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
@@ -77,7 +78,7 @@ def find_trust_ratios(
     Bytes moved: the parameter, the gradient and the state read; for float32 LAMB 16 an element.
     """
     arguments = h, c, like, kinds, table, bases, numbers, chunk, units, sums
-    for_each(team, sum_chunk, (bases[-1] + chunk - 1) // chunk, arguments)
+    for_each(team, sum_chunk, chunk_count(bases[-1], chunk), arguments)
     for t in range(table.shape[0]):
         numbers_of_array = numbers[table[t, ARRAY_NUMBERS]]
         find_trust_ratio(h, bases, t, numbers_of_array, units[t], sums, needed[t], own_numbers[t])
@@ -92,7 +93,7 @@ def first_sums(bases, t):
 @helper
 def sum_chunk(k, h, c, like, kinds, table, bases, numbers, chunk, units, sums):
     """The blocks of arrays that begin in chunk ``k``."""
-    first, last = k * chunk, min((k + 1) * chunk, bases[-1])
+    first, last = chunk_ends(k, chunk, bases[-1])
     p_memory, u_memory = np.empty(LANES), np.empty(LANES)
     found = new_array((2, GATHERED), like)
     run = min(run_length(kinds, like), GATHERED)
@@ -107,7 +108,7 @@ def sum_chunk(k, h, c, like, kinds, table, bases, numbers, chunk, units, sums):
         own_h = unpack(h, numbers[row[ARRAY_NUMBERS]], like)
         own_c = unpack(c, numbers[row[ARRAY_NUMBERS], len(h) :], like)
         places = row[ARRAY_PLACES:]
-        for block in range(begin, (end + SUMMED - 1) // SUMMED):
+        for block in range(begin, chunk_count(end, SUMMED)):
             block_end = min((block + 1) * SUMMED, size)
             used = min(LANES, block_end - block * SUMMED)
             p_lanes, u_lanes = p_memory[:used], u_memory[:used]
@@ -159,7 +160,7 @@ def find_trust_ratio(h, bases, t, numbers, units, sums, needed, own_numbers):
     size = bases[t + 1] - bases[t]
     first = first_sums(bases, t)
     p_sq = u_sq = 0.0
-    for k in range(first, first + (size + SUMMED - 1) // SUMMED):
+    for k in range(first, first + chunk_count(size, SUMMED)):
         p_sq += sums[k, 0]
         u_sq += sums[k, 1]
     needed[0], needed[1] = unit_of(p_sq), unit_of(u_sq)
