@@ -122,6 +122,7 @@ class Kept:
             own_groups = [{**group, PART: k} for k, group in enumerate(own_groups)]
         self._group_of = np.repeat(range(len(parts)), [len(own) for _, own in parts])
         values = [options.values for options in self._options]
+        counts = [*map(traits.has_counts, values)]
         check_options(traits, {p: values[self._group_of[i]] for i, p in self.tables.items()}, values)
         self._plain = traits.make(own_groups, owner) if own_groups else None
         self._rules = [self._plain.rule(group) for group in self._plain.param_groups] if self._plain else []
@@ -129,6 +130,7 @@ class Kept:
         self._by_rows = [False for _ in self.params]  # whether the last gradient was, for which state moves
         self._not_shown: list[int] = []  # the positions of parameters that have no state yet
         self.has_shards = any(map(is_shard, self.params))
+        self._counted = np.array([i in self.tables or counts[k] for i, k in enumerate(self._group_of)])
         self._kinds = [*map(_kind, self._locals())]
         self._as_they_are = not self.has_shards  # whether gradients need no closer look
         self._shown = Shown(state, self.has_shards)
@@ -196,11 +198,8 @@ class Kept:
 
     def _is_shown(self) -> bool:
         """Whether torch's state is what was put there."""
-        if self._plain is None:
-            return True
-        if not self._shown.holds():
-            return False
-        return self._traits.counts_as is not Tensor or bool((self._steps == self._counts).all())
+        counted = not self._counted.any() or bool((self._steps == self._counts).all())
+        return counted and (self._plain is None or self._shown.holds())
 
     def _adopted(self, k: int, group: dict[str, Any]) -> bool:
         """Go on with the options that a group has now; returns False if they need another state."""
@@ -280,7 +279,7 @@ class Kept:
     def _show_numbers(self, i: int, own: dict[str, Any]) -> None:
         if self._traits.counts_as is int:
             own[STEP] = int(self._counts[i])
-        elif self._traits.counts_as is Tensor or i in self.tables:
+        elif self._counted[i]:
             own[STEP] = torch.from_numpy(self._steps[i : i + 1])[0]
         if self._traits.has_product:
             own[PRODUCT] = torch.from_numpy(self._products[i : i + 1])[0]

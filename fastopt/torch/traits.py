@@ -87,9 +87,14 @@ class Traits:
         """The names of those options of a group that the plain optimizer takes."""
         return *(name for name in self.options if name in group), *SHARED
 
+    def has_counts(self, values: Mapping[str, Any]) -> bool:
+        """Whether state in torch has counts of steps as tensors, in a group with these options: also where
+        torch has none, but the random bits that fewer bits are rounded by follow from the count."""
+        return self.counts_as is torch.Tensor or (self.counts_as is None and bool(values["state_dtype"]))
+
     def steps(self, state: Mapping[str, Any]) -> int:
-        """How many steps a parameter with this state has made. Where torch does not count them it only
-        matters whether there was one."""
-        if self.counts_as is None:
+        """How many steps a parameter with this state has made. Where state has no count it only matters
+        whether there was one."""
+        if self.counts_as is None and STEP not in state:
             return int(any(isinstance(value, torch.Tensor) for value in state.values()))
         return int(state.get(STEP, 0))

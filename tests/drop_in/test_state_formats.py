@@ -61,6 +61,26 @@ def test_steps_go_on_to_the_bit_from_a_checkpoint(make, state_dtype):
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
+def test_momentum_in_fewer_bits_goes_on_to_the_bit_from_a_checkpoint():
+    """The random bits that it is rounded by follow from a count of steps, which torch's SGD does not have."""
+    results = []
+    for changes in (False, True):
+        p = parameter()
+        opt = fastopt.torch.SGD([p], lr=0.01, momentum=0.9, state_dtype="8bit")
+        for k in range(4):
+            if changes and k == 2:
+                opt = copy.deepcopy(opt)
+                [p] = opt.param_groups[0]["params"]
+            if changes and k == 3:
+                saved = copy.deepcopy(opt.state_dict())
+                opt = fastopt.torch.SGD([p], lr=0.5, momentum=0.9, state_dtype="8bit")
+                opt.load_state_dict(saved)
+            step(opt, p, k, by_rows=False)
+        results.append({"p": p.detach(), **opt.state[p]})
+    assert results[0]["step"] == 4
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("value", [0.0, 0.1])
 @pytest.mark.parametrize("master", [False, True])
