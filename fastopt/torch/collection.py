@@ -5,12 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as all_modules
 
 from fastopt.torch import compiled
 from fastopt.torch.calls import Together
 from fastopt.torch.lookups import Call, look_up
 from fastopt.torch.modules import EmbeddingBag
+
+_HOOKS_OF_ALL = (  # of all modules
+    all_modules._global_forward_hooks,
+    all_modules._global_forward_pre_hooks,
+    all_modules._global_backward_hooks,
+    all_modules._global_backward_pre_hooks,
+)
 
 Bags = torch.Tensor | tuple[torch.Tensor | None, ...]  # the arguments of a lookup in a table
 
@@ -129,16 +136,16 @@ def _arguments(given: Bags, name: str) -> tuple[Any, Any, Any]:
 def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> torch.Tensor:
     """The lookups of all features; table by table, by torch, where some are not fastopt's."""
     modules = collection.modules_of_features()
-    alone = not _has_any_global_hook() and all(map(_looks_up_alone, modules))
-    if torch.compiler.is_compiling():
-        if not all(compiled.has_op(module.weight) for module in modules):
-            return _out_of_graphs(collection, given)
+    alone = not any(_HOOKS_OF_ALL) and all(map(_looks_up_alone, modules))
+    if torch.compiler.is_compiling() and all(map(compiled.has_op, modules)):
         asked = [
             compiled.Asked(module, module.weight, *own) for module, own in zip(modules, given, strict=True)
         ]
         if alone and all(map(compiled.takes, asked)):
             return compiled.look_up(asked)
         return torch.cat([module(*own) for module, own in zip(modules, given, strict=True)], 1)
+    if torch.compiler.is_dynamo_compiling():
+        return _out_of_graphs(collection, given)
     calls = _calls(collection, modules, given) if alone else [None]
     if any(call is None for call in calls):
         results = _by_feature(operator.call, collection.features, modules, given)

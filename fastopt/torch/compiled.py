@@ -33,10 +33,10 @@ class Asked(NamedTuple):
     weights: torch.Tensor | None = None
 
 
-def has_op(table: torch.Tensor) -> bool:
-    """Whether there is an op for lookups in a table: there is none for those in files. Lookups without one
-    are no part of the graph."""
-    return _FITS and not isinstance(table, TableWeight)
+def has_op(module: torch.nn.Module) -> bool:
+    """Whether there is an op for lookups in a module's table: there is none for those in files. Lookups
+    without one are no part of the graph."""
+    return _FITS and not isinstance(module.weight, TableWeight)
 
 
 def takes(asked: Asked) -> bool:

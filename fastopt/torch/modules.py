@@ -137,11 +137,11 @@ def _looked_up(
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """What a module looks up, a row for each bag or index; None if that is torch's."""
-    if torch.compiler.is_compiling():
-        if not compiled.has_op(module.weight):
-            return _out_of_graphs(module, given, offsets, weights)
+    if torch.compiler.is_compiling() and compiled.has_op(module):
         asked = compiled.Asked(module, module.weight, given, offsets, weights)
         return compiled.look_up([asked]) if compiled.takes(asked) else None
+    if torch.compiler.is_dynamo_compiling():
+        return _out_of_graphs(module, given, offsets, weights)
     call = call_of(module, module.weight, given, offsets, weights)
     return None if call is None else look_up([call])
 
