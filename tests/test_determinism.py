@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import fastopt
+from fastopt._core.backend import host
 from fastopt.kernels.cpu import norms, rows, threads
-from fastopt.kernels.cpu.index import segments_of
 
 RUNS = [(case, False) for case in cases.RULES] + [(case, True) for case in cases.PARALLEL_SPARSE]
 EACH = pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_coalescing_and_lookups_have_the_same_bits_on_one_thread_and_on_all():
     serial = rng.standard_normal((5_001, 9)).astype(np.float32)
     parallel = serial.copy()
     indices = rng.integers(0, 700, 5_001)
-    [segments] = segments_of([(indices, 700)])
+    [segments] = host().segments_of([(indices, 700)])
     rows.coalesce(0, serial, segments.order, segments.starts, 0)
     rows.coalesce(threads.PARALLEL_FROM, parallel, segments.order, segments.starts, 0)
     assert serial.tobytes() == parallel.tobytes()

@@ -186,7 +186,7 @@ def take(team, values, order, first_position, out):
 def take_chunk(chunk, values, order, first_position, out):
     first, last = chunk_ends(chunk, POSITIONS_PER_CHUNK, out.size)
     for j in range(first, last):
-        out[j] = values[np.int64(order[j]) - first_position]
+        out[np.uint64(j)] = values[np.uint64(order[j] - first_position)]  # none counts from the end
 
 
 @Kernel

@@ -205,7 +205,7 @@ def check_bounds(indices: np.ndarray) -> tuple[int, int]:
     return int(found[:, 0].min()), int(found[:, 1].max())
 
 
-def segments_of(parts: Sequence[tuple[np.ndarray, int]]) -> list[Segments]:
+def segments_together(parts: Sequence[tuple[np.ndarray, int]]) -> list[Segments]:
     """The segments of the indices of each part, (1-D indices, rows of its table), each in [0, rows)."""
     size = sum(indices.size for indices, _ in parts)
     all_rows = sum(rows for _, rows in parts)

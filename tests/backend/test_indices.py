@@ -39,7 +39,7 @@ def test_copies_come_with_the_smallest_and_the_largest(device, rng):
         assert type(low) is int and type(high) is int
 
 
-def check(device, found, indices, first_row=0, first_position=0):
+def check(device, found, indices):
     """The segments of one table against a stable sort."""
     distinct, counts = np.unique(indices, return_counts=True)
     backend = device.backend
@@ -48,20 +48,19 @@ def check(device, found, indices, first_row=0, first_position=0):
     positions = device.get(backend.take(device.put(np.arange(indices.size)), found))
     np.testing.assert_array_equal(positions, np.argsort(indices, kind="stable"))
     if isinstance(found, Segments):
-        check_arrays(device, found, indices, first_row, first_position)
+        check_arrays(device, found, indices)
 
 
-def check_arrays(device, found, indices, first_row, first_position):
+def check_arrays(device, found, indices):
     """The arrays of the host's segments."""
+    first_row, before = found.first_row, found.first_position
     rows, order, starts = (device.get(array) for array in found[:3])
     assert (rows.dtype, order.dtype, starts.dtype) == (np.int64, np.int32, np.int32)
-    assert (found.first_row, found.first_position) == (first_row, first_position)
     distinct, firsts = np.unique(np.sort(indices), return_index=True)
-    np.testing.assert_array_equal(rows, distinct + first_row)
-    before = first_position  # all positions of earlier tables come first
+    np.testing.assert_array_equal(rows, distinct.astype(np.int64) + first_row)
     np.testing.assert_array_equal(starts, before + np.append(firsts, indices.size))
     own = order[starts[0] : starts[-1]]
-    np.testing.assert_array_equal(own - first_position, np.argsort(indices, kind="stable"))
+    np.testing.assert_array_equal(own - before, np.argsort(indices, kind="stable"))
 
 
 @pytest.mark.covers("segments_of", "distinct_rows", "counts")
@@ -89,7 +88,24 @@ def test_segments_of_many_tables_are_sorted_together(device, rng):
     )
     assert len(found) == 4
     for k, part in enumerate(parts):
-        check(device, found[k], part, sum(rows[:k]), sum(sizes[:k]))
+        check(device, found[k], part)
+
+
+@pytest.mark.covers("segments_of", "distinct_rows", "counts")
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("largest", [2**24, 2**33], ids=["of two digits", "of more"])
+@pytest.mark.parametrize("size", [30, 20_000])
+def test_segments_of_many_tables_of_a_dtype(device, rng, dtype, largest, size):
+    """Those with few rows for their indices and others, all or no rows named, and without any."""
+    rows = [1, 40, 2 * size, 3_000_000, 9, 0, size, largest]
+    sizes = [size, size // 2, size, size, 0, 0, size, size - 1]
+    counts = [min(count, 2**31) for count in rows]  # that indices of 32 bits can name
+    parts = [rng.integers(0, own, many).astype(dtype) for own, many in zip(counts, sizes, strict=True)]
+    parts[6] = rng.permutation(size).astype(dtype)
+    parts[7][::3] = min(largest, 2**31) - 1
+    given = [(device.put(part), count) for part, count in zip(parts, rows, strict=True)]
+    for found, part in zip(device.backend.segments_of(given), parts, strict=True):
+        check(device, found, part)
 
 
 @pytest.mark.covers("segments_of", "distinct_rows", "counts")
@@ -99,7 +115,7 @@ def test_segments_of_no_indices(device):
     check(device, found, none)
     found = device.backend.segments_of([(device.put(none), 5), (device.put(none), 0)])
     check(device, found[0], none)
-    check(device, found[1], none, 5)
+    check(device, found[1], none)
 
 
 @pytest.mark.covers("segments_of")

@@ -42,8 +42,8 @@ from fastopt.kernels.cpu.backend.reads import (
     zeros_beside,
 )
 from fastopt.kernels.cpu.backend.rows import catch_up, sum_squares_rows, update_rows
+from fastopt.kernels.cpu.backend.segments import segments_of
 from fastopt.kernels.cpu.headers import Identities
-from fastopt.kernels.cpu.index import segments_of
 from fastopt.kernels.cpu.memory import empty
 from fastopt.kernels.cpu.threads import run
 

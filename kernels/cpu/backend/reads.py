@@ -16,6 +16,7 @@ from fastopt.kernels.layout import pool_row
 from fastopt.kernels.work import PooledLookup, Segments
 
 HALF = np.dtype(np.float16)
+WORK_PER_POSITION = 4  # in elements of an update by one thread, of what is read at positions in no order
 
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -150,7 +151,7 @@ def take(values: np.ndarray, segments: Segments) -> np.ndarray:
     """The 1-D ``values``, one for each position, in the order of the segments."""
     order = segments.order[segments.starts[0] : segments.starts[-1]]
     out = empty(order.size, values.dtype)
-    bags.take(order.size, values, order, segments.first_position, out)
+    bags.take(WORK_PER_POSITION * order.size, values, order, segments.first_position, out)
     return out
 
 
