@@ -7,7 +7,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from fastopt.kernels.cpu.index import segments_of
+from fastopt._core.backend import host
 from fastopt.kernels.cpu.segments import add_row, sum_rows
 from fastopt.kernels.intrinsics import AHEAD, prefetch, view
 
@@ -86,7 +86,7 @@ def row_floor(
     """A call that reads all ``values`` and adds them up, and reads and writes the rows ``indices`` of
     ``table``, of ``states`` arrays as large, side by side, and of ``row_states`` (0 or 1) of one number a
     row, all sorted beforehand."""
-    [(rows, order, starts, *_)] = segments_of([(indices, table.shape[0])])
+    [(rows, order, starts, *_)] = host().segments_of([(indices, table.shape[0])])
     state = np.zeros((table.shape[0], states, table.shape[1]), table.dtype)
     row_state = np.zeros(table.shape[0] * row_states, table.dtype)
     parts = 8 * numba.get_num_threads()
