@@ -136,16 +136,17 @@ def _arguments(given: Bags, name: str) -> tuple[Any, Any, Any]:
 def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> torch.Tensor:
     """The lookups of all features; table by table, by torch, where some are not fastopt's."""
     modules = collection.modules_of_features()
+    in_graph = torch.compiler.is_compiling() and all(map(compiled.has_op, modules))
+    if torch.compiler.is_dynamo_compiling() and not in_graph:
+        return _out_of_graphs(collection, given)
     alone = not any(_HOOKS_OF_ALL) and all(map(_looks_up_alone, modules))
-    if torch.compiler.is_compiling() and all(map(compiled.has_op, modules)):
+    if in_graph:
         asked = [
             compiled.Asked(module, module.weight, *own) for module, own in zip(modules, given, strict=True)
         ]
         if alone and all(map(compiled.takes, asked)):
             return compiled.look_up(asked)
         return torch.cat([module(*own) for module, own in zip(modules, given, strict=True)], 1)
-    if torch.compiler.is_dynamo_compiling():
-        return _out_of_graphs(collection, given)
     calls = _calls(collection, modules, given) if alone else [None]
     if any(call is None for call in calls):
         results = _by_feature(operator.call, collection.features, modules, given)

@@ -17,7 +17,7 @@ from fastopt.torch.fused import register
 from fastopt.torch.kept import Kept, takes
 from fastopt.torch.row_gradients import RowGradients
 from fastopt.torch.tables import TableWeight, of_other_flushes, saved_with_checksums, tables_of
-from fastopt.torch.traits import Traits
+from fastopt.torch.traits import STEP, Traits
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -185,7 +185,7 @@ class KernelStep(torch.optim.Optimizer):
                     own = self.state[p].get(name)
                     if not isinstance(own, torch.Tensor) or not isinstance(value, torch.Tensor):
                         continue
-                    if value.ndim and own.dtype != value.dtype and takes(p):
+                    if name != STEP and own.dtype != value.dtype and takes(p):
                         self.state[p][name] = value.detach().to(device=own.device, copy=True)
 
     def flush(self) -> None:

@@ -61,6 +61,24 @@ def test_steps_go_on_to_the_bit_from_a_checkpoint(make, state_dtype):
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+@pytest.mark.parametrize("state_dtype", [None, "8bit"])
+@pytest.mark.parametrize("make", [fastopt.torch.NAdam, fastopt.torch.Adagrad], ids=lambda own: own.__name__)
+def test_numbers_and_small_parameters_go_on_to_the_bit_from_a_checkpoint(make, state_dtype, shape):
+    """In 16 bits, to which torch rounds what it loads."""
+    results = []
+    for loads in (False, True):
+        p = torch.nn.Parameter(torch.full(shape, 1.2345, dtype=torch.bfloat16))
+        opt = make([p], lr=0.01, state_dtype=state_dtype)
+        for k in range(4):
+            if loads and k:
+                opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            p.grad = torch.full(shape, 0.37 + k, dtype=p.dtype)
+            opt.step()
+        results.append({"p": p.detach(), **opt.state[p]})
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 def test_momentum_in_fewer_bits_goes_on_to_the_bit_from_a_checkpoint():
     """The random bits that it is rounded by follow from a count of steps, which torch's SGD does not have."""
     results = []
