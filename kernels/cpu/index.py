@@ -77,35 +77,30 @@ def block_of(words, block, blocks):
 
 @helper
 def count_block(block, is_first, indices, position_bits, words, shift, counts):
+    """How often each digit occurs in a block."""
     first, last = block_of(words, block, counts.shape[0])
+    mask, own = np.uint64(counts.shape[1] - 1), counts[block]
+    own[:] = 0
     if is_first:
-        pack(indices, first, last, position_bits, words)
-    count_digits(words, first, last, shift, np.uint64(counts.shape[1] - 1), counts[block])
+        pack_and_count(indices[first:last], first, position_bits, words[first:last], mask, own)
+    else:
+        count_digits(words[first:last], shift, mask, own)
 
 
 @helper
-def pack(indices, first, last, position_bits, words):
-    """``words[i]``: ``indices[i]`` above its position."""
+def pack_and_count(indices, first, position_bits, words, mask, counts):
+    """``words[i]``: ``indices[i]`` above its position, ``first + i``; whose lowest digit is counted."""
     bits = np.uint64(position_bits)
-    for i in range(first, last):
-        words[i] = (np.uint64(indices[i]) << bits) | np.uint64(i)
+    for i in range(indices.size):
+        index = np.uint64(indices[i])
+        words[i] = (index << bits) | np.uint64(first + i)
+        counts[index & mask] += np.uint32(1)
 
 
 @helper
-def count_digits(words, first, last, shift, mask, counts):
-    """How often each digit occurs; runs of one digit, as of popular rows, are counted apart
-    from memory."""
-    counts[:] = 0
-    digit = np.uint64(0)
-    run = np.uint32(0)
-    for i in range(first, last):
-        new = (words[np.uint64(i)] >> shift) & mask
-        if new != digit:
-            counts[digit] += run
-            run = np.uint32(0)
-            digit = new
-        run += np.uint32(1)
-    counts[digit] += run
+def count_digits(words, shift, mask, counts):
+    for i in range(words.size):
+        counts[(words[i] >> shift) & mask] += np.uint32(1)
 
 
 @helper
@@ -113,18 +108,12 @@ def move_words(block, words, scratch, shift, all_places):
     """Move each word to the place of its digit, and the place on by one."""
     first, last = block_of(words, block, all_places.shape[0])
     mask, places = np.uint64(all_places.shape[1] - 1), all_places[block]
-    digit = np.uint64(0)
-    place = places[digit]
     for i in range(first, last):
         word = words[np.uint64(i)]
-        new = (word >> shift) & mask
-        if new != digit:
-            places[digit] = place
-            place = places[new]
-            digit = new
+        digit = (word >> shift) & mask
+        place = places[digit]
         scratch[np.uint64(place)] = word
-        place += np.uint32(1)
-    places[digit] = place
+        places[digit] = place + np.uint32(1)
 
 
 @helper
@@ -139,36 +128,37 @@ def counts_to_places(counts):
 
 
 @helper
-def mark_heads(block, blocks, words, position_bits, order, heads, all_found):
+def mark_heads(block, words, position_bits, order, heads, all_found):
     """Split words into positions, and list where a new key starts; ``all_found[block + 1]``: how many do."""
-    first, last = block_of(words, block, blocks)
+    first, last = block_of(words, block, all_found.size - 1)
     bits = np.uint64(position_bits)
     mask = (np.uint64(1) << bits) - np.uint64(1)
-    found = 0
+    own, own_order, own_heads = words[first:last], order[first:last], heads[first:last]
     key = ~np.uint64(0)
     if first:
         key = words[first - 1] >> bits
-    for i in range(first, last):
-        word = words[i]
-        order[i] = np.int32(word & mask)
-        heads[first + found] = i
-        found += (word >> bits) != key
+    found = np.uint64(0)
+    for i in range(own.size):
+        word = own[i]
+        own_order[i] = np.int32(word & mask)
+        own_heads[found] = np.uint64(first + i)
+        found += np.uint64((word >> bits) != key)
         key = word >> bits
     all_found[block + 1] = found
 
 
 @helper
-def unpack_heads(block, blocks, words, heads, all_found, position_bits, starts, rows):
+def unpack_heads(block, words, heads, all_found, position_bits, starts, rows):
     """Write down the starts and keys of a block's segments, ``all_found[block]`` of which are in earlier
     blocks."""
-    first, _ = block_of(words, block, blocks)
-    before = all_found[block]
-    found = all_found[block + 1] - before
+    first, _ = block_of(words, block, all_found.size - 1)
+    before, until = all_found[block], all_found[block + 1]
+    own_starts, own_rows, own_heads = starts[before:until], rows[before:until], heads[first:]
     bits = np.uint64(position_bits)
-    for k in range(found):
-        head = heads[first + k]
-        starts[before + k] = head
-        rows[before + k] = np.int64(words[head] >> bits)
+    for k in range(own_rows.size):
+        head = own_heads[k]
+        own_starts[k] = np.int32(head)
+        own_rows[k] = np.int64(words[head] >> bits)
 
 
 @Kernel
@@ -190,11 +180,10 @@ def find_segments(team, indices, position_bits, words, scratch, counts, passes, 
         counts_to_places(counts)
         for_each(team, move_words, blocks, (words, scratch, shift, counts))
         words, scratch = scratch, words
-    heads = view(scratch.ctypes.data, scratch.size, np.int64(0))
-    for_each(team, mark_heads, blocks, (blocks, words, position_bits, order, heads, found))
+    for_each(team, mark_heads, blocks, (words, position_bits, order, scratch, found))
     for block in range(blocks):
         found[block + 1] += found[block]
-    for_each(team, unpack_heads, blocks, (blocks, words, heads, found, position_bits, starts, rows))
+    for_each(team, unpack_heads, blocks, (words, scratch, found, position_bits, starts, rows))
     starts[found[blocks]] = indices.size
 
 
