@@ -204,8 +204,12 @@ def _rescaled(numbers, factor):
 def limited(c, g, limit):
     """``c`` with its scale such that the row's gradient ``g`` has at most the norm ``limit``:
     ``limit / (norm + NORM_EPS)`` as ``torch.nn.utils.clip_grad_norm_``, NaN for a NaN norm."""
-    if limit == np.inf:
-        return c
+    return c if limit == np.inf else within_norm(c, g, limit)
+
+
+@register_jitable
+def within_norm(c, g, limit):
+    """``c`` with its scale such that the norm of ``g`` is at most the finite ``limit``."""
     total = sum_of_squares(c.scale, g, 1.0)
     factor = limit / (math.sqrt(total) + NORM_EPS)
     if factor > 1.0:

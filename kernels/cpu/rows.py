@@ -100,7 +100,9 @@ def update_tables(team, mode, h, c, like, kinds, tables, numbers, limits, parts,
 def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_parts, all_buffers):
     """The share of part ``k`` in :func:`update_tables`."""
     t, part, parts = all_parts[k, 0], all_parts[k, 1], all_parts[k, 2]
-    table, numbers, limit = tables[t], all_numbers[t], limits[t]
+    numbers, limit = all_numbers[t], limits[t]
+    # Without an owner, which each function that gets the row would count a reference to.
+    table = view(tables.ctypes.data + t * tables.shape[1] * tables.itemsize, tables.shape[1], np.int64(0))
     buffers = all_buffers.ctypes.data + k * all_buffers.shape[1] * all_buffers.itemsize
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)

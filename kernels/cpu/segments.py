@@ -255,7 +255,7 @@ def gradient_of(table, like, total, segment):
         if first + AHEAD < end:
             prefetch(address + (source[first + AHEAD] - base) * stride, stride)
         return address + (source[first] - base) * stride
-    return total.ctypes.data
+    return np.int64(total.ctypes.data)
 
 
 @helper
