@@ -31,16 +31,18 @@ class TestRows:
         moved = update_bytes(DIM, indices, 1 + STATES[name])
         measure(f"sparse {name}, {kind}", lambda: opt.step(grad), moved)
 
-    def test_same_traffic(self, measure, rng, name, kind):
-        """The same rows read and written, with neither arithmetic nor sort."""
+    @pytest.mark.parametrize("summed", [True, False], ids=["with-gradients", "rows-alone"])
+    def test_same_traffic(self, measure, rng, name, kind, summed):
+        """The same rows read and written, without arithmetic and sort, and gradients read once or not."""
         table = np.ones((ROWS, DIM), np.float32)
         indices, values = (
             draw(rng, kind, ROWS, INDICES),
             rng.standard_normal((INDICES, DIM), dtype=np.float32),
         )
-        moved = update_bytes(DIM, indices, 1 + STATES[name])
+        moved = update_bytes(DIM, indices, 1 + STATES[name], None if summed else 0)
         row_states = int(name.startswith("Rowwise"))
-        measure(f"sparse {name}, {kind}", row_floor(table, values, indices, STATES[name], row_states), moved)
+        floor = row_floor(table, values, indices, STATES[name], row_states, summed)
+        measure(f"sparse {name}, {kind}", floor, moved)
 
     def test_torch(self, measure, rng, name, kind):
         torch = pytest.importorskip("torch")

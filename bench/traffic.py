@@ -55,13 +55,13 @@ def floor(p: np.ndarray, g: np.ndarray, states: list[np.ndarray]) -> Callable[[]
 
 
 @numba.njit(parallel=True)
-def _rows(table, state, row_state, values, rows, order, starts, parts):
+def _rows(table, state, row_state, values, summed, rows, order, starts, parts):
     segments, dim = starts.size - 1, values.shape[1]
     like = values.dtype.type(0)
     stride = dim * values.itemsize
     no_weights = np.empty(0, values.dtype)
     for part in prange(parts):
-        total = np.empty(dim, values.dtype)
+        total = np.ones(dim, values.dtype)
         for k in range(part * segments // parts, (part + 1) * segments // parts):
             if k + AHEAD < segments:
                 prefetch(table.ctypes.data + rows[k + AHEAD] * stride, stride)
@@ -71,7 +71,8 @@ def _rows(table, state, row_state, values, rows, order, starts, parts):
                 if row_state.size:
                     prefetch(row_state.ctypes.data + rows[k + AHEAD] * values.itemsize, values.itemsize)
             first, last = np.int64(starts[k]), np.int64(starts[k + 1])
-            sum_rows(values.ctypes.data, stride, order, 0, no_weights, first, last, order.size, total)
+            if summed:
+                sum_rows(values.ctypes.data, stride, order, 0, no_weights, first, last, order.size, total)
             add_row(view(table.ctypes.data + rows[k] * stride, dim, like), total)
             for n in range(state.shape[1]):
                 at = rows[k] * state.shape[1] + n
@@ -81,13 +82,13 @@ def _rows(table, state, row_state, values, rows, order, starts, parts):
 
 
 def row_floor(
-    table: np.ndarray, values: np.ndarray, indices: np.ndarray, states: int, row_states: int
+    table: np.ndarray, values: np.ndarray, indices: np.ndarray, states: int, row_states: int, summed: bool
 ) -> Callable[[], Any]:
-    """A call that reads all ``values`` and adds them up, and reads and writes the rows ``indices`` of
-    ``table``, of ``states`` arrays as large, side by side, and of ``row_states`` (0 or 1) of one number a
-    row, all sorted beforehand."""
+    """A call that reads and writes the rows ``indices`` of ``table``, of ``states`` arrays as large, side by
+    side, and of ``row_states`` (0 or 1) of one number a row, all sorted beforehand; if ``summed`` it reads
+    all ``values`` once and adds them up."""
     [(rows, order, starts, *_)] = host().segments_of([(indices, table.shape[0])])
     state = np.zeros((table.shape[0], states, table.shape[1]), table.dtype)
     row_state = np.zeros(table.shape[0] * row_states, table.dtype)
     parts = 8 * numba.get_num_threads()
-    return lambda: _rows(table, state, row_state, values, rows, order, starts, parts)
+    return lambda: _rows(table, state, row_state, values, summed, rows, order, starts, parts)
