@@ -69,6 +69,8 @@ def pool_part(k, like, index, lookups, all_parts, bounds):
             own, place = offsets[begin : until + 1], out + begin * out_stride
             given = positions, np.int64(LOOKUPS_AHEAD), place, out_stride, dim
             sum_bags(start, stride, indices, zero, weights, own, *given)
+            if not lookup[POOL_MEAN]:
+                continue
         for bag in range(begin, until):
             total = view(out + bag * out_stride, dim, like)
             first, last = offsets[bag], offsets[bag + 1]

@@ -34,7 +34,8 @@ from fastopt.kernels.layout import (
     TABLE_WINNERS,
 )
 
-WIDE, MIDDLE, NARROW = 256, 128, 64  # bytes of a block: eight, four and two common vector registers
+# Bytes of a block: from all sixteen common vector registers, or half of the largest, to two of the common.
+WIDEST, WIDE, MIDDLE, NARROW = 512, 256, 128, 64
 
 
 def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: int, weighted: bool,
@@ -99,6 +100,7 @@ def _block_function(
         return function
     function.linkage = "internal"
     function.attributes.add("noinline")
+    function.attributes.add("optsize")  # no loop unrolled: it takes time to compile, and few bags are long
     address, stride, rows, base, weights, offsets, bags, end, ahead, out, out_stride = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     rows = builder.inttoptr(rows, index.as_pointer())
@@ -165,7 +167,12 @@ def _compiled_sum_bags(address, stride, rows, base, weights, offsets, end, ahead
     bags, starts = np.int64(offsets.size - 1), offsets.ctypes.data
     bytes_left = dim * weights.itemsize
     at = np.int64(0)
-    while bytes_left - at >= WIDE:
+    while bytes_left - at >= WIDEST:
+        _sum_block(
+            address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, WIDEST
+        )
+        at += WIDEST
+    if bytes_left - at >= WIDE:
         _sum_block(
             address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, WIDE
         )

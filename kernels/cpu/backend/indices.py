@@ -62,11 +62,10 @@ def counts(segments: Segments) -> np.ndarray:
 
 def bag_offsets(offsets: np.ndarray, size: int, with_last: bool) -> np.ndarray:
     """int64 [bags + 1]: a copy of ``offsets``, followed by ``size`` unless they come ``with_last``."""
-    if with_last:
-        return offsets.astype(np.int64)
-    own = np.empty(offsets.size + 1, np.int64)
-    own[:-1] = offsets
-    own[-1] = size
+    own = empty(offsets.size + (not with_last), np.int64)
+    own[: offsets.size] = offsets
+    if not with_last:
+        own[-1] = size
     return own
 
 
