@@ -89,11 +89,11 @@ def _prefetch_function(module: ir.Module) -> ir.Function:
     emit = prefetch_instruction(module)
     builder = ir.IRBuilder(function.append_basic_block())
     start, size = function.args
-    start = builder.inttoptr(start, ir.IntType(8).as_pointer())
     most = i64(MOST_BYTES)
     size = builder.select(builder.icmp_signed("<", size, most), size, most)
-    with cgutils.for_range_slice(builder, i64(0), size, i64(CACHE_LINE)) as (offset, _):
-        emit(builder, builder.gep(start, [offset]))
+    line = builder.and_(start, i64(-CACHE_LINE))  # a row may begin within a line, and then has one more
+    with cgutils.for_range_slice(builder, line, builder.add(start, size), i64(CACHE_LINE)) as (place, _):
+        emit(builder, builder.inttoptr(place, ir.IntType(8).as_pointer()))
     builder.ret_void()
     return function
 

@@ -63,8 +63,9 @@ def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: 
     total = builder.phi(vector)
     ahead = builder.add(k, ahead)
     ahead = start_of(builder.select(builder.icmp_signed("<", ahead, final), ahead, final))
-    for line in range(0, width * size, CACHE_LINE):
-        fetch(builder, builder.inttoptr(builder.add(ahead, i64(line)), i8.as_pointer()))
+    # The last byte is in a line more, where rows begin within one.
+    for offset in (*range(0, width * size, CACHE_LINE), width * size - 1):
+        fetch(builder, builder.inttoptr(builder.add(ahead, i64(offset)), i8.as_pointer()))
     values = builder.load(builder.inttoptr(start_of(k), vector.as_pointer()), align=size)
     if weighted:
         weight = builder.load(builder.gep(weights, [k]))
