@@ -58,6 +58,7 @@ def _on_stack(context: Any, like: Any) -> Any:
         kind = signature.return_type
         i64 = ir.IntType(64)
         data = cgutils.alloca_once(builder, context.get_data_type(kind.dtype), size=i64(ON_STACK))
+        data.align = CACHE_LINE  # loads have to wait for a store across two
         return _array_at(context, builder, kind, builder.ptrtoint(data, i64), [i64(ON_STACK)])
 
     return types.Array(like, 1, "C")(like), generate

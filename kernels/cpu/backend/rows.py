@@ -10,7 +10,7 @@ from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.backend.indices import distinct_rows
 from fastopt.kernels.cpu.backend.parts import PARTS_PER_THREAD, equal_parts
 from fastopt.kernels.cpu.catch_up import catch_up as catch_up_rows
-from fastopt.kernels.cpu.memory import empty
+from fastopt.kernels.cpu.memory import ALIGNMENT, zeros_at
 from fastopt.kernels.cpu.rows import update_tables
 from fastopt.kernels.cpu.stored_rows import buffer_rows
 from fastopt.kernels.cpu.threads import thread_count
@@ -127,5 +127,6 @@ def _of_gradient(gradient: TableGradient) -> dict[str, int]:
 
 
 def _buffers(parts: int, kinds: Any, dim: int, compute: np.dtype) -> np.ndarray:
-    """Memory for rows, for each part, a multiple of cache lines."""
-    return empty((parts, -(-buffer_rows(kinds) * dim // CACHE_LINES) * CACHE_LINES), compute)
+    """Memory for rows, for each part, whole cache lines: loads have to wait for a store across two."""
+    shape = parts, -(-buffer_rows(kinds) * dim // CACHE_LINES) * CACHE_LINES
+    return zeros_at(shape, compute, 0, ALIGNMENT)
