@@ -108,9 +108,17 @@ class EmbeddingBagCollection(torch.nn.Module):
         Raises:
             ValueError: ``inputs`` has other features, or features have different numbers of bags.
         """
+        return _looked_up(self, [*self.arguments(inputs).values()])
+
+    def arguments(self, inputs: Mapping[str, Bags]) -> dict[str, tuple[Any, Any, Any]]:
+        """The indices, offsets and weights of each feature, None of those not given.
+
+        Raises:
+            ValueError, TypeError: ``inputs`` has other features, or something else for one.
+        """
         if inputs.keys() != set(self.features):
             raise ValueError(f"inputs has the features {sorted(inputs)}: expected {sorted(self.features)}")
-        return _looked_up(self, [_arguments(inputs[name], name) for name in self.features])
+        return {name: _arguments(inputs[name], name) for name in self.features}
 
     def split(self, pooled: torch.Tensor) -> dict[str, torch.Tensor]:
         """What each feature has of the result: views of its columns, by name."""

@@ -44,6 +44,15 @@ def parameter_at(place: int, shape: Sequence[int]) -> torch.Tensor:
     raise _without_optimizer(shape)
 
 
+def optimizer_of(p: torch.Tensor) -> Any:
+    """The latest optimizer of :mod:`fastopt.torch` that has a parameter, or None."""
+    found = None
+    for _, optimizer in sorted(_optimizers.items()):
+        if any(own is p for group in optimizer.param_groups for own in group["params"]):
+            found = optimizer
+    return found
+
+
 def _without_optimizer(shape: Sequence[int]) -> RuntimeError:
     return RuntimeError(
         f"a table of shape {tuple(shape)} is fused, and no optimizer has it: expected its weight, itself and "

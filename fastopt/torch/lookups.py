@@ -1,7 +1,7 @@
 """Lookups in tables that are parameters of torch, and what they leave for the optimizer in the backward
 pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -140,14 +140,23 @@ class _LookedUp(torch.autograd.Function):
         elif grad_output.stride(1) != 1:
             grad_output = grad_output.contiguous()
         values = dict(zip(calls, grad_output.split([call.table.shape[1] for call in calls], 1), strict=True))
-        sort_together([call.indices for call in learning])
-        of_tables = {call: RowGradients(call.table, [call.lookup(values[call])]) for call in learning}
         of_weights = [
             call.gradient_of_weights(values[call]) if learns else None
             for call, learns in zip(_weighted(calls), needed[len(calls) :], strict=True)
         ]
-        fused.update((call.table, of_tables.pop(call)) for call in learning if call.fused)
+        of_tables = gradients_of_tables(learning, values)
         return None, *map(of_tables.get, calls), *of_weights
+
+
+def gradients_of_tables(
+    calls: Sequence[Call], values: Mapping[Call, torch.Tensor]
+) -> dict[Call, RowGradients]:
+    """What lookups leave for the gradients of their tables, ``values`` being those of their results. Tables
+    that are fused are updated, and nothing is left for them."""
+    sort_together([call.indices for call in calls])
+    found = {call: RowGradients(call.table, [call.lookup(values[call])]) for call in calls}
+    fused.update((call.table, found.pop(call)) for call in calls if call.fused)
+    return found
 
 
 def _weighted(calls: Sequence[Call]) -> list[Call]:

@@ -194,7 +194,7 @@ class NAdam(KernelStep, torch.optim.NAdam):
 class Adafactor(KernelStep, torch.optim.Adafactor):
     """``torch.optim.Adafactor`` by kernels (see :class:`fastopt.Adafactor`)."""
 
-    traits = Traits(fastopt.Adafactor, (*_COMMON, "beta2_decay", "eps", "d"), dense_alone=True)
+    traits = Traits(fastopt.Adafactor, (*_COMMON, "beta2_decay", "eps", "d"), dense_alone=True, by_rows=True)
 
     if TYPE_CHECKING:
 
@@ -232,7 +232,7 @@ class Lion(KernelStep):
 class LAMB(KernelStep):
     """LAMB as a torch optimizer (see :class:`fastopt.LAMB`, also for the arguments)."""
 
-    traits = Traits(fastopt.LAMB, _ADAM, in_torch=False)
+    traits = Traits(fastopt.LAMB, _ADAM, by_rows=True, in_torch=False)
 
     def __init__(
         self,
@@ -256,6 +256,7 @@ class RowwiseAdagrad(KernelStep):
     traits = Traits(
         fastopt.RowwiseAdaGrad,
         (*_COMMON, "lr_decay", "initial_accumulator_value", "eps", "decoupled_weight_decay"),
+        by_rows=True,
         in_torch=False,
     )
 
@@ -288,7 +289,7 @@ class RowwiseAdam(KernelStep):
     """Adam with one second moment a row as a torch optimizer (see :class:`fastopt.RowwiseAdam`, also for the
     arguments)."""
 
-    traits = Traits(fastopt.RowwiseAdam, (*_ADAM, "decoupled_weight_decay"), in_torch=False)
+    traits = Traits(fastopt.RowwiseAdam, (*_ADAM, "decoupled_weight_decay"), by_rows=True, in_torch=False)
 
     def __init__(
         self,

@@ -1,0 +1,19 @@
+"""Tables shared out over the processes of ``torch.distributed``.
+
+:class:`ShardedEmbeddingBagCollection` has each table whole on a rank, by rows or by columns on several, as a
+:func:`plan` says. Everything travels through process groups of torch, which the caller makes.
+"""
+
+from fastopt.distributed.collection import ShardedEmbeddingBagCollection
+from fastopt.distributed.placement import ByColumns, ByRows, Whole
+from fastopt.distributed.planner import Plan, Size, plan
+
+__all__ = [
+    "ByColumns",
+    "ByRows",
+    "Plan",
+    "ShardedEmbeddingBagCollection",
+    "Size",
+    "Whole",
+    "plan",
+]

@@ -1,0 +1,250 @@
+"""Many embedding tables, shared out over the processes of a group, as one module."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastopt.distributed.agreement import Described, agree
+from fastopt.distributed.batch import Arguments, Batch, Failure, open_batch
+from fastopt.distributed.layout import Feature, Layout, ShardedTable
+from fastopt.distributed.lookup import ShardedLookup, look_up
+from fastopt.distributed.parts import module_of_part
+from fastopt.distributed.placement import ByRows, Placement
+from fastopt.distributed.planner import Plan, plan, sizes_of
+from fastopt.distributed.requests import Request, checked
+from fastopt.torch.collection import Bags, EmbeddingBagCollection
+from fastopt.torch.fused import optimizer_of
+from fastopt.torch.memory import DTYPES
+
+
+class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
+    """``fastopt.torch.EmbeddingBagCollection`` with its tables shared out over the processes of a group.
+
+    Every rank gives the bags of its own batch, as many as it has, and gets their pooled rows. Tables are
+    updated where they are, by an optimizer of :mod:`fastopt.torch` on each rank, from the gradients of all
+    ranks. Parameters, gradients and state have the bits of one process that looks up the batches of all
+    ranks, one after the other.
+
+    Args:
+        tables: as for the other class. Each rank keeps copies of its own parts; parts of tables on the meta
+            device, which need never fit one machine, are filled as ``torch.nn.EmbeddingBag`` fills its
+            weight, with other numbers on each rank.
+        features: as for the other class.
+        plan: where each table is, by its name: one of :func:`fastopt.distributed.plan`, whose answer for one
+            lookup a feature is the default, or a dict of :class:`Whole`, :class:`ByRows`, :class:`ByColumns`.
+        group: the process group, None for the default one.
+        wire_dtype: ``torch.bfloat16`` rounds results and gradients while they travel, at half of the bytes of
+            float32; None sends them as they are.
+
+    Attributes:
+        tables: modules over the parts that lie here, a ``ModuleDict``, in which every table has one; those
+            without rows or columns have no elements. plan: where each table is.
+
+    Raises:
+        ValueError, TypeError: as for the other class; or the tables, options or plans of two ranks differ, on
+            every rank; or a table has mode "max" and goes by rows, or has ``max_norm``; or tables have
+            different dtypes or devices.
+        RuntimeError: there is no process group.
+
+    As with ``DistributedDataParallel``, what is minimised is the mean of the ranks' losses: gradients of
+    tables are the sum over all ranks divided by the number of ranks. The mean over all bags of all ranks,
+    where they have different numbers of them, is a loss of ``ranks * own_sum / number_of_all`` on each.
+
+    Every rank calls the module and the backward pass equally often, with bags or without. Keep it out of
+    ``DistributedDataParallel``, which is for parameters that all ranks have: wrap the dense part alone.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, torch.nn.EmbeddingBag],
+        features: Mapping[str, Sequence[str]] | None = None,
+        *,
+        plan: Mapping[str, Placement] | None = None,
+        group: dist.ProcessGroup | None = None,
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "there is no process group: expected torch.distributed.init_process_group before"
+            )
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._group = group
+        with agree(group) as described:  # until its end an error of one rank is one of all
+            super().__init__(tables, features)
+            _check_tables(tables, wire_dtype)
+            self.plan = _plan_of(tables, features, plan, ranks)
+            _describe(described, tables, self.features, self.plan, wire_dtype)
+        self._wire_dtype = wire_dtype
+        own = {name: module_of_part(table, self.plan.parts[name][rank]) for name, table in tables.items()}
+        self.tables = torch.nn.ModuleDict(own)
+        self._layout = _layout(self, tables, own, rank, ranks)
+        self._ahead: dict[int, tuple[Mapping[str, Bags], Batch]] = {}
+
+    def prefetch(self, inputs: Mapping[str, Bags]) -> None:
+        """Begin to send what a later ``forward`` of the same object looks up, while others compute.
+
+        Every rank calls it for its own part of the same batch. Indices are read here; tables are read by
+        ``forward``.
+
+        Args:
+            inputs: as for ``forward``.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as for ``forward``.
+        """
+        self._ahead[id(inputs)] = inputs, self._opened(inputs)
+
+    @torch.compiler.disable
+    def forward(self, inputs: Mapping[str, Bags]) -> torch.Tensor:
+        """The pooled rows of all features of this rank's bags.
+
+        Args:
+            inputs: as for ``EmbeddingBagCollection``, of as many bags as this rank has, none among them.
+
+        Returns:
+            As of ``EmbeddingBagCollection``.
+
+        Raises:
+            ValueError, TypeError: the batch of this rank does not fit.
+            RuntimeError: the batch of another rank does not fit, and why; or ranks do not agree on whether
+                there will be a backward pass. Nothing has changed then, on no rank.
+        """
+        _, batch = self._ahead.pop(id(inputs), (None, None))
+        weights = self._weights_of(inputs)
+        tables = [table.weight for table in self.tables.values()]
+        if batch is None:
+            batch = self._opened(inputs)
+        lookup = ShardedLookup(self._layout, batch, weights, self._wire_dtype, self._group)
+        return look_up(lookup, weights, tables)
+
+    def _opened(self, inputs: Mapping[str, Bags]) -> Batch:
+        weights: list[torch.Tensor | None] = [None] * len(self.features)
+        device = self._layout.tables[0].own.weight.device
+        try:
+            self._check_rules()
+            given = self.arguments(inputs)
+            request: Request | Failure = Request(self._layout, checked(self._layout, given, device))
+            weights = self._weights_of(inputs)
+        except Exception as error:
+            request = Failure(error)
+        learning = [own for own in (*self.parameters(), *weights) if own is not None and own.requires_grad]
+        arguments = Arguments(torch.is_grad_enabled() and bool(learning), weights)
+        return open_batch(self._layout, request, arguments, device, self._group)
+
+    def _weights_of(self, inputs: Mapping[str, Bags]) -> list[torch.Tensor | None]:
+        found = (inputs.get(name) for name in self.features)
+        return [own[2] if isinstance(own, tuple) and len(own) > 2 else None for own in found]
+
+    def _check_rules(self) -> None:
+        """Refuse to train parts of rows by rules that need whole ones."""
+        for table in self._layout.tables:
+            optimizer = optimizer_of(table.own.weight) if table.has_parts_of_rows else None
+            if optimizer is None:
+                continue
+            clips = any(
+                group["clip_row_norm"] is not None and any(p is table.own.weight for p in group["params"])
+                for group in optimizer.param_groups
+            )
+            if optimizer.traits.by_rows or clips:
+                what = "clip_row_norm" if clips else type(optimizer).__name__
+                raise ValueError(
+                    f"table {table.name!r} is placed by columns, and {what} needs whole rows: expected Whole "
+                    "or ByRows in the plan"
+                )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {placement}" for name, placement in self.plan.items())
+
+
+def _check_tables(tables: Mapping[str, torch.nn.EmbeddingBag], wire_dtype: torch.dtype | None) -> None:
+    for name, table in tables.items():
+        if table.weight.dtype not in DTYPES:
+            raise TypeError(f"tables[{name!r}] has dtype {table.weight.dtype}: expected one of {[*DTYPES]}")
+        if table.max_norm is not None:
+            raise ValueError(f"tables[{name!r}] has max_norm {table.max_norm}: expected None")
+    kinds = {(table.weight.dtype, table.weight.device) for table in tables.values()}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"tables are of {found}: expected the same of all")
+    if wire_dtype not in (None, torch.bfloat16):
+        raise ValueError(f"wire_dtype is {wire_dtype!r}: expected torch.bfloat16 or None")
+
+
+def _plan_of(
+    tables: Mapping[str, torch.nn.EmbeddingBag],
+    features: Mapping[str, Sequence[str]] | None,
+    given: Mapping[str, Placement] | None,
+    ranks: int,
+) -> Plan:
+    if given is None:
+        return plan(tables, features, ranks=ranks)
+    if isinstance(given, Plan) and given.ranks != ranks:
+        raise ValueError(f"plan is for {given.ranks} ranks: expected one for {ranks}")
+    found = Plan(given, sizes_of(tables, features), ranks)
+    for name, table in tables.items():
+        if table.mode == "max" and isinstance(found[name], ByRows):
+            raise ValueError(
+                f"plan[{name!r}] is by rows and the table's mode 'max': expected Whole or ByColumns, since "
+                "the maxima of parts do not say which row they come from"
+            )
+    return found
+
+
+def _describe(
+    described: Described,
+    tables: Mapping[str, torch.nn.EmbeddingBag],
+    features: Sequence[str],
+    own: Plan,
+    wire_dtype: torch.dtype | None,
+) -> None:
+    """Put what ranks have to agree on."""
+    described["names of tables"] = [*tables]
+    described["features"] = [*features]
+    described["wire_dtype"] = str(wire_dtype)
+    for name, table in tables.items():
+        described[f"tables[{name!r}]"] = {
+            "rows": table.num_embeddings,
+            "dim": table.embedding_dim,
+            "dtype": str(table.weight.dtype),
+            "device": table.weight.device.type,
+            "mode": table.mode,
+            "padding_idx": table.padding_idx,
+            "scale_grad_by_freq": table.scale_grad_by_freq,
+            "fused": bool(getattr(table, "fused", False)),
+            "requires_grad": table.weight.requires_grad,
+        }
+        described[f"plan[{name!r}]"] = [tuple(part) for part in own.parts[name]]
+
+
+def _layout(
+    collection: EmbeddingBagCollection,
+    tables: Mapping[str, torch.nn.EmbeddingBag],
+    own: Mapping[str, Any],
+    rank: int,
+    ranks: int,
+) -> Layout:
+    assert isinstance(collection, ShardedEmbeddingBagCollection)
+    names, features, at = [*tables], [], 0
+    of_feature = {id(module): name for name, module in own.items()}
+    for name, module in zip(collection.features, collection.modules_of_features(), strict=True):
+        table = names.index(of_feature[id(module)])
+        dim = tables[names[table]].embedding_dim
+        features.append(Feature(name, table, at, at + dim))
+        at += dim
+    found = [
+        ShardedTable(
+            name=name,
+            rows=table.num_embeddings,
+            columns=table.embedding_dim,
+            placement=collection.plan[name],
+            parts=collection.plan.parts[name],
+            own=own[name],
+            mode=table.mode,
+            padding=table.padding_idx,
+            features=[f for f, feature in enumerate(features) if feature.table == t],
+        )
+        for t, (name, table) in enumerate(tables.items())
+    ]
+    return Layout(found, features, rank, ranks)

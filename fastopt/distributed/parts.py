@@ -1,0 +1,41 @@
+"""The parts of tables that lie on this rank, as modules."""
+
+import torch
+
+from fastopt.distributed.placement import Part
+from fastopt.torch.modules import EmbeddingBag
+
+
+def module_of_part(table: torch.nn.EmbeddingBag, part: Part) -> EmbeddingBag:
+    """A module over a copy of a part of a table's weight, with the table's options; ``padding_idx`` where all
+    rows are here alone. Of a table on the meta device the part is filled with first numbers."""
+    own = part.of(table.weight.detach())
+    if own.is_meta:
+        weight = _drawn(part, table.padding_idx, own.dtype)
+    else:
+        weight = own.clone(memory_format=torch.contiguous_format)
+    has_all_rows = part.shape[0] == table.num_embeddings
+    found = EmbeddingBag(
+        *part.shape,
+        mode=table.mode,
+        scale_grad_by_freq=table.scale_grad_by_freq,
+        include_last_offset=table.include_last_offset,
+        padding_idx=table.padding_idx if has_all_rows else None,
+        fused=bool(getattr(table, "fused", False)),
+        _weight=weight,
+    )
+    found.weight.requires_grad_(table.weight.requires_grad)
+    return found.train(table.training)
+
+
+def _drawn(part: Part, padding: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """As ``torch.nn.EmbeddingBag`` draws weights, from the state of torch's generator and by the part's
+    place, so that ranks with the same seed do not have the same rows."""
+    seed = hash((torch.initial_seed(), part.first_row, part.first_column))
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    weight = torch.empty(part.shape, dtype=dtype)
+    if not part.is_empty:
+        weight.normal_(generator=generator)
+    if padding is not None and part.first_row <= padding < part.last_row:
+        weight[padding - part.first_row] = 0
+    return weight

@@ -1,0 +1,172 @@
+"""Tables shared out over ranks give what one process gives, bit for bit."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sharded
+import torch
+from ranks import Ranks
+
+import fastopt.distributed as fd
+
+DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    own = Ranks(4)
+    yield own
+    own.close()
+
+
+CASES = {
+    "whole, Adam": (2, {"plan": "whole", "make": "Adam"}),
+    "rows, Adam": (2, {"plan": "rows", "make": "Adam"}),
+    "columns, Adam": (2, {"plan": "columns", "make": "Adam"}),
+    "uneven, Adam, fused": (2, {"plan": "uneven", "make": "Adam", "fused": True}),
+    "rows, row-wise, fused, 4 ranks": (
+        4,
+        {"plan": "rows", "make": "RowwiseAdagrad", "fused": True},
+    ),
+    "rows, LAMB, 4 ranks": (4, {"plan": "rows", "make": "LAMB"}),
+    "uneven, SGD, 4 ranks": (4, {"plan": "uneven", "make": "SGD"}),
+    "columns, AdaGrad, 4 ranks": (4, {"plan": "columns", "make": "Adagrad"}),
+    "rows, Adam, by frequency": (2, {"plan": "rows", "make": "Adam", "scale_grad_by_freq": True}),
+    "uneven, bfloat16": (4, {"plan": "uneven", "make": "SGD", "dtype": torch.bfloat16}),
+    "rows, ahead": (2, {"plan": "rows", "make": "SGD", "ahead": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_has_the_bits_of_one_process(ranks, case):
+    count, arguments = CASES[case]
+    alike = {name: own for name, own in arguments.items() if name not in ("plan", "ahead")}
+    weights, state, gradients = sharded.on_one(count, **alike)
+    answers = ranks.run(sharded.on_each, count, arguments)[:count]
+    for name, want in weights.items():
+        assert torch.equal(
+            sharded.assembled(answers, name, lambda rest, name=name: rest[0][name], want), want
+        )
+        for key, own in state[name].items():
+            parts = sharded.assembled(
+                answers, name, lambda rest, at=(name, key): rest[1][at[0]].get(at[1]), own
+            )
+            assert torch.equal(parts, own), (name, key)
+    for step, want in enumerate(gradients):
+        got = torch.cat([answer[3][step] for answer in answers])
+        if arguments["plan"] == "columns":  # products are added up by parts of rows
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(got, want)
+
+
+REFUSED_WHEN_MADE = {
+    "rows": "tables['a'].rows is 50 on rank 0 and 51 on rank 1",
+    "names": "names of tables is ['a', 'b', 'c', 'd'] on rank 0 and ['a', 'b', 'c', 'e'] on rank 1",
+    "plan": "plan['a'] is [(0, 0, 0, 8), (0, 50, 0, 8), (0, 0, 0, 8), (0, 0, 0, 8)] on rank 0 and",
+    "wire": "wire_dtype is 'None' on rank 0 and 'torch.bfloat16' on rank 1",
+    "bad": "plan['c'] is by rows and the table's mode 'max'",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED_WHEN_MADE)
+def test_ranks_that_do_not_fit_together_are_refused(ranks, change):
+    told = ranks.run(sharded.refused_when_made, change)
+    assert all(own.startswith("ValueError") and REFUSED_WHEN_MADE[change] in own for own in told)
+    if change == "bad":
+        assert told[0].startswith("ValueError: rank 1 was refused")
+
+
+REFUSED_IN_FORWARD = {
+    "index": "inputs['x'].indices holds 50: expected every index in [0, 50), the rows of the table",
+    "feature": "inputs has the features ['b', 'c', 'd', 'y']: expected",
+    "bags": "inputs have these numbers of bags: {'x': 3, 'y': 3, 'b': 3, 'c': 2, 'd': 3}",
+    "weights": "inputs['y'] has per_sample_weights on rank 0 and none on rank 1",
+    "grad": "rank 0 is to have a backward pass and rank 1 not",
+    "rule": "table 'a' is placed by columns, and RowwiseAdagrad needs whole rows",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED_IN_FORWARD)
+def test_a_batch_that_does_not_fit_is_refused_by_all_ranks(ranks, change):
+    told = ranks.run(sharded.refused_in_forward, change)
+    assert all(REFUSED_IN_FORWARD[change] in own for own in told)
+    if change in ("index", "feature", "bags"):
+        assert told[0].startswith("RuntimeError: the batch of rank 1 does not fit")
+        assert told[1].startswith("ValueError: inputs")
+
+
+def test_what_travels_may_be_rounded(ranks):
+    for of_results, of_updates in ranks.run(sharded.rounded_on_the_wire, 4):
+        assert 0 < of_results < 2**-8 and 0 < of_updates < 2**-7
+
+
+def test_parts_of_tables_without_numbers_are_drawn(ranks):
+    whole = torch.cat(ranks.run(sharded.drawn))
+    assert whole.shape == (4000, 8) and not whole[3].any()
+    assert len(whole.unique()) > 0.99 * whole.numel()
+    assert abs(whole.mean()) < 0.02 and abs(whole.std() - 1) < 0.02
+
+
+def test_the_example_of_the_docs_trains(ranks):
+    source = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
+    small = source.replace("10_000_000", "1_000").replace('dist.init_process_group("gloo")', "")
+    for losses in ranks.run(sharded.example, small):
+        assert losses[-1] < losses[0] / 2
+
+
+# Plans
+
+
+def meta_tables(sizes, dim=16, **options):
+    return {f"t{k}": torch.nn.EmbeddingBag(n, dim, device="meta", **options) for k, n in enumerate(sizes)}
+
+
+def test_a_plan_balances_memory_and_lookups():
+    random = np.random.default_rng(0)
+    sizes = (10 ** random.uniform(3, 7, 26)).astype(int)
+    tables = meta_tables(sizes)
+    lookups = {name: float(k % 5 + 1) for k, name in enumerate(tables)}
+    for count in (4, 8):
+        plan = fd.plan(tables, ranks=count, lookups=lookups)
+        in_turns = fd.Plan({name: fd.Whole(k % count) for k, name in enumerate(tables)}, plan.sizes, count)
+        assert max(plan.balance()) < 1.15
+        assert max(in_turns.balance()) > 1.4
+        for loads in (plan.loads(), in_turns.loads()):
+            assert sum(own.bytes for own in loads) == pytest.approx(sum(sizes) * 64)
+            assert sum(own.traffic for own in loads) == pytest.approx(sum(lookups.values()) * 64)
+
+
+def test_a_plan_is_shown_as_a_table():
+    tables = meta_tables([1000, 10, 10])
+    shown = str(fd.plan(tables, ranks=2, lookups={"t0": 2.0}))
+    assert "3 tables on 2 ranks" in shown and "rows, on all ranks" in shown
+    assert "largest over mean: memory 1.000, lookups 1.000" in shown
+    assert str(fd.ByColumns([0, 5, 16])) == "columns: 5, 11"
+
+
+def test_tables_with_maxima_are_not_planned_by_rows():
+    assert isinstance(fd.plan(meta_tables([1000], mode="max"), ranks=2)["t0"], fd.Whole)
+
+
+def test_plans_that_do_not_fit_are_refused():
+    sizes = {"a": fd.Size(10, 4, 4, 1.0)}
+    refused = {
+        r"plan\['a'\] is ByRows.*3 numbers that do not fall, from 0 to 10": fd.ByRows([0, 11, 10]),
+        r"columns of the table": fd.ByColumns([0, 4]),
+        r"rank is 2: expected one from 0 to 1": fd.Whole(2),
+        r"plan\['a'\] is 3": 3,
+    }
+    for message, placement in refused.items():
+        with pytest.raises(ValueError, match=message):
+            fd.Plan({"a": placement}, sizes, 2)
+    with pytest.raises(ValueError, match="expected \\['a'\\]"):
+        fd.Plan({}, sizes, 2)
+    with pytest.raises(ValueError, match="ranks is 0"):
+        fd.plan(meta_tables([3]), ranks=0)
+    with pytest.raises(ValueError, match="names the feature 'x'"):
+        fd.plan(meta_tables([3]), ranks=1, lookups={"x": 1.0})
+    with pytest.raises(RuntimeError, match="no process group"):
+        fd.ShardedEmbeddingBagCollection(meta_tables([3]))

@@ -1,0 +1,283 @@
+"""What the tests of sharded tables run on every rank, and what one process makes of the same batches."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import fastopt.torch as ft
+from fastopt.distributed import ByColumns, ByRows, ShardedEmbeddingBagCollection, Whole
+
+FEATURES = {"a": ["x", "y"]}
+ROWS = {"a": 50, "b": 30, "c": 20, "d": 7}
+BAGS = [4, 0, 5, 2], [1, 6, 0, 3], [3, 3, 3, 3]  # of each rank, step by step
+PLANS = {
+    "whole": {"a": Whole(1), "b": Whole(0), "c": Whole(1), "d": Whole(0)},
+    "rows": {"a": ByRows(), "b": ByRows(), "c": Whole(0), "d": ByRows()},
+    "columns": {"a": ByColumns(), "b": ByColumns(), "c": ByColumns(), "d": Whole(1)},
+}
+OPTIMIZERS = {
+    "SGD": lambda params: ft.SGD(params, lr=0.3, weight_decay=0.1),
+    "Adagrad": lambda params: ft.Adagrad(params, lr=0.1, lr_decay=0.1),
+    "Adam": lambda params: ft.Adam(params, lr=0.1, weight_decay=0.1, amsgrad=True),
+    "RowwiseAdagrad": lambda params: ft.RowwiseAdagrad(params, lr=0.1),
+    "LAMB": lambda params: ft.LAMB(params, lr=0.1),
+}
+
+
+def plan_of(name, ranks):
+    """One of the plans, or that with uneven bounds, for so many ranks."""
+    if name != "uneven":
+        return PLANS[name]
+    rest = [50] * (ranks - 2)
+    return {
+        "a": ByRows([0, 41, *rest, 50]),
+        "b": ByColumns([0] * (ranks - 1) + [3, 8]),
+        "c": Whole(ranks - 1),
+        "d": ByRows([0] * ranks + [7]),
+    }
+
+
+def tables(dtype=torch.float32, fused=False, module=ft.EmbeddingBag, device="cpu", **options):
+    torch.manual_seed(0)
+    own = {"fused": True} if fused else {}
+    given = {
+        "a": {"mode": "sum", "embedding_dim": 8},
+        "b": {"mode": "mean", "embedding_dim": 8, "padding_idx": 3},
+        "c": {"mode": "max", "embedding_dim": 4, "scale_grad_by_freq": False},
+        "d": {"mode": "mean", "embedding_dim": 8, "include_last_offset": True},
+    }
+    return {
+        name: module(ROWS[name], dtype=dtype, **{**own, **options, **values}).to(device)
+        for name, values in given.items()
+    }
+
+
+def batches(step, ranks, dtype=torch.float32, device="cpu"):
+    """What each rank looks up in a step: 2-D, with empty bags and weights, with padding, with int32."""
+    random = np.random.default_rng(step)
+    found = []
+    for bags in BAGS[step % len(BAGS)][:ranks]:
+        lengths = {name: random.integers(0, 4, bags) for name in "ybd"}
+        inputs = {"x": torch.from_numpy(random.integers(0, 50, (bags, 2)))}
+        inputs["c"] = torch.from_numpy(random.integers(0, 20, (bags, 3)).astype(np.int32))
+        for name, own in lengths.items():
+            rows = ROWS.get(name, 50)
+            indices = torch.from_numpy(random.integers(0, rows, own.sum()) % (5 if name == "b" else rows))
+            offsets = torch.from_numpy(np.cumsum([0, *own]))
+            inputs[name] = indices, offsets if name == "d" else offsets[:-1]
+        weights = torch.from_numpy(random.standard_normal(len(inputs["y"][0]))).to(dtype)
+        inputs["y"] = *inputs["y"], weights.requires_grad_()
+        found.append({name: moved(own, device) for name, own in inputs.items()})
+    return found
+
+
+def moved(own, device):
+    if device == "cpu":
+        return own
+    if isinstance(own, tuple):
+        return tuple(moved(one, device) for one in own)
+    return own.detach().to(device).requires_grad_(own.requires_grad)
+
+
+def joined(parts):
+    """The batch of one process, of those of ranks."""
+    found = {}
+    for name in parts[0]:
+        if not isinstance(parts[0][name], tuple):
+            found[name] = torch.cat([own[name] for own in parts])
+            continue
+        indices, offsets, *weights = zip(*(own[name] for own in parts), strict=True)
+        sizes = np.cumsum([0, *map(len, indices)])
+        shifted = [own + int(size) for own, size in zip(offsets, sizes, strict=False)]
+        if name == "d":
+            shifted = [*(own[:-1] for own in shifted), shifted[-1][-1:]]
+        rest = [torch.cat(own).detach().requires_grad_() for own in weights]
+        found[name] = torch.cat(indices), torch.cat(shifted), *rest
+    return found
+
+
+def coefficients(first, bags, columns, like):
+    """The gradient of the result of bags, which are numbered over all ranks."""
+    numbers = np.arange(first * columns, (first + bags) * columns).reshape(bags, columns)
+    return torch.from_numpy(np.sin(numbers)).to(like)
+
+
+def trained(collection, make, steps, batch_of, first_of, factor=1):
+    """Train, and return the gradients of weights."""
+    optimizer = make(collection.parameters())
+    gradients = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        inputs = batch_of(step)
+        pooled = collection(inputs)
+        (pooled * coefficients(first_of(step), *pooled.shape, pooled) * factor).sum().backward()
+        gradients.append(inputs["y"][2].grad)
+        optimizer.step()
+    return optimizer, gradients
+
+
+def on_one(ranks, make, steps=4, dtype=torch.float32, fused=False, **options):
+    """The weights and gradients of weights of one process."""
+    collection = ft.EmbeddingBagCollection(tables(dtype, fused, **options), FEATURES)
+
+    def batch_of(step):
+        return joined(batches(step, ranks, dtype))
+
+    optimizer, gradients = trained(collection, OPTIMIZERS[make], steps, batch_of, lambda step: 0)
+    state = {
+        name: {key: own for key, own in optimizer.state[table.weight].items() if own.ndim}
+        for name, table in collection.tables.items()
+    }
+    return {name: own.weight.detach() for name, own in collection.tables.items()}, state, gradients
+
+
+def group_of(ranks):
+    """The group of the first ranks; None on the others. Every rank calls it."""
+    if ranks == dist.get_world_size():
+        return dist.group.WORLD
+    if ranks not in _groups:
+        _groups[ranks] = dist.new_group([*range(ranks)])
+    return _groups[ranks] if dist.get_rank() < ranks else None
+
+
+_groups = {}
+
+
+def on_each(ranks, arguments):
+    """What lies on a rank, with where it belongs, after the same steps."""
+    return _on_each(ranks, **arguments) if group_of(ranks) is not None else None
+
+
+def _on_each(
+    ranks, plan, make, steps=4, dtype=torch.float32, fused=False, wire_dtype=None, ahead=False, **options
+):
+    group, rank = group_of(ranks), dist.get_rank()
+    given = tables(dtype, fused, **options)
+    own = plan_of(plan, ranks)
+    collection = ShardedEmbeddingBagCollection(given, FEATURES, plan=own, group=group, wire_dtype=wire_dtype)
+    kept = {}
+
+    def batch_of(step):
+        for k in (step, step + 1) if ahead else (step,):
+            if k not in kept:
+                kept[k] = batches(k, ranks, dtype)[rank]
+                if ahead:
+                    collection.prefetch(kept[k])
+        return kept[step]
+
+    def first_of(step):
+        return sum(BAGS[step % len(BAGS)][:rank])
+
+    optimizer, gradients = trained(collection, OPTIMIZERS[make], steps, batch_of, first_of, factor=ranks)
+    parts = {name: tuple(collection.plan.parts[name][rank]) for name in collection.tables}
+    weights = {name: own.weight.detach() for name, own in collection.tables.items()}
+    state = {
+        name: {key: own for key, own in optimizer.state[table.weight].items() if own.ndim}
+        for name, table in collection.tables.items()
+    }
+    return parts, weights, state, [None if own is None else own / ranks for own in gradients]
+
+
+def assembled(answers, name, pick, like):
+    """A whole array, of what each rank has of it; ``like``: of its shape, a table's or one number a row."""
+    whole = torch.full_like(like, float("nan"))
+    for parts, *rest in answers:
+        rows, columns = slice(*parts[name][:2]), slice(*parts[name][2:])
+        own = pick(rest)
+        if own is not None and own.numel():
+            whole[(rows, columns)[: like.ndim]] = own
+    return whole
+
+
+# What does not fit
+
+
+def message_of(function, *args):
+    """What a call raised."""
+    try:
+        function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def refused_when_made(change):
+    """What each rank is told where rank 1 is given something else."""
+    given, arguments = tables(), {"features": FEATURES, "plan": PLANS["whole"]}
+    if dist.get_rank() == 1:
+        if change == "rows":
+            given["a"] = ft.EmbeddingBag(51, 8, mode="sum")
+        elif change == "names":
+            given["e"] = given.pop("d")
+            arguments["plan"] = {**PLANS["whole"], "e": Whole(0)}
+            del arguments["plan"]["d"]
+        elif change == "plan":
+            arguments["plan"] = PLANS["rows"]
+        elif change == "wire":
+            arguments["wire_dtype"] = torch.bfloat16
+        elif change == "bad":
+            arguments["plan"] = {**PLANS["whole"], "c": ByRows()}
+    return message_of(lambda: ShardedEmbeddingBagCollection(given, **arguments))
+
+
+def refused_in_forward(change):
+    """What each rank is told where the batch of rank 1 does not fit, and whether the next one goes on."""
+    collection = ShardedEmbeddingBagCollection(tables(), FEATURES, plan=PLANS["columns"])
+    optimizer = ft.SGD(collection.parameters(), lr=1.0)
+    inputs = batches(2, dist.get_world_size())[dist.get_rank()]
+    given, grad = dict(inputs), True
+    if dist.get_rank() == 1:
+        if change == "index":
+            given["x"] = torch.tensor([[50]] * 3)
+        elif change == "feature":
+            del given["x"]
+        elif change == "bags":
+            given["c"] = given["c"][:2]
+        elif change == "weights":
+            given["y"] = given["y"][:2]
+        elif change == "grad":
+            grad = False
+    if change == "rule":
+        del optimizer
+        optimizer = ft.RowwiseAdagrad(collection.parameters())
+    before = [p.detach().clone() for p in collection.parameters()]
+    with torch.set_grad_enabled(grad):
+        told = message_of(lambda: collection(given))
+    assert all(map(torch.equal, before, collection.parameters()))
+    if change != "rule":
+        collection(inputs).sum().backward()
+        optimizer.step()
+    return told
+
+
+def rounded_on_the_wire(ranks):
+    """The largest difference of results and updates from those that travel as they are, over the largest."""
+    found = []
+    for wire_dtype in (None, torch.bfloat16):
+        own = ShardedEmbeddingBagCollection(tables(), FEATURES, plan=PLANS["rows"], wire_dtype=wire_dtype)
+        optimizer = ft.SGD(own.parameters(), lr=1.0)
+        pooled = own(batches(2, ranks)[dist.get_rank()])
+        (pooled * coefficients(0, *pooled.shape, pooled)).sum().backward()
+        before = torch.cat([p.detach().flatten() for p in own.parameters()])
+        optimizer.step()
+        found.append([pooled.detach(), torch.cat([p.detach().flatten() for p in own.parameters()]) - before])
+    return [float((got - want).abs().max() / want.abs().max()) for want, got in zip(*found, strict=True)]
+
+
+def drawn():
+    """Parts of a table on the meta device."""
+    torch.manual_seed(0)
+    own = ft.EmbeddingBag(4000, 8, device="meta", padding_idx=3)
+    return ShardedEmbeddingBagCollection({"a": own}, plan={"a": ByRows()}).tables["a"].weight.detach()
+
+
+def example(source):
+    """The losses of an example, which has a ``loader``."""
+    torch.manual_seed(dist.get_rank())
+    ids, target = torch.randint(1000, (32, 3)), torch.randn(32, 1)
+    batch = {"shown": ids, "bought": ids.flip(1), "country": ids[:, :1] % 200}
+    names = {"__name__": "example", "loader": [(batch, target)] * 6}
+    losses = []
+    watched = source.replace("    loss.backward()", "    losses.append(loss.item()); loss.backward()")
+    exec(compile(watched, "example", "exec"), names | {"losses": losses, "print": str})
+    return losses
