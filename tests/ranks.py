@@ -66,5 +66,5 @@ def _serve(rank, count, meet, pipe):
         function, args = pipe.recv()
         try:
             pipe.send(("answered", function(*args)))
-        except Exception:
+        except BaseException:  # as those of checkpoints are
             pipe.send(("failed", traceback.format_exc()))

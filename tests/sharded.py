@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 import fastopt.torch as ft
-from fastopt.distributed import ByColumns, ByRows, ShardedEmbeddingBagCollection, Whole
+from fastopt.distributed import ByColumns, ByRows, ShardedEmbeddingBagCollection, TrainingState, Whole
 
 FEATURES = {"a": ["x", "y"]}
 ROWS = {"a": 50, "b": 30, "c": 20, "d": 7}
@@ -281,3 +281,74 @@ def example(source):
     watched = source.replace("    loss.backward()", "    losses.append(loss.item()); loss.backward()")
     exec(compile(watched, "example", "exec"), names | {"losses": losses, "print": str})
     return losses
+
+
+# Checkpoints
+
+
+def model_with(collection):
+    torch.manual_seed(1)
+    return torch.nn.ModuleDict({"tables": collection, "dense": torch.nn.Linear(28, 1)})
+
+
+def model_of_one(make):
+    model = model_with(ft.EmbeddingBagCollection(tables(), FEATURES))
+    return model, OPTIMIZERS[make](model.parameters())
+
+
+def step_of(model, optimizer, inputs, first, factor=1):
+    """A step by the tables' gradients alone but for a dense one that all ranks have alike."""
+    optimizer.zero_grad()
+    pooled = model["tables"](inputs)
+    (pooled * coefficients(first, *pooled.shape, pooled) * factor).sum().backward()
+    sum(p.square().sum() for p in model["dense"].parameters()).backward()
+    optimizer.step()
+
+
+def train_on_one(model, optimizer, first, last):
+    for step in range(first, last):
+        step_of(model, optimizer, joined(batches(step, BAGS_RANKS)), 0)
+
+
+BAGS_RANKS = 4  # whose bags there are, on however many ranks
+
+
+def shared_out(step, ranks):
+    """The batch of all ranks for this one of fewer, and how many bags there are before."""
+    each = BAGS_RANKS // ranks
+    own = batches(step, BAGS_RANKS)[each * dist.get_rank() : each * (dist.get_rank() + 1)]
+    return joined(own), sum(BAGS[step % len(BAGS)][: each * dist.get_rank()])
+
+
+def sharded_model(ranks, plan, make):
+    group = group_of(ranks)
+    own = ShardedEmbeddingBagCollection(tables(), FEATURES, plan=plan_of(plan, ranks), group=group)
+    model = model_with(own)
+    optimizer = OPTIMIZERS[make](model.parameters())
+    return model, optimizer, TrainingState(model, optimizer, group=group)
+
+
+def go_on(ranks, plan, make, first, before, after):
+    """Two steps from a checkpoint to the next one."""
+    if group_of(ranks) is None:
+        return
+    model, optimizer, state = sharded_model(ranks, plan, make)
+    if before is not None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(float("nan"))
+        assert state.load(before) == {"next": first}
+    for step in (first, first + 1):
+        step_of(model, optimizer, *shared_out(step, ranks), factor=ranks)
+    state.save(after, {"next": first + 2})
+
+
+def saved_in_the_background(folder):
+    """Save at once and in the background, going on meanwhile."""
+    model, optimizer, state = sharded_model(4, "rows", "Adam")
+    step_of(model, optimizer, *shared_out(0, 4), factor=4)
+    state.save(f"{folder}/now")
+    coming = state.async_save(f"{folder}/later")
+    for step in (1, 2):
+        step_of(model, optimizer, *shared_out(step, 4), factor=4)
+    coming.result()

@@ -4,6 +4,7 @@
 :func:`plan` says. Everything travels through process groups of torch, which the caller makes.
 """
 
+from fastopt.distributed.checkpoint import TrainingState, latest
 from fastopt.distributed.collection import ShardedEmbeddingBagCollection
 from fastopt.distributed.placement import ByColumns, ByRows, Whole
 from fastopt.distributed.planner import Plan, Size, plan
@@ -14,6 +15,8 @@ __all__ = [
     "Plan",
     "ShardedEmbeddingBagCollection",
     "Size",
+    "TrainingState",
     "Whole",
+    "latest",
     "plan",
 ]

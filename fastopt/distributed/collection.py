@@ -40,7 +40,8 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
 
     Attributes:
         tables: modules over the parts that lie here, a ``ModuleDict``, in which every table has one; those
-            without rows or columns have no elements. plan: where each table is.
+            without rows or columns have no elements. plan: where each table is. layout: the same, by features
+            and ranks.
 
     Raises:
         ValueError, TypeError: as for the other class; or the tables, options or plans of two ranks differ, on
@@ -79,7 +80,7 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
         self._wire_dtype = wire_dtype
         own = {name: module_of_part(table, self.plan.parts[name][rank]) for name, table in tables.items()}
         self.tables = torch.nn.ModuleDict(own)
-        self._layout = _layout(self, tables, own, rank, ranks)
+        self.layout = _layout(self, tables, own, rank, ranks)
         self._ahead: dict[int, tuple[Mapping[str, Bags], Batch]] = {}
 
     def prefetch(self, inputs: Mapping[str, Bags]) -> None:
@@ -116,22 +117,22 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
         tables = [table.weight for table in self.tables.values()]
         if batch is None:
             batch = self._opened(inputs)
-        lookup = ShardedLookup(self._layout, batch, weights, self._wire_dtype, self._group)
+        lookup = ShardedLookup(self.layout, batch, weights, self._wire_dtype, self._group)
         return look_up(lookup, weights, tables)
 
     def _opened(self, inputs: Mapping[str, Bags]) -> Batch:
         weights: list[torch.Tensor | None] = [None] * len(self.features)
-        device = self._layout.tables[0].own.weight.device
+        device = self.layout.tables[0].own.weight.device
         try:
             self._check_rules()
             given = self.arguments(inputs)
-            request: Request | Failure = Request(self._layout, checked(self._layout, given, device))
+            request: Request | Failure = Request(self.layout, checked(self.layout, given, device))
             weights = self._weights_of(inputs)
         except Exception as error:
             request = Failure(error)
         learning = [own for own in (*self.parameters(), *weights) if own is not None and own.requires_grad]
         arguments = Arguments(torch.is_grad_enabled() and bool(learning), weights)
-        return open_batch(self._layout, request, arguments, device, self._group)
+        return open_batch(self.layout, request, arguments, device, self._group)
 
     def _weights_of(self, inputs: Mapping[str, Bags]) -> list[torch.Tensor | None]:
         found = (inputs.get(name) for name in self.features)
@@ -139,7 +140,7 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
 
     def _check_rules(self) -> None:
         """Refuse to train parts of rows by rules that need whole ones."""
-        for table in self._layout.tables:
+        for table in self.layout.tables:
             optimizer = optimizer_of(table.own.weight) if table.has_parts_of_rows else None
             if optimizer is None:
                 continue
@@ -240,6 +241,7 @@ def _layout(
             columns=table.embedding_dim,
             placement=collection.plan[name],
             parts=collection.plan.parts[name],
+            here=collection.plan.parts[name][rank],
             own=own[name],
             mode=table.mode,
             padding=table.padding_idx,

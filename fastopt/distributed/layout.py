@@ -22,8 +22,8 @@ class Feature(NamedTuple):
 class ShardedTable:
     """A table and its parts.
 
-    parts: of each rank. own: the module over the part that lies here. mode, padding: of the whole table, the
-    latter a row that counts for nothing, or None. features: the positions of those that look it up.
+    parts: of each rank; here: that of this one. own: the module over it. mode, padding: of the whole table,
+    the latter a row that counts for nothing, or None. features: the positions of those that look it up.
     """
 
     name: str
@@ -31,6 +31,7 @@ class ShardedTable:
     columns: int
     placement: Placement
     parts: list[Part]
+    here: Part
     own: torch.nn.EmbeddingBag
     mode: str
     padding: int | None
