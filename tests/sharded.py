@@ -3,9 +3,20 @@
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 import fastopt.torch as ft
-from fastopt.distributed import ByColumns, ByRows, ShardedEmbeddingBagCollection, TrainingState, Whole
+from fastopt.distributed import (
+    ByColumns,
+    ByRows,
+    ShardedEmbeddingBagCollection,
+    TrainingState,
+    Whole,
+    clip_grad_norm_,
+)
 
 FEATURES = {"a": ["x", "y"]}
 ROWS = {"a": 50, "b": 30, "c": 20, "d": 7}
@@ -288,7 +299,7 @@ def example(source):
 
 def model_with(collection):
     torch.manual_seed(1)
-    return torch.nn.ModuleDict({"tables": collection, "dense": torch.nn.Linear(28, 1)})
+    return torch.nn.ModuleDict({"tables": collection, "dense": torch.nn.Linear(36, 1)})
 
 
 def model_of_one(make):
@@ -352,3 +363,70 @@ def saved_in_the_background(folder):
     for step in (1, 2):
         step_of(model, optimizer, *shared_out(step, 4), factor=4)
     coming.result()
+
+
+# Dense parameters
+
+
+def on_one_clipped(steps=3):
+    """The norms, and what is trained, of one process."""
+    model, optimizer = model_of_one("Adam")
+    norms = []
+    for step in range(steps):
+        inputs = joined(batches(step, BAGS_RANKS))
+        model["dense"](model["tables"](inputs)).square().mean().backward()
+        optimizer.step(clip_norm=0.1)
+        optimizer.zero_grad()
+        norms.append(optimizer.info.norm)
+    tables = {name: own.weight.detach() for name, own in model["tables"].tables.items()}
+    return norms, tables, [p.detach() for p in model["dense"].parameters()]
+
+
+def on_each_clipped(steps=3):
+    """The same, of a model whose dense part is replicated."""
+    ranks = dist.get_world_size()
+    model, optimizer, _ = sharded_model(ranks, "rows", "Adam")
+    model["dense"] = DistributedDataParallel(model["dense"])
+    norms = []
+    for step in range(steps):
+        inputs, _ = shared_out(step, ranks)
+        loss = model["dense"](model["tables"](inputs)).square().sum()
+        (loss * ranks / sum(BAGS[step % len(BAGS)])).backward()
+        norms.append(clip_grad_norm_(model, 0.1))
+        optimizer.step()
+        optimizer.zero_grad()
+    refused = message_of(lambda: optimizer.step(clip_norm=1.0))
+    own = model["tables"]
+    parts = {name: tuple(own.plan.parts[name][dist.get_rank()]) for name in own.tables}
+    weights = {name: table.weight.detach() for name, table in own.tables.items()}
+    return parts, weights, [p.detach() for p in model["dense"].parameters()], norms, refused
+
+
+def network():
+    torch.manual_seed(3)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+
+
+def trained_by_both(way):
+    """The parameters of a network trained by torch's AdamW and by ours, in one of torch's ways."""
+    found = []
+    for module in (torch.optim, ft):
+        model = network()
+        options = {"lr": 0.1, "weight_decay": 0.1}
+        if way == "fully_shard":
+            fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        else:
+            model = DistributedDataParallel(model)
+        if way == "ZeroRedundancyOptimizer":
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), module.AdamW, **options)
+        else:
+            optimizer = module.AdamW(model.parameters(), **options)
+        for step in range(4):
+            torch.manual_seed(10 * step + dist.get_rank())
+            model(torch.randn(5, 6)).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
+        found.append([p.detach() for p in whole])
+    return found

@@ -5,6 +5,7 @@
 """
 
 from fastopt.distributed.checkpoint import TrainingState, latest
+from fastopt.distributed.clipping import clip_grad_norm_
 from fastopt.distributed.collection import ShardedEmbeddingBagCollection
 from fastopt.distributed.placement import ByColumns, ByRows, Whole
 from fastopt.distributed.planner import Plan, Size, plan
@@ -17,6 +18,7 @@ __all__ = [
     "Size",
     "TrainingState",
     "Whole",
+    "clip_grad_norm_",
     "latest",
     "plan",
 ]

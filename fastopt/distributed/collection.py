@@ -41,7 +41,7 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
     Attributes:
         tables: modules over the parts that lie here, a ``ModuleDict``, in which every table has one; those
             without rows or columns have no elements. plan: where each table is. layout: the same, by features
-            and ranks.
+            and ranks. group: as given.
 
     Raises:
         ValueError, TypeError: as for the other class; or the tables, options or plans of two ranks differ, on
@@ -71,7 +71,7 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
                 "there is no process group: expected torch.distributed.init_process_group before"
             )
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._group = group
+        self.group = group
         with agree(group) as described:  # until its end an error of one rank is one of all
             super().__init__(tables, features)
             _check_tables(tables, wire_dtype)
@@ -117,7 +117,7 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
         tables = [table.weight for table in self.tables.values()]
         if batch is None:
             batch = self._opened(inputs)
-        lookup = ShardedLookup(self.layout, batch, weights, self._wire_dtype, self._group)
+        lookup = ShardedLookup(self.layout, batch, weights, self._wire_dtype, self.group)
         return look_up(lookup, weights, tables)
 
     def _opened(self, inputs: Mapping[str, Bags]) -> Batch:
@@ -132,7 +132,7 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
             request = Failure(error)
         learning = [own for own in (*self.parameters(), *weights) if own is not None and own.requires_grad]
         arguments = Arguments(torch.is_grad_enabled() and bool(learning), weights)
-        return open_batch(self.layout, request, arguments, device, self._group)
+        return open_batch(self.layout, request, arguments, device, self.group)
 
     def _weights_of(self, inputs: Mapping[str, Bags]) -> list[torch.Tensor | None]:
         found = (inputs.get(name) for name in self.features)

@@ -3,6 +3,7 @@
 import torch
 
 from fastopt.distributed.placement import Part
+from fastopt.torch.memory import mark_as_part
 from fastopt.torch.modules import EmbeddingBag
 
 
@@ -25,6 +26,7 @@ def module_of_part(table: torch.nn.EmbeddingBag, part: Part) -> EmbeddingBag:
         _weight=weight,
     )
     found.weight.requires_grad_(table.weight.requires_grad)
+    mark_as_part(found.weight)
     return found.train(table.training)
 
 

@@ -255,11 +255,8 @@ class KernelStep(torch.optim.Optimizer):
         kept = self._current()
         others = [[p for p in own if p.grad is not None] for own in kept.left]
         clips = arguments["clip_norm"] is not None or arguments["clip_value"] is not None
-        if clips and kept.has_shards:
-            raise ValueError(
-                "clip_norm and clip_value see the parts of DTensors that lie here alone: expected neither, "
-                "use torch.nn.utils.clip_grad_norm_ before the step"
-            )
+        if clips:
+            left.check_whole(kept.params, kept.has_shards, arguments["clip_norm"])
         if any(others):
             if self._renewed():
                 return self._step_of_all(arguments)

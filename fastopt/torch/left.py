@@ -1,4 +1,5 @@
-"""Parameters that kernels do not take, which torch's own step updates: what can't be done for those."""
+"""Parameters that kernels do not take, which torch's own step updates, and parts of those that lie elsewhere,
+too: what can't be done for them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,7 +7,7 @@ from typing import Any
 import torch
 
 from fastopt._core.options import SHARED
-from fastopt.torch.memory import HALF
+from fastopt.torch.memory import HALF, is_part
 
 
 def refuse(name: str, p: torch.Tensor) -> None:
@@ -23,6 +24,20 @@ def check_clipping(params: Iterable[torch.Tensor]) -> None:
         raise ValueError(
             f"a parameter {_described(p)} is updated by torch's own step, which does not clip: expected "
             "neither clip_norm nor clip_value, use torch.nn.utils.clip_grad_norm_"
+        )
+
+
+def check_whole(params: Iterable[torch.Tensor], has_shards: bool, clip_norm: Any) -> None:
+    """Refuse to clip parameters of which other parts lie elsewhere."""
+    if has_shards:
+        raise ValueError(
+            "clip_norm and clip_value see the parts of DTensors that lie here alone: expected neither, "
+            "use torch.nn.utils.clip_grad_norm_ before the step"
+        )
+    if clip_norm is not None and any(map(is_part, params)):
+        raise ValueError(
+            "clip_norm sees the parts of tables that lie here alone: expected None, use "
+            "fastopt.distributed.clip_grad_norm_ before the step"
         )
 
 

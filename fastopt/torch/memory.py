@@ -35,6 +35,16 @@ def is_shard(tensor: Any) -> bool:
     return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "to_local")
 
 
+def mark_as_part(p: torch.Tensor) -> None:
+    """Have it be known that a parameter is a part of a table whose other parts lie elsewhere."""
+    p.is_part_of_table = True  # type: ignore[attr-defined]
+
+
+def is_part(p: torch.Tensor) -> bool:
+    """Whether other parts of its table lie elsewhere."""
+    return getattr(p, "is_part_of_table", False)
+
+
 def local(tensor: Any) -> torch.Tensor:
     """The part of a DTensor that lies here; any other tensor as it is."""
     return tensor.to_local() if is_shard(tensor) else tensor

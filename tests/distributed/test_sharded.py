@@ -110,6 +110,32 @@ def test_parts_of_tables_without_numbers_are_drawn(ranks):
     assert abs(whole.mean()) < 0.02 and abs(whole.std() - 1) < 0.02
 
 
+# Dense parameters
+
+
+def test_clipping_is_by_the_norm_of_all_ranks(ranks):
+    norms, tables, dense = sharded.on_one_clipped()
+    answers = ranks.run(sharded.on_each_clipped)
+    for answer in answers:
+        assert answer[3] == pytest.approx(norms, rel=1e-6)
+        assert answer[3] == answers[0][3]
+        for got, want in zip(answer[2], dense, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert "clip_norm sees the parts of tables that lie here alone" in answer[4]
+    for name, want in tables.items():
+        got = sharded.assembled(answers, name, lambda rest, name=name: rest[0][name], want)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["DistributedDataParallel", "ZeroRedundancyOptimizer", "fully_shard"])
+def test_dense_parameters_train_as_with_torch(ranks, way):
+    answers = ranks.run(sharded.trained_by_both, way)
+    for theirs, ours in answers:
+        for want, got, first in zip(theirs, ours, answers[0][1], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            assert torch.equal(got, first)
+
+
 def test_the_example_of_the_docs_trains(ranks):
     source = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
     small = source.replace("10_000_000", "1_000").replace('dist.init_process_group("gloo")', "")
