@@ -1,5 +1,9 @@
 """What the tests of sharded tables run on every rank, and what one process makes of the same batches."""
 
+import datetime
+import os
+import sys
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -430,3 +434,21 @@ def trained_by_both(way):
         whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
         found.append([p.detach() for p in whole])
     return found
+
+
+# Faults
+
+
+def environment():
+    """That of this process, for torchrun, whose processes import what it can."""
+    own = {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**os.environ, **own, "OMP_NUM_THREADS": "1"}
+
+
+def hanging():
+    """What rank 0 is told where rank 1 does not come."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    own = ShardedEmbeddingBagCollection(tables(), FEATURES, plan=PLANS["whole"], group=group)
+    if dist.get_rank() == 1:
+        return None
+    return message_of(lambda: own(batches(0, 2)[0]))
