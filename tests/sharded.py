@@ -452,3 +452,83 @@ def hanging():
     if dist.get_rank() == 1:
         return None
     return message_of(lambda: own(batches(0, 2)[0]))
+
+
+# Bytes
+
+
+def bytes_sent(ranks, plan):
+    """The bytes of each message of a step, as the process group is given it, and by the docs' formulas."""
+    if (group := group_of(ranks)) is None:
+        return None
+    own = ShardedEmbeddingBagCollection(tables(), FEATURES, plan=plan_of(plan, ranks), group=group)
+    given = batches(2, ranks)
+    given = [{name: moved_detached(one) for name, one in inputs.items()} for inputs in given]
+    sent, all_to_all = [], dist.all_to_all_single
+
+    def counting(received, tensor, *args, **options):
+        sent.append(tensor.numel() * tensor.itemsize)
+        return all_to_all(received, tensor, *args, **options)
+
+    dist.all_to_all_single = counting
+    try:
+        own(given[dist.get_rank()]).sum().backward()
+    finally:
+        dist.all_to_all_single = all_to_all
+    return sent, by_formulas(own, given)
+
+
+def moved_detached(own):
+    return tuple(one.detach() for one in own) if isinstance(own, tuple) else own
+
+
+def by_formulas(own, given):
+    """The bytes of counts, requests, results and gradients of this rank; how many arrays requests have."""
+    rank, ranks = dist.get_rank(), len(given)
+    bags = [len(inputs["x"]) for inputs in given]
+    counts = 8 * ranks * (3 + 3 * 5 + 4)
+    requests = results = gradients = arrays = 0
+    for name, placement in own.plan.items():
+        features, parts = FEATURES.get(name, [name]), own.plan.parts[name]
+        dim = own.plan.sizes[name].columns
+        if isinstance(placement, ByRows):
+            starts = [part.first_row for part in parts]
+            rows = [distinct_rows(name, features, inputs) for inputs in given]
+            requests += 4 * len(rows[rank])
+            results += 4 * dim * sum(int((owners(one, starts) == rank).sum()) for one in rows)
+            arrays += ranks
+        for feature in features:
+            indices, bag_of, weights = uses(name, given[rank][feature])
+            factors = 4 * len(indices) * (weights or own.tables[name].mode == "mean")
+            if isinstance(placement, ByRows):
+                pairs = len(np.unique(owners(indices, starts) * 1000 + bag_of))
+                requests += 4 * pairs + 4 * len(indices) + factors
+                gradients += 4 * dim * pairs
+                arrays += 3 * ranks
+                continue
+            count = len(given[rank][feature][0]) if isinstance(given[rank][feature], tuple) else len(indices)
+            there = sum(not part.is_empty for part in parts)
+            requests += there * (4 * bags[rank] + 4 * count + 4 * count * weights)
+            results += 4 * sum(bags) * parts[rank].shape[1] * (not parts[rank].is_empty)
+            gradients += 4 * bags[rank] * dim
+            arrays += 3 * there
+    return [counts, requests, results, gradients], arrays
+
+
+def uses(name, given):
+    """The rows that a feature uses of a table, without padding, the bag of each, and whether there are
+    weights."""
+    if not isinstance(given, tuple):
+        return given.flatten().numpy(), np.repeat(np.arange(len(given)), given.shape[1]), False
+    offsets = given[1].numpy() if name == "d" else np.append(given[1].numpy(), len(given[0]))
+    indices, bag_of = given[0].numpy(), np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    kept = indices != (3 if name == "b" else -1)
+    return indices[kept], bag_of[kept], len(given) == 3
+
+
+def distinct_rows(name, features, inputs):
+    return np.unique(np.concatenate([uses(name, inputs[feature])[0] for feature in features]))
+
+
+def owners(rows, starts):
+    return np.searchsorted(starts, rows, side="right") - 1

@@ -110,6 +110,13 @@ def test_parts_of_tables_without_numbers_are_drawn(ranks):
     assert abs(whole.mean()) < 0.02 and abs(whole.std() - 1) < 0.02
 
 
+@pytest.mark.parametrize("count, plan", [(2, "whole"), (2, "rows"), (4, "rows"), (4, "columns")])
+def test_bytes_sent_are_those_of_the_formulas(ranks, count, plan):
+    for sent, (expected, arrays) in ranks.run(sharded.bytes_sent, count, plan)[:count]:
+        assert [sent[0], *sent[2:]] == [expected[0], *expected[2:]]
+        assert expected[1] <= sent[1] < expected[1] + 8 * arrays
+
+
 # Dense parameters
 
 
