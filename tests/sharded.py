@@ -246,6 +246,8 @@ def refused_in_forward(change):
             given["x"] = torch.tensor([[50]] * 3)
         elif change == "feature":
             del given["x"]
+        elif change == "kind":
+            given = [given]
         elif change == "bags":
             given["c"] = given["c"][:2]
         elif change == "weights":

@@ -113,10 +113,10 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
                 there will be a backward pass. Nothing has changed then, on no rank.
         """
         _, batch = self._ahead.pop(id(inputs), (None, None))
+        if batch is None:
+            batch = self._opened(inputs)  # which raises on all ranks, if at all
         weights = self._weights_of(inputs)
         tables = [table.weight for table in self.tables.values()]
-        if batch is None:
-            batch = self._opened(inputs)
         lookup = ShardedLookup(self.layout, batch, weights, self._wire_dtype, self.group)
         return look_up(lookup, weights, tables)
 

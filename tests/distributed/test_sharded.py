@@ -82,6 +82,7 @@ def test_ranks_that_do_not_fit_together_are_refused(ranks, change):
 REFUSED_IN_FORWARD = {
     "index": "inputs['x'].indices holds 50: expected every index in [0, 50), the rows of the table",
     "feature": "inputs has the features ['b', 'c', 'd', 'y']: expected",
+    "kind": "'list' object has no attribute 'keys'",
     "bags": "inputs have these numbers of bags: {'x': 3, 'y': 3, 'b': 3, 'c': 2, 'd': 3}",
     "weights": "inputs['y'] has per_sample_weights on rank 0 and none on rank 1",
     "grad": "rank 0 is to have a backward pass and rank 1 not",
