@@ -238,7 +238,7 @@ def refused_when_made(change):
 def refused_in_forward(change):
     """What each rank is told where the batch of rank 1 does not fit, and whether the next one goes on."""
     collection = ShardedEmbeddingBagCollection(tables(), FEATURES, plan=PLANS["columns"])
-    optimizer = ft.SGD(collection.parameters(), lr=1.0)
+    optimizer = OPTIMIZERS["SGD"](collection.parameters())
     inputs = batches(2, dist.get_world_size())[dist.get_rank()]
     given, grad = dict(inputs), True
     if dist.get_rank() == 1:
@@ -272,7 +272,7 @@ def rounded_on_the_wire(ranks):
     found = []
     for wire_dtype in (None, torch.bfloat16):
         own = ShardedEmbeddingBagCollection(tables(), FEATURES, plan=PLANS["rows"], wire_dtype=wire_dtype)
-        optimizer = ft.SGD(own.parameters(), lr=1.0)
+        optimizer = OPTIMIZERS["SGD"](own.parameters())
         pooled = own(batches(2, ranks)[dist.get_rank()])
         (pooled * coefficients(0, *pooled.shape, pooled)).sum().backward()
         before = torch.cat([p.detach().flatten() for p in own.parameters()])

@@ -7,18 +7,10 @@ import numpy as np
 import pytest
 import sharded
 import torch
-from ranks import Ranks
 
 import fastopt.distributed as fd
 
 DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    own = Ranks(4)
-    yield own
-    own.close()
 
 
 CASES = {
