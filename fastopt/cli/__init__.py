@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from fastopt.cli import info, train
+from fastopt.cli import info, loads, train
 
 # What typer raises for a wrong command line is click's class, or a copy of it within typer.
 USAGE_ERROR: type[Exception] = typer.BadParameter.mro()[1]
@@ -13,6 +13,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.mro()[1]
 app = typer.Typer(add_completion=False)
 app.command("train")(train.command)
 app.command("info")(info.command)
+app.command("loads")(loads.command)
 
 
 @app.callback()

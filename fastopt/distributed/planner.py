@@ -1,6 +1,6 @@
 """Which rank has which table: a plan that spreads memory and lookups evenly."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -165,7 +165,12 @@ def plan(
     unknown = [name for name in lookups or {} if name not in known]
     if unknown:
         raise ValueError(f"lookups names the feature {unknown[0]!r}: expected some of {known}")
-    sizes = sizes_of(tables, features, lookups)
+    unsplit = {name for name, table in tables.items() if table.mode == "max"}
+    return plan_of_sizes(sizes_of(tables, features, lookups), ranks, unsplit)
+
+
+def plan_of_sizes(sizes: Mapping[str, Size], ranks: int, unsplit: Container[str] = ()) -> Plan:
+    """The plan of tables of these sizes; ``unsplit``: the names of those that do not go by rows."""
     total = Load(sum(own.bytes for own in sizes.values()), sum(own.traffic for own in sizes.values()))
     shares = {
         name: Load(ranks * own.bytes / max(total.bytes, 1), ranks * own.traffic / (total.traffic or 1))
@@ -175,7 +180,7 @@ def plan(
     filled = [Load(0.0, 0.0)] * ranks
     for name in sorted(shares, key=lambda name: -max(shares[name])):
         share = shares[name]
-        if ranks > 1 and max(share) > _LARGEST_SHARE and tables[name].mode != "max":
+        if ranks > 1 and max(share) > _LARGEST_SHARE and name not in unsplit:
             placements[name] = ByRows()
             filled = [_filled(own, share.bytes / ranks, share.traffic / ranks) for own in filled]
             continue

@@ -154,6 +154,13 @@ class RowGradients(torch.Tensor):
             total += own.dense(self.table)
         return total.to(self.table.dtype)
 
+    @torch.no_grad()
+    def scale_(self, factor: float) -> None:
+        """Multiply it in place. The values of lookups, which others may hold, stay as they are."""
+        if self.whole is not None:
+            self.whole *= factor
+        self.lookups = tuple(replace(own, values=own.values * factor) for own in self.lookups)
+
     def numpy(self, *, force: bool = False) -> Any:
         """The dense gradient as an array."""
         return self.dense().numpy(force=force)

@@ -1,0 +1,170 @@
+"""``fastopt loads``: what tables on many ranks would send and move, before there is a second machine."""
+
+import enum
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastopt.distributed.loads import Use
+    from fastopt.distributed.placement import Placement
+    from fastopt.distributed.planner import Plan
+
+MEGA, GIGA, MILLI, MICRO = 1e6, 1e9, 1e-3, 1e-6
+FLOAT32 = 4  # bytes
+COLUMNS = "ranks", "held", "read", "MB sent", "moved", "ms sent", "moved", "messages", "M/s"
+
+
+class Placed(enum.StrEnum):
+    """How tables are placed."""
+
+    planner = "planner"
+    round_robin = "round-robin"
+    rows = "rows"
+    columns = "columns"
+
+
+Ranks = Annotated[str, typer.Option(help="How many ranks, separated by commas.")]
+Bags = Annotated[int, typer.Option(min=1, help="Bags of a batch on each rank.")]
+Tables = Annotated[int, typer.Option(min=1, help="How many tables.")]
+Smallest = Annotated[int, typer.Option(min=1, help="Rows of the smallest table.")]
+Largest = Annotated[int, typer.Option(min=1, help="Rows of the largest one; between, they grow evenly.")]
+Dim = Annotated[int, typer.Option(min=1, help="Columns of each table.")]
+Lookups = Annotated[float, typer.Option(min=0, help="Indices of a bag.")]
+Exponent = Annotated[float, typer.Option(min=0, help="Popularity of rows: rank ** -exponent.")]
+ByFrequency = Annotated[bool, typer.Option("--by-frequency", help="Popular rows come first in a table.")]
+Ids = Annotated[
+    Path | None,
+    typer.Option(
+        help="Recorded ids in place of made-up ones: an .npz file, for each table [bags, indices of each].",
+        show_default=False,
+        exists=True,
+        dir_okay=False,
+    ),
+]
+Place = Annotated[Placed, typer.Option(help="How tables are placed.")]
+State = Annotated[int, typer.Option(min=0, help="Numbers of state for each parameter; Adam has 2.")]
+Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="Results and gradients travel in bfloat16.")]
+Network = Annotated[float, typer.Option(help="GB/s that a rank sends, and gets at once.")]
+Memory = Annotated[float, typer.Option(help="GB/s of a rank's memory.")]
+Message = Annotated[float, typer.Option(help="Microseconds that a message costs beside its bytes.")]
+Dense = Annotated[float, typer.Option(min=0, help="Milliseconds of the rest of a step.")]
+
+
+def command(
+    ranks: Ranks = "1,2,4,8,16,64,256,1024",
+    bags: Bags = 2_048,
+    tables: Tables = 26,
+    smallest: Smallest = 1_000,
+    largest: Largest = 10_000_000,
+    dim: Dim = 64,
+    lookups: Lookups = 1.0,
+    exponent: Exponent = 1.05,
+    by_frequency: ByFrequency = False,
+    ids: Ids = None,
+    placement: Place = Placed.planner,
+    state: State = 2,
+    bfloat16: Bfloat16 = False,
+    network: Network = 25.0,
+    memory: Memory = 100.0,
+    message: Message = 1.0,
+    dense: Dense = 0.0,
+) -> None:  # fmt: skip
+    """Print what sharded tables send over the network and move in memory, for some numbers of ranks."""
+    try:
+        from fastopt.distributed import loads as own
+    except ImportError as error:
+        raise typer.BadParameter(f"this needs torch: pip install 'fastopt[torch]' ({error})") from None
+    counts = _counts(ranks)
+    if ids is None:
+        sizes = np.unique(
+            np.geomspace(min(smallest, largest), largest, tables).astype(int), return_counts=True
+        )
+        rows = np.repeat(*sizes).tolist()
+        uses = {
+            f"table {k}": own.Use(own.power_law(many, exponent, scattered=not by_frequency), lookups=lookups)
+            for k, many in enumerate(rows)
+        }
+    else:
+        uses = _recorded(ids)
+    machine = own.Machine(network * GIGA, memory * GIGA, message * MICRO)
+    shown = Table(
+        title=f"{len(uses)} tables, {sum(len(use.popularity) for use in uses.values()):,} rows of {dim}"
+    )
+    for name in COLUMNS:
+        shown.add_column(name, justify="right")
+    for count in counts:
+        plan = _plan(placement, uses, dim, count)
+        loads = own.loads(plan, uses, bags, state=state, itemsize=2 if bfloat16 else None)
+        times = own.times(loads, machine)
+        parts = [seconds / MILLI for seconds in times]
+        rate = count * bags / max(sum(times) + dense * MILLI, 1e-12)
+        shown.add_row(
+            str(count),
+            f"{plan.balance().bytes:.2f}",
+            f"{own.over_mean(loads.lookups):.2f}",
+            f"{np.maximum(loads.sent(), loads.received()).max() / MEGA:,.1f}",
+            f"{loads.memory.max() / MEGA:,.1f}",
+            *(f"[bold]{part:,.2f}[/bold]" if part == max(parts) else f"{part:,.2f}" for part in parts),
+            f"{rate / MEGA:,.2f}",
+        )
+    console = Console(soft_wrap=True)
+    console.print(shown)
+    console.print(
+        "held, read: the largest share of tables, and of rows looked up, over the mean. MB sent, moved: of "
+        "the busiest rank in a step, over the network and in memory; then the time of each and of messages, "
+        "the longest in bold, and millions of samples a second.",
+        highlight=False,
+    )
+
+
+def _counts(ranks: str) -> list[int]:
+    try:
+        found = [int(part) for part in ranks.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise typer.BadParameter(f"--ranks is {ranks!r}: expected whole numbers from 1 on, such as 1,2,4")
+    return found
+
+
+def _recorded(path: Path) -> "dict[str, Use]":
+    """How often each row is in a file's arrays."""
+    from fastopt.distributed.loads import Use
+
+    found = {}
+    with np.load(path) as arrays:
+        for name, indices in arrays.items():
+            if (
+                indices.dtype.kind not in "iu"
+                or indices.ndim not in (1, 2)
+                or not indices.size
+                or indices.min() < 0
+            ):
+                raise typer.BadParameter(
+                    f"{path}: {name!r} has dtype {indices.dtype} and shape {indices.shape}: expected whole "
+                    "numbers from 0 on, [bags, indices of each] or [bags]"
+                )
+            counts = np.bincount(indices.reshape(-1))
+            found[name] = Use(counts / counts.sum(), lookups=indices.size / len(indices))
+    return found
+
+
+def _plan(placement: Placed, uses: "Mapping[str, Use]", dim: int, ranks: int) -> "Plan":
+    from fastopt.distributed import ByColumns, ByRows, Plan, Size, Whole
+    from fastopt.distributed.planner import plan_of_sizes
+
+    sizes = {name: Size(len(use.popularity), dim, FLOAT32, use.lookups) for name, use in uses.items()}
+    if placement is Placed.planner:
+        return plan_of_sizes(sizes, ranks)
+    made: dict[Placed, Callable[[int], Placement]] = {
+        Placed.round_robin: lambda k: Whole(k % ranks),
+        Placed.rows: lambda k: ByRows(),
+        Placed.columns: lambda k: ByColumns(),
+    }
+    return Plan({name: made[placement](k) for k, name in enumerate(uses)}, sizes, ranks)

@@ -1,0 +1,86 @@
+"""What is said of the bytes of a step, against what process groups are given, and by hand."""
+
+import numpy as np
+import pytest
+import torch
+import traffic_of_ranks
+
+from fastopt.cli import main
+from fastopt.distributed import ByRows, Plan, Size, Whole, loads
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 4])
+def test_bytes_sent_are_those_expected(ranks, count, wire_dtype):
+    for sent, expected in ranks.run(traffic_of_ranks.sent_by_each, count, wire_dtype)[:count]:
+        assert abs(sent / expected - 1) < 0.05
+
+
+def test_a_table_on_one_rank_by_hand():
+    """Two features of 3 indices, 10 bags on each of 4 ranks, rows of 8 float32."""
+    plan = Plan({"a": Whole(2)}, {"a": Size(100, 8, 4, 6)}, 4)
+    use = loads.Use(np.full(100, 0.01), features=2, lookups=3)
+    own = loads.loads(plan, {"a": use}, 10, state=2)
+    np.testing.assert_allclose(own.requests, [0, 0, 4 * 20 + 4 * 60, 0])
+    np.testing.assert_allclose(own.results, [0, 0, 4 * 20 * 8, 0])
+    np.testing.assert_allclose(own.gradients, own.results)
+    np.testing.assert_allclose(own.lookups, [0, 0, 240, 0])
+    asked, answered = 320 + 640, 640
+    np.testing.assert_allclose(own.sent(), [asked, asked, 3 * answered, asked])
+    np.testing.assert_allclose(own.received(), [answered, answered, 3 * asked, answered])
+    distinct = 100 * (1 - 0.99**240)
+    np.testing.assert_allclose(own.memory[2], 4 * 8 * (4 * 60 + 4 * 20 + 4 * 60 + 2 * 3 * distinct))
+
+
+def test_rows_by_hand():
+    """Of a table with one row that is always looked up, its rank has all."""
+    plan = Plan({"a": ByRows()}, {"a": Size(4, 2, 4, 1)}, 2)
+    own = loads.loads(plan, {"a": loads.Use(np.array([1.0, 0, 0, 0]))}, 5, state=0)
+    np.testing.assert_allclose(own.requests, [4 * (1 + 5 + 5), 0])
+    np.testing.assert_allclose(own.results, [4 * 2, 0])
+    np.testing.assert_allclose(own.gradients, [4 * 2 * 5, 0])
+    assert loads.over_mean(own.lookups) == 2
+
+
+def test_power_laws():
+    found = loads.power_law(1000, 1.2, scattered=False)
+    np.testing.assert_allclose(found.sum(), 1)
+    np.testing.assert_allclose(found[0] / found[9], 10**1.2)
+    scattered = loads.power_law(1000, 1.2)
+    assert not np.array_equal(scattered, found)
+    np.testing.assert_array_equal(np.sort(scattered), np.sort(found))
+
+
+def test_times_are_those_of_the_slowest_rank():
+    own = loads.Loads(*np.array([[0, 1e9], [0, 2e9], [0, 1e9], [0, 0], [1e9, 3e9]]))
+    times = loads.times(own, loads.Machine(network=2e9, memory=1e9, message=1e-6))
+    assert times == (1.0, 3.0, 4e-6)
+
+
+def shown(monkeypatch, capsys, *arguments):
+    """What the command prints, and its exit status."""
+    monkeypatch.setattr("sys.argv", ["fastopt", "loads", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return capsys.readouterr(), ended.value.code
+
+
+@pytest.mark.parametrize("placement", ["planner", "round-robin", "rows", "columns"])
+def test_the_command_prints_a_line_for_each_number_of_ranks(monkeypatch, capsys, placement):
+    given = "--ranks", "1,3,8", "--tables", "5", "--largest", "2000", "--bags", "64", "--placement", placement
+    printed, code = shown(monkeypatch, capsys, *given)
+    lines = [line.split() for line in printed.out.splitlines() if line.startswith("\u2502")]
+    assert not code
+    assert [line[1] for line in lines] == ["1", "3", "8"]
+    assert float(lines[0][7]) == 0 < float(lines[1][7]) < float(lines[2][7])  # MB sent
+
+
+def test_the_command_takes_recorded_ids(monkeypatch, capsys, tmp_path):
+    np.savez(tmp_path / "ids.npz", a=np.array([[0, 7], [7, 7]]), b=np.array([3, 1]))
+    printed, code = shown(monkeypatch, capsys, "--ids", str(tmp_path / "ids.npz"), "--ranks", "2")
+    assert not code and "2 tables, 12 rows" in printed.out
+    np.savez(tmp_path / "ids.npz", a=np.array([0.5]))
+    printed, code = shown(monkeypatch, capsys, "--ids", str(tmp_path / "ids.npz"))
+    assert code == 2 and "'a' has dtype float64" in printed.err
+    printed, code = shown(monkeypatch, capsys, "--ranks", "2,x")
+    assert code == 2 and "expected whole numbers from 1 on" in printed.err
