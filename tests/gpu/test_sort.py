@@ -5,7 +5,6 @@ import pytest
 from devices import CUDA
 
 from fastopt.kernels.cpu import backend as cpu
-from fastopt.kernels.cpu.index import segments_of
 from fastopt.kernels.cuda import driver
 from fastopt.kernels.cuda.array import DeviceArray, upload
 from fastopt.kernels.cuda.backend import indices as launches
@@ -46,7 +45,9 @@ def assert_segments(parts):
     for t, (own, (indices, rows)) in enumerate(zip(found, parts, strict=True)):
         assert (own.table, own.first_row, own.first_position) == (t, first_row, first_position)
         assert (own.positions, own.table_rows) == (indices.size, rows)
-        [want] = segments_of([(in_table(indices, rows), rows + 1)]) if indices.size else [cpu.all_rows(0)[1]]
+        [want] = (
+            cpu.segments_of([(in_table(indices, rows), rows + 1)]) if indices.size else [cpu.all_rows(0)[1]]
+        )
         first, last = bounds[t], bounds[t + 1]
         order = own.order.copy_to_host()[first_position : first_position + indices.size]
         np.testing.assert_array_equal(order - first_position, want.order)
