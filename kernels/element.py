@@ -13,7 +13,6 @@ from numba import types
 from numba.extending import overload, register_jitable
 from numba.np.numpy_support import as_dtype
 
-from fastopt.kernels.intrinsics import ON_STACK, on_stack
 from fastopt.kernels.magnitude import HUGE, sum_of_squares
 from fastopt.kernels.rule import L2, RULES, Decoupled, Rule
 from fastopt.kernels.source import define
@@ -225,29 +224,22 @@ def within_norm(c, g, limit):
 def mean_square(c, p, g):
     """Mean over a row of the squared gradient ``g`` as the rule sees it; ``p`` and ``g`` are 1-D.
 
-    Four interleaved sums: a fixed order, in which the additions need not wait for each other. The squares
-    come first, in a loop of vectors, which one that adds them in this order is not.
+    Four interleaved sums: a fixed order, in which the additions need not wait for each other.
     """
     dim = g.size
     zero = p.dtype.type(0)
-    squares = on_stack(zero)
     sums = zero, zero, zero, zero
-    for first in range(0, dim, ON_STACK):
-        own_p, own_g = p[first : first + ON_STACK], g[first : first + ON_STACK]
-        for d in range(own_g.size):
-            x = regularise(c, own_p[d], own_g[d])
-            squares[d] = x * x
-        whole = own_g.size - own_g.size % 4
-        for d in range(0, whole, 4):
-            sums = (
-                sums[0] + squares[d],
-                sums[1] + squares[d + 1],
-                sums[2] + squares[d + 2],
-                sums[3] + squares[d + 3],
-            )
+    whole = dim - dim % 4
+    for d in range(0, whole, 4):
+        g0 = regularise(c, p[d], g[d])
+        g1 = regularise(c, p[d + 1], g[d + 1])
+        g2 = regularise(c, p[d + 2], g[d + 2])
+        g3 = regularise(c, p[d + 3], g[d + 3])
+        sums = sums[0] + g0 * g0, sums[1] + g1 * g1, sums[2] + g2 * g2, sums[3] + g3 * g3
     total = (sums[0] + sums[1]) + (sums[2] + sums[3])
-    for d in range(dim % ON_STACK - dim % 4, dim % ON_STACK):
-        total += squares[d]
+    for d in range(whole, dim):
+        g0 = regularise(c, p[d], g[d])
+        total += g0 * g0
     return mean_of_large_squares(c, p, g) if total == np.inf else total / p.dtype.type(dim)
 
 
