@@ -78,6 +78,7 @@ def command(
     """Print what sharded tables send over the network and move in memory, for some numbers of ranks."""
     try:
         from fastopt.distributed import loads as own
+        from fastopt.distributed.planner import over_mean
     except ImportError as error:
         raise typer.BadParameter(f"this needs torch: pip install 'fastopt[torch]' ({error})") from None
     counts = _counts(ranks)
@@ -107,7 +108,7 @@ def command(
         shown.add_row(
             str(count),
             f"{plan.balance().bytes:.2f}",
-            f"{own.over_mean(loads.lookups):.2f}",
+            f"{over_mean(loads.lookups):.2f}",
             f"{np.maximum(loads.sent(), loads.received()).max() / MEGA:,.1f}",
             f"{loads.memory.max() / MEGA:,.1f}",
             *(f"[bold]{part:,.2f}[/bold]" if part == max(parts) else f"{part:,.2f}" for part in parts),

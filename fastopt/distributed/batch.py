@@ -14,6 +14,7 @@ from fastopt.distributed.layout import Layout, ShardedTable
 from fastopt.distributed.requests import Request
 from fastopt.gradients.pooling import Offsets
 from fastopt.torch.lookups import Call
+from fastopt.torch.memory import computed_with
 
 # What a rank says of the weights of a feature in its batch
 _WITHOUT, _WITH, _LEARNING, _NO_INDICES = range(4)
@@ -133,18 +134,13 @@ def _fields(layout: Layout, header: Header, weighted: set[int]) -> list[Field]:
                 positions = torch.int32 if by_rows else table.index_dtype
                 own += [Field(torch.int32, header.used[f]), Field(positions, header.indices[f])]
                 if has_factors(table, f, weighted):
-                    own.append(Field(_computed_with(table), header.indices[f]))
+                    own.append(Field(computed_with(table.own.weight), header.indices[f]))
     return own
 
 
 def has_factors(table: ShardedTable, feature: int, weighted: set[int]) -> bool:
     """Whether there is a factor for each use of a row."""
     return feature in weighted or (table.by_rows and table.mode == "mean")
-
-
-def _computed_with(table: ShardedTable) -> torch.dtype:
-    dtype = table.own.weight.dtype
-    return torch.float32 if dtype.itemsize == 2 else dtype
 
 
 class Served(NamedTuple):

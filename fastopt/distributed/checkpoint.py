@@ -128,11 +128,11 @@ class TrainingState:
     def _saved(self, path: str | os.PathLike, progress: Any) -> dict[str, Any]:
         if (Path(path) / _METADATA).exists():
             raise FileExistsError(f"{path} is a checkpoint: expected a folder that is none")
-        found = {**self._model_state(), _PROGRESS: pickle.dumps(progress)}
+        found, tables = {**self._model_state(), _PROGRESS: pickle.dumps(progress)}, self._tables()
         for k, optimizer in enumerate(self._optimizers):
             packed, params = optimizer.state_dict(), [*_params(optimizer)]
             for number, own in packed["state"].items():
-                found.update(self._state_of(params[number], own))
+                found.update(self._state_of(params[number], own, tables))
             groups = [
                 {**group, "params": [self._names[id(params[number])] for number in group["params"]]}
                 for group in packed["param_groups"]
@@ -150,8 +150,10 @@ class TrainingState:
             found[_MODEL + name] = _part(by_name[name], own, name) if name in by_name else own
         return found
 
-    def _state_of(self, p: torch.Tensor, own: Mapping[str, Any]) -> dict[str, Any]:
-        name, table = self._names[id(p)], self._tables().get(id(p))
+    def _state_of(
+        self, p: torch.Tensor, own: Mapping[str, Any], tables: Mapping[int, ShardedTable]
+    ) -> dict[str, Any]:
+        name, table = self._names[id(p)], tables.get(id(p))
         if table is not None and not p.numel():
             return {}  # what those have that have rows
         return {

@@ -14,7 +14,7 @@ from fastopt.distributed.parts import module_of_part
 from fastopt.distributed.placement import ByRows, Placement
 from fastopt.distributed.planner import Plan, plan, sizes_of
 from fastopt.distributed.requests import Request, checked
-from fastopt.torch.collection import Bags, EmbeddingBagCollection
+from fastopt.torch.collection import Bags, EmbeddingBagCollection, check_alike
 from fastopt.torch.fused import optimizer_of
 from fastopt.torch.memory import DTYPES
 
@@ -165,10 +165,7 @@ def _check_tables(tables: Mapping[str, torch.nn.EmbeddingBag], wire_dtype: torch
             raise TypeError(f"tables[{name!r}] has dtype {table.weight.dtype}: expected one of {[*DTYPES]}")
         if table.max_norm is not None:
             raise ValueError(f"tables[{name!r}] has max_norm {table.max_norm}: expected None")
-    kinds = {(table.weight.dtype, table.weight.device) for table in tables.values()}
-    if len(kinds) > 1:
-        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ValueError(f"tables are of {found}: expected the same of all")
+    check_alike(table.weight for table in tables.values())
     if wire_dtype not in (None, torch.bfloat16):
         raise ValueError(f"wire_dtype is {wire_dtype!r}: expected torch.bfloat16 or None")
 

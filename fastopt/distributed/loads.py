@@ -140,12 +140,6 @@ def times(own: Loads, machine: Machine) -> Times:
     return Times(float(network), float(own.memory.max() / machine.memory), messages)
 
 
-def over_mean(numbers: Sequence[float] | np.ndarray) -> float:
-    """The largest over the mean, 1 where all are 0."""
-    mean = float(np.mean(numbers))
-    return float(np.max(numbers)) / mean if mean else 1.0
-
-
 def _expected(popularity: np.ndarray, drawn: float) -> np.ndarray:
     """How likely each row is to be among so many that are drawn."""
     return -np.expm1(drawn * np.log1p(-np.minimum(popularity, 1 - 1e-12)))

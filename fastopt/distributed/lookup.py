@@ -13,6 +13,7 @@ from fastopt.distributed.exchange import exchange
 from fastopt.distributed.layout import Layout
 from fastopt.gradients.pooling import Offsets
 from fastopt.torch.lookups import Call, gradients_of_tables, results
+from fastopt.torch.memory import computed_with
 
 
 class ShardedLookup:
@@ -173,7 +174,7 @@ class ShardedLookup:
         served = {f: call for f, call in self.served.pooled.items() if f in features}
         own = {f: call.gradient_of_weights(values[call]) for f, call in served.items()}
         pieces = [own[f].split([header.indices[f] for header in batch.headers]) for f in own]
-        empty = torch.empty(0, dtype=self._dtype_of_weights, device=self._device)
+        empty = torch.empty(0, dtype=computed_with(layout.tables[0].own.weight), device=self._device)
         parts = [torch.cat([empty, *(piece[rank] for piece in pieces)]) for rank in range(layout.ranks)]
         asked = [[f for f in layout.pooled_at(rank) if f in features] for rank in range(layout.ranks)]
         sizes = [sum(len(batch.request.given[f].indices) for f in of_rank) for of_rank in asked]
@@ -190,10 +191,6 @@ class ShardedLookup:
     @property
     def _device(self) -> torch.device:
         return self._layout.tables[0].own.weight.device
-
-    @property
-    def _dtype_of_weights(self) -> torch.dtype:
-        return torch.float32 if self.dtype.itemsize == 2 else self.dtype
 
     def _flat(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat([piece.reshape(-1) for piece in pieces])

@@ -3,6 +3,7 @@
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -93,7 +94,7 @@ class Plan(Mapping[str, Placement]):
     def balance(self) -> Load:
         """The largest load over the mean, of memory and of lookups: 1 where all ranks have the same."""
         bytes_, traffic = zip(*self.loads(), strict=True)
-        return Load(_over_mean(bytes_), _over_mean(traffic))
+        return Load(over_mean(bytes_), over_mean(traffic))
 
     def __rich__(self) -> Table:
         balance = self.balance()
@@ -195,5 +196,7 @@ def _filled(load: Load, more_bytes: float, more_traffic: float) -> Load:
     return Load(load.bytes + more_bytes, load.traffic + more_traffic)
 
 
-def _over_mean(numbers: Sequence[float]) -> float:
-    return max(numbers) * len(numbers) / (sum(numbers) or 1)
+def over_mean(numbers: Sequence[float] | np.ndarray) -> float:
+    """The largest over the mean, 1 where all are 0."""
+    mean = float(np.mean(numbers))
+    return float(np.max(numbers)) / mean if mean else 1.0

@@ -12,7 +12,8 @@ from fastopt._core.indices import Indices
 from fastopt.distributed.exchange import packed
 from fastopt.distributed.layout import Layout, ShardedTable
 from fastopt.gradients.pooling import checked_bags, weights_dtypes
-from fastopt.torch.memory import DTYPES
+from fastopt.torch.collection import check_bags
+from fastopt.torch.memory import DTYPES, computed_with
 
 
 class Given(NamedTuple):
@@ -115,9 +116,7 @@ def checked(layout: Layout, given: Mapping[str, tuple], device: torch.device) ->
         _checked(layout.table_of(f), given[feature.name], f"inputs[{feature.name!r}]", device)
         for f, feature in enumerate(layout.features)
     ]
-    bags = {feature.name: len(own.offsets) - 1 for feature, own in zip(layout.features, found, strict=True)}
-    if len(set(bags.values())) > 1:
-        raise ValueError(f"inputs have these numbers of bags: {bags}; expected the same number of all")
+    check_bags([feature.name for feature in layout.features], [len(own.offsets) - 1 for own in found])
     return found
 
 
@@ -190,8 +189,7 @@ def _uses(table: ShardedTable, given: Given, kept: torch.Tensor, cuts: torch.Ten
     used, counts = torch.unique_consecutive(pairs, return_counts=True)
     factors = None
     if table.mode == "mean":
-        dtype = torch.float32 if table.own.weight.dtype.itemsize == 2 else table.own.weight.dtype
-        factors = (1 / lengths.to(dtype))[bag_of][order]
+        factors = (1 / lengths.to(computed_with(table.own.weight)))[bag_of][order]
     elif given.weights is not None:
         factors = given.weights[order]
     return Uses(

@@ -1,7 +1,7 @@
 """Many embedding tables as one module: their lookups are one launch, their indices are sorted at once."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -158,14 +158,11 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
     calls = _calls(collection, modules, given) if alone else [None]
     if any(call is None for call in calls):
         results = _by_feature(operator.call, collection.features, modules, given)
-        _check_bags(collection, [len(own) for own in results])
+        check_bags(collection.features, [len(own) for own in results])
         return torch.cat(results, 1)
     known: list[Call] = [call for call in calls if call is not None]
-    _check_bags(collection, [call.rows for call in known])
-    kinds = {(call.table.dtype, call.table.device) for call in known}
-    if len(kinds) > 1:
-        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ValueError(f"tables are of {found}: expected the same of all")
+    check_bags(collection.features, [call.rows for call in known])
+    check_alike(call.table for call in known)
     return look_up(known)
 
 
@@ -213,7 +210,16 @@ def _by_feature(
 _out_of_graphs = torch.compiler.disable(_looked_up)
 
 
-def _check_bags(collection: EmbeddingBagCollection, counts: Sequence[int]) -> None:
+def check_bags(features: Sequence[str], counts: Sequence[int]) -> None:
+    """Refuse features with different numbers of bags."""
     if len(set(counts)) > 1:
-        own = dict(zip(collection.features, counts, strict=True))
+        own = dict(zip(features, counts, strict=True))
         raise ValueError(f"inputs have these numbers of bags: {own}; expected the same number of all")
+
+
+def check_alike(tables: Iterable[torch.Tensor]) -> None:
+    """Refuse tables of different dtypes or devices."""
+    kinds = {(table.dtype, table.device) for table in tables}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"tables are of {found}: expected the same of all")

@@ -44,13 +44,19 @@ def parameter_at(place: int, shape: Sequence[int]) -> torch.Tensor:
     raise _without_optimizer(shape)
 
 
+def _owners() -> dict[int, Any]:
+    """The latest optimizer that has each parameter, by its ``id``."""
+    return {
+        id(p): optimizer
+        for _, optimizer in sorted(_optimizers.items())
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
 def optimizer_of(p: torch.Tensor) -> Any:
     """The latest optimizer of :mod:`fastopt.torch` that has a parameter, or None."""
-    found = None
-    for _, optimizer in sorted(_optimizers.items()):
-        if any(own is p for group in optimizer.param_groups for own in group["params"]):
-            found = optimizer
-    return found
+    return _owners().get(id(p))
 
 
 def _without_optimizer(shape: Sequence[int]) -> RuntimeError:
@@ -69,12 +75,7 @@ def update(gradients: Iterable[tuple[torch.Tensor, RowGradients]]) -> None:
     gradients = list(gradients)
     if not gradients:
         return
-    owners = {
-        id(p): optimizer
-        for _, optimizer in sorted(_optimizers.items())
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+    owners = _owners()
     alike: dict[int, tuple[Updates, dict[int, RowGradients]]] = {}
     for table, gradient in gradients:
         if table._backward_hooks:

@@ -22,6 +22,11 @@ _TORCH = {dtype: own for own, dtype in DTYPES.items()} | {
 }
 
 
+def computed_with(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that its numbers are computed with and added up in."""
+    return torch.float32 if tensor.dtype in HALF else tensor.dtype
+
+
 def array_of(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:
     """A copy of a tensor, converted, in the memory of the host."""
     copy = tensor.detach().to(dtype=_TORCH[dtype], device="cpu", copy=True).contiguous()

@@ -18,6 +18,7 @@ from fastopt.gradients import IndexedSlices, SparseGradient, SumOfGradients
 from fastopt.gradients.pooling import Bags
 from fastopt.gradients.rows import RowGradient
 from fastopt.kernels.work import Array
+from fastopt.torch.memory import computed_with
 from fastopt.torch.tables import TableWeight
 
 _aten = torch.ops.aten
@@ -57,7 +58,7 @@ class Lookup(SparseGradient):
     def dense(self, table: torch.Tensor) -> torch.Tensor:
         """As a tensor of the table's shape, in the dtype that sums are computed in."""
         values, indices = self.values, tensor_over(self.indices.flat)
-        total = torch.zeros_like(table, dtype=_computed_with(table))
+        total = torch.zeros_like(table, dtype=computed_with(table))
         if self.bags is not None and self.bags.mode == "max":
             offsets = tensor_over(self.bags.offsets).to(indices.dtype)
             _, _, sizes, rows = torch._embedding_bag(
@@ -96,16 +97,11 @@ class Lookup(SparseGradient):
         """The weight of each index, not rounded to 16 bits; not for "max"."""
         if self.bags is not None and self.bags.weights is not None:
             return tensor_over(self.bags.weights)
-        weights = self.values.new_ones(self.indices.flat.size, dtype=_computed_with(self.values))
+        weights = self.values.new_ones(self.indices.flat.size, dtype=computed_with(self.values))
         if self.bags is not None and self.bags.mode == "mean":
             _, bags, lengths = self._counted()
             weights = weights / lengths[bags].clamp(min=1)
         return weights
-
-
-def _computed_with(table: torch.Tensor) -> torch.dtype:
-    """The dtype that a table's gradients are added up in."""
-    return torch.float32 if table.dtype.itemsize == 2 else table.dtype
 
 
 class RowGradients(torch.Tensor):
@@ -149,7 +145,7 @@ class RowGradients(torch.Tensor):
                 "expected an optimizer of fastopt.torch, clip_norm of its step, and no such use beside "
                 "lookups"
             )
-        total = torch.zeros_like(self.table, dtype=_computed_with(self.table))
+        total = torch.zeros_like(self.table, dtype=computed_with(self.table))
         for own in self.lookups:
             total += own.dense(self.table)
         return total.to(self.table.dtype)

@@ -7,6 +7,7 @@ import traffic_of_ranks
 
 from fastopt.cli import main
 from fastopt.distributed import ByRows, Plan, Size, Whole, loads
+from fastopt.distributed.planner import over_mean
 
 
 @pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
@@ -39,7 +40,7 @@ def test_rows_by_hand():
     np.testing.assert_allclose(own.requests, [4 * (1 + 5 + 5), 0])
     np.testing.assert_allclose(own.results, [4 * 2, 0])
     np.testing.assert_allclose(own.gradients, [4 * 2 * 5, 0])
-    assert loads.over_mean(own.lookups) == 2
+    assert over_mean(own.lookups) == 2
 
 
 def test_power_laws():
