@@ -1,14 +1,16 @@
 """How parallel kernels are launched so that forks and Python threads are safe, and when they are."""
 
+import importlib
 import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numba
+from threadpoolctl import ThreadpoolController
 
 from fastopt.kernels.at_once import at_once
 from fastopt.kernels.forks import forked
@@ -16,6 +18,7 @@ from fastopt.kernels.forks import forked
 _config: Any = numba.config  # its attributes are set at run time
 
 SPIN_COUNT = "GOMP_SPINCOUNT"
+PROCESSES_HERE = "LOCAL_WORLD_SIZE"  # how many processes share this machine, set by torchrun
 # So many elements take 50 microseconds of Adam; for fewer, waking the other threads costs more than it
 # saves.
 PARALLEL_FROM = 131_072
@@ -43,10 +46,12 @@ class Launcher:
         self.lock = threading.RLock()
 
     def start(self) -> None:
-        """Have the threads of parallel kernels started."""
+        """Have the threads of parallel kernels started, this process's share of those of the machine."""
         if self.layer is None and not _config.DISABLE_JIT:
-            with self.lock, _short_spins():
-                numba.get_num_threads()
+            with self.lock, _short_spins(), _kept_thread_counts():
+                started = numba.get_num_threads()
+                if started == _config.NUMBA_NUM_THREADS and "NUMBA_NUM_THREADS" not in os.environ:
+                    numba.set_num_threads(max(1, started // int(os.environ.get(PROCESSES_HERE, "1"))))
                 self.layer = numba.threading_layer()
 
     def launch(self, function: Callable, args: tuple) -> None:
@@ -75,6 +80,22 @@ def _short_spins() -> Iterator[None]:
         yield
     finally:
         del os.environ[SPIN_COUNT]
+
+
+@contextmanager
+def _kept_thread_counts() -> Iterator[None]:
+    """Leave the number of threads as it is with which other libraries use OpenMP.
+
+    Numba sets it when it starts threads, for all that share OpenMP with it. torch does: told to use one
+    thread, as torchrun tells it, it would use all.
+    """
+    with suppress(ImportError):
+        importlib.import_module("numba.np.ufunc.omppool")  # loads OpenMP, if nothing else has
+    libraries = ThreadpoolController().select(user_api="openmp").lib_controllers
+    before = [library.num_threads for library in libraries]
+    yield
+    for library, count in zip(libraries, before, strict=True):
+        library.set_num_threads(count)
 
 
 launcher = Launcher()
