@@ -95,6 +95,10 @@ BATCH = skipgram.Batch(
 )
 
 
+def loss_and_gradients(v, u):
+    return skipgram.loss_and_gradients(v[BATCH.centres], u[BATCH.others], BATCH, 5)
+
+
 def dense(slices, table):
     total = np.zeros_like(table)
     np.add.at(total, slices.indices, slices.values)
@@ -109,12 +113,12 @@ def test_loss_is_the_papers(tables):
     for centre, context in zip(centres, BATCH.contexts, strict=True):
         expected += np.log1p(np.exp(-u[context] @ v[centre]))
         expected += 5 * np.mean(np.log1p(np.exp(u[BATCH.noise] @ v[centre])))
-    assert skipgram.loss_and_gradients(v, u, BATCH, 5).total == pytest.approx(expected, rel=1e-12)
+    assert loss_and_gradients(v, u).total == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_gradients_against_differences(tables, which):
-    loss = skipgram.loss_and_gradients(*tables, BATCH, 5)
+    loss = loss_and_gradients(*tables)
     table = tables[which]
     numeric = np.zeros_like(table)
     for at in np.ndindex(*table.shape):
@@ -122,7 +126,7 @@ def test_gradients_against_differences(tables, which):
         sides = []
         for shift in (1e-5, -1e-5):
             table[at] = kept + shift
-            sides.append(skipgram.loss_and_gradients(*tables, BATCH, 5).total)
+            sides.append(loss_and_gradients(*tables).total)
         table[at] = kept
         numeric[at] = (sides[0] - sides[1]) / 2e-5
     np.testing.assert_allclose(dense(loss[1 + which], table), numeric, rtol=1e-7, atol=1e-8)
@@ -130,12 +134,28 @@ def test_gradients_against_differences(tables, which):
 
 def test_loss_far_out_is_finite():
     table = np.full((9, 4), 50, np.float32)
-    loss = skipgram.loss_and_gradients(table, -table, BATCH, 5)
+    loss = loss_and_gradients(table, -table)
     assert loss.total == pytest.approx(6 * 4 * 2500)
     assert np.isfinite(loss.grad_in.values).all() and np.isfinite(loss.grad_out.values).all()
 
 
 # Batches
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_parts_of_a_batch_are_the_batch(tables, ranks):
+    """Every centre is in one of them, with its contexts; five processes for three centres leave some none."""
+    parts = [BATCH.part(rank, ranks) for rank in range(ranks)]
+    for name in ("centres", "counts", "contexts"):
+        joined = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(joined, getattr(BATCH, name))
+    v, u = tables
+    losses = [skipgram.loss_and_gradients(v[own.centres], u[own.others], own, 5) for own in parts]
+    whole = loss_and_gradients(v, u)
+    assert sum(own.total for own in losses) == pytest.approx(whole.total, rel=1e-12)
+    for which, table in ((1, v), (2, u)):
+        summed = sum(dense(own[which], table) for own in losses)
+        np.testing.assert_allclose(summed, dense(whole[which], table), rtol=1e-12)
 
 
 def test_windows_stay_within_segments():
@@ -306,7 +326,7 @@ def test_every_place_resumes_to_the_same_bits(text, tmp_path):
         next(training.steps())
         steps += 1
     assert steps == 2 * whole.batches
-    assert training.table_in.tobytes() == whole.table_in.tobytes()
+    assert training.tables.embeddings().tobytes() == whole.tables.embeddings().tobytes()
     assert (training.losses, training.held_out_losses) == (whole.losses, whole.held_out_losses)
 
 

@@ -42,5 +42,5 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    print("fastopt:", " ".join(message.split()), file=sys.stderr)
+    sys.stderr.write(f"fastopt: {' '.join(message.split())}\n")  # at once, as processes may share it
     return 2

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -65,11 +66,11 @@ class Display:
         self._restart()
 
 
-def show_neighbours(training: Training, words: list[str], console: Console) -> None:
+def show_neighbours(embeddings: np.ndarray, words: list[str], console: Console) -> None:
     """Print a table of frequent words and those nearest to them."""
     rows = [row for row, word in enumerate(words) if len(word) >= SHORTEST_SHOWN] or list(range(len(words)))
     table = Table("word", "nearest")
     for row in rows[:SHOWN_WORDS]:
-        near = neighbours(training.table_in, row, SHOWN_NEIGHBOURS)
+        near = neighbours(embeddings, row, SHOWN_NEIGHBOURS)
         table.add_row(words[row], ", ".join(words[i] for i in near))
     console.print(table)

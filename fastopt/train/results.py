@@ -4,6 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastopt.checkpoint import tensors
 from fastopt.checkpoint.files import load_metadata
 from fastopt.train.corpus import Corpus
@@ -53,9 +55,9 @@ def read(checkpoint: Path) -> Saved:
         raise ValueError(f"{error}; choose another --out") from error
 
 
-def write(training: Training, corpus: Corpus, folder: Path) -> None:
+def write(training: Training, embeddings: np.ndarray, corpus: Corpus, folder: Path) -> None:
     """Write the embeddings, their words with the number of occurrences, and a plot of the losses."""
-    tensors.write(folder / EMBEDDINGS, {"embeddings": training.table_in}, {})
+    tensors.write(folder / EMBEDDINGS, {"embeddings": embeddings}, {})
     lines = (f"{word}\t{count}\n" for word, count in zip(corpus.words, corpus.counts, strict=True))
     (folder / VOCABULARY).write_text("".join(lines), encoding="utf-8")
     _plot(training, folder / PLOT)

@@ -12,19 +12,26 @@ expectation from ``negatives`` words a pair; here all pairs of a batch share the
 
 Only NumPy and fastopt's public interface are used: :func:`fastopt.embedding` reads the rows of
 a batch, :class:`fastopt.IndexedSlices` carries their gradients, and ``step``, ``save`` and
-``load`` do the rest. Random numbers depend on the seed and the place in the training alone, so
-that training resumed from a checkpoint ends in the same bits as training never stopped.
+``load`` do the rest (``one_process.py``). Random numbers depend on the seed and the place in the
+training alone, so that training resumed from a checkpoint ends in the same bits as training never
+stopped, and so that several processes (``many_processes.py``) draw the same batches, of which each
+takes its part of the centres.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 import fastopt
 from fastopt.train.corpus import Corpus
+from fastopt.train.one_process import OneProcess
+
+if TYPE_CHECKING:
+    from fastopt.train.many_processes import ManyProcesses
 
 OPTIMIZERS: dict[str, type[fastopt.Optimizer]] = {
     "sgd": fastopt.SGD,
@@ -91,6 +98,18 @@ class Batch(NamedTuple):
     contexts: np.ndarray
     noise: np.ndarray
 
+    @property
+    def others(self) -> np.ndarray:
+        """Contexts and noise, the words of the second table."""
+        return np.concatenate([self.contexts, self.noise])
+
+    def part(self, rank: int, ranks: int) -> "Batch":
+        """The batch of one of ``ranks`` processes: some centres with their contexts, and all noise."""
+        bounds = [rank * self.centres.size // ranks, (rank + 1) * self.centres.size // ranks]
+        first, last = np.r_[0, np.cumsum(self.counts)][bounds]
+        centres = slice(*bounds)
+        return Batch(self.centres[centres], self.counts[centres], self.contexts[first:last], self.noise)
+
 
 class Loss(NamedTuple):
     """The loss summed over the pairs of a batch, and its gradients by the two tables."""
@@ -108,15 +127,13 @@ class Step(NamedTuple):
     loss: float
 
 
-def loss_and_gradients(table_in: np.ndarray, table_out: np.ndarray, batch: Batch, negatives: float) -> Loss:
-    """The loss of a batch and its gradients, for tables [vocabulary, dim] of float32 or float64.
+def loss_and_gradients(v: np.ndarray, others: np.ndarray, batch: Batch, negatives: float) -> Loss:
+    """The loss of a batch and its gradients, of the rows v [C, dim] of centres and those [P + N, dim] of
+    contexts u and noise n, float32 or float64.
 
-    With v [C, dim], u [P, dim] and n [N, dim] the vectors of centres, contexts and noise:
-    sum over pairs of -log sigmoid(u . v) - negatives * mean over noise of log sigmoid(-n . v).
+    Sum over pairs of -log sigmoid(u . v) - negatives * mean over noise of log sigmoid(-n . v).
     """
-    v = fastopt.embedding(table_in, batch.centres)
-    u = fastopt.embedding(table_out, batch.contexts)
-    n = fastopt.embedding(table_out, batch.noise)
+    u, n = np.split(others, [batch.contexts.size])
     v_of_pair = np.repeat(v, batch.counts, axis=0)
 
     context_loss, context_miss = softplus(-np.einsum("pd,pd->p", u, v_of_pair))
@@ -133,9 +150,7 @@ def loss_and_gradients(table_in: np.ndarray, table_out: np.ndarray, batch: Batch
     return Loss(
         total,
         fastopt.IndexedSlices(batch.centres, grad_v),
-        fastopt.IndexedSlices(
-            np.concatenate([batch.contexts, batch.noise]), np.concatenate([grad_u, grad_n])
-        ),
+        fastopt.IndexedSlices(batch.others, np.concatenate([grad_u, grad_n])),
     )
 
 
@@ -204,33 +219,39 @@ def expected_centres(corpus: Corpus) -> int:
 class Training:
     """A training and the place that it has come to.
 
+    Where there are several processes, each makes one and calls its methods together with the others.
+
     Attributes:
-        table_in, table_out: float32 [vocabulary, dim]; the rows of the first are the embeddings.
+        tables: float32 [vocabulary, dim] each; the rows of the first are the embeddings.
         batches: steps of an epoch.
         epoch, batch: finished epochs, and finished batches of the one after.
         losses: training loss, a mean for each of ``points`` parts of each epoch.
         held_out_losses: loss of the held-out text: untrained, and after each epoch.
     """
 
-    def __init__(self, corpus: Corpus, settings: Settings) -> None:
+    def __init__(
+        self, corpus: Corpus, settings: Settings, processes: "OneProcess | ManyProcesses | None" = None
+    ) -> None:
         self.settings = settings
+        self._processes = processes or OneProcess()
         self.digest = corpus.digest()
         self.sampler = Sampler(corpus.counts, settings.window)
         self.batches = max(1, round(expected_centres(corpus) / settings.batch_size))
         self.points = min(POINTS, self.batches)
 
-        shape = len(corpus.words), settings.dim
+        self._words = len(corpus.words)
+        shape = self._words, settings.dim
         rng = np.random.default_rng([settings.seed, START])
-        self.table_in = (rng.random(shape, np.float32) - np.float32(0.5)) / np.float32(settings.dim)
-        self.table_out = np.zeros(shape, np.float32)
+        start = (rng.random(shape, np.float32) - np.float32(0.5)) / np.float32(settings.dim)
         # The schedule follows the optimizer's own count of steps, which its checkpoint restores.
         schedule = fastopt.schedules.cosine(settings.epochs * self.batches, FINAL_RATE)
-        self.optimizer = OPTIMIZERS[settings.optimizer](
-            [self.table_in, self.table_out],
+        optimizer = partial(
+            OPTIMIZERS[settings.optimizer],
             lr=settings.lr * schedule,
             state_dtype=settings.state_dtype,
             seed=settings.seed,
         )
+        self.tables = self._processes.tables([start, np.zeros(shape, np.float32)], optimizer)
 
         self.stream, held_out = split(corpus.stream, settings.seed)
         self.held_out = self._held_out_batches(held_out)
@@ -257,11 +278,17 @@ class Training:
                 yield step
 
     def _step(self, batch: Batch) -> tuple[Step, float]:
-        loss = loss_and_gradients(self.table_in, self.table_out, batch, self.settings.negatives)
-        self.optimizer.step([loss.grad_in, loss.grad_out])
-        rows = sum(distinct(grad.indices, len(self.table_in)) for grad in (loss.grad_in, loss.grad_out))
+        own = self._own(batch)
+        rows = self.tables.look_up_to_learn(own.centres, own.others)
+        loss = loss_and_gradients(*rows, own, self.settings.negatives)
+        self.tables.step([loss.grad_in, loss.grad_out])
+        [total] = self._processes.totals([loss.total])
+        updated = sum(distinct(words, self._words) for words in (batch.centres, batch.others))
         pairs = batch.contexts.size
-        return Step(pairs, rows, loss.total / max(pairs, 1)), loss.total
+        return Step(pairs, updated, total / max(pairs, 1)), total
+
+    def _own(self, batch: Batch) -> Batch:
+        return batch.part(self._processes.rank, self._processes.ranks)
 
     def _advance(self, step: Step, total: float) -> None:
         self.part = [self.part[0] + total, self.part[1] + step.pairs]
@@ -280,11 +307,12 @@ class Training:
 
     def held_out_loss(self) -> float:
         """Mean loss of the held-out pairs."""
-        total, pairs = 0.0, 0
-        for batch in self.held_out:
-            total += loss_and_gradients(self.table_in, self.table_out, batch, self.settings.negatives).total
-            pairs += batch.contexts.size
-        return total / pairs
+        total = 0.0
+        for own in map(self._own, self.held_out):
+            rows = self.tables.look_up(own.centres, own.others)
+            total += loss_and_gradients(*rows, own, self.settings.negatives).total
+        [total] = self._processes.totals([total])
+        return total / sum(batch.contexts.size for batch in self.held_out)
 
     def _held_out_batches(self, held_out: np.ndarray) -> list[Batch]:
         """The held-out pairs and their noise, the same ones at every measurement."""
@@ -311,11 +339,11 @@ class Training:
             "held_out_losses": self.held_out_losses,
         }
         described = {"settings": asdict(self.settings), "digest": self.digest, "place": place}
-        self.optimizer.save(path, params=True, metadata={"skipgram": described})
+        self.tables.save(path, {"skipgram": described})
 
     def load(self, path: Path) -> None:
         """Go to the place that :meth:`save` wrote, for the same text and settings."""
-        place = self.optimizer.load(path, params=True)["skipgram"]["place"]
+        place = self.tables.load(path)["skipgram"]["place"]
         self.epoch, self.batch = place["epoch"], place["batch"]
         self.losses, self.part = place["losses"], place["part"]
         self.held_out_losses = place["held_out_losses"]

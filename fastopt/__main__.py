@@ -1,0 +1,5 @@
+"""``python -m fastopt``: the command."""
+
+from fastopt.cli import main
+
+main()
