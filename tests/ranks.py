@@ -12,10 +12,13 @@ TIMEOUT = 240  # seconds; what it bounds is a hang
 
 
 class Ranks:
-    """``count`` processes joined by gloo. ``run(function, *args)`` calls ``function(*args)`` on each, of a
-    module that they can import, and returns what each answered; an exception is answered as itself."""
+    """``count`` processes joined by gloo, or by NCCL with a GPU each.
 
-    def __init__(self, count):
+    ``run(function, *args)`` calls ``function(*args)`` on each, of a module that they can import, and returns
+    what each answered; an exception is answered as itself.
+    """
+
+    def __init__(self, count, backend="gloo"):
         context = multiprocessing.get_context("spawn")
         self.count = count
         self.folder = tempfile.TemporaryDirectory()
@@ -23,7 +26,7 @@ class Ranks:
         pairs = [context.Pipe() for _ in range(count)]
         self.pipes = [ours for ours, _ in pairs]
         self.processes = [
-            context.Process(target=_serve, args=(rank, count, meet, theirs), daemon=True)
+            context.Process(target=_serve, args=(backend, rank, count, meet, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self.processes:
@@ -50,13 +53,15 @@ class Ranks:
         self.folder.cleanup()
 
 
-def _serve(rank, count, meet, pipe):
+def _serve(backend, rank, count, meet, pipe):
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{meet}",
         rank=rank,
         world_size=count,

@@ -87,11 +87,13 @@ def batches(step, ranks, dtype=torch.float32, device="cpu"):
 
 
 def moved(own, device):
-    if device == "cpu":
-        return own
-    if isinstance(own, tuple):
-        return tuple(moved(one, device) for one in own)
-    return own.detach().to(device).requires_grad_(own.requires_grad)
+    """Tensors on a device, also those within what holds them."""
+    if isinstance(own, torch.Tensor):
+        there = own.device.type == device
+        return own if there else own.detach().to(device).requires_grad_(own.requires_grad)
+    if isinstance(own, dict):
+        return {key: moved(one, device) for key, one in own.items()}
+    return type(own)(moved(one, device) for one in own) if isinstance(own, (tuple, list)) else own
 
 
 def joined(parts):
@@ -131,19 +133,20 @@ def trained(collection, make, steps, batch_of, first_of, factor=1):
     return optimizer, gradients
 
 
-def on_one(ranks, make, steps=4, dtype=torch.float32, fused=False, **options):
+def on_one(ranks, make, steps=4, dtype=torch.float32, fused=False, device="cpu", **options):
     """The weights and gradients of weights of one process."""
-    collection = ft.EmbeddingBagCollection(tables(dtype, fused, **options), FEATURES)
+    collection = ft.EmbeddingBagCollection(tables(dtype, fused, device=device, **options), FEATURES)
 
     def batch_of(step):
-        return joined(batches(step, ranks, dtype))
+        return joined(batches(step, ranks, dtype, device))
 
     optimizer, gradients = trained(collection, OPTIMIZERS[make], steps, batch_of, lambda step: 0)
     state = {
         name: {key: own for key, own in optimizer.state[table.weight].items() if own.ndim}
         for name, table in collection.tables.items()
     }
-    return {name: own.weight.detach() for name, own in collection.tables.items()}, state, gradients
+    weights = {name: own.weight.detach() for name, own in collection.tables.items()}
+    return moved((weights, state, gradients), "cpu")
 
 
 def group_of(ranks):
@@ -160,14 +163,23 @@ _groups = {}
 
 def on_each(ranks, arguments):
     """What lies on a rank, with where it belongs, after the same steps."""
-    return _on_each(ranks, **arguments) if group_of(ranks) is not None else None
+    return moved(_on_each(ranks, **arguments), "cpu") if group_of(ranks) is not None else None
 
 
 def _on_each(
-    ranks, plan, make, steps=4, dtype=torch.float32, fused=False, wire_dtype=None, ahead=False, **options
+    ranks,
+    plan,
+    make,
+    steps=4,
+    dtype=torch.float32,
+    fused=False,
+    wire_dtype=None,
+    ahead=False,
+    device="cpu",
+    **options,
 ):
     group, rank = group_of(ranks), dist.get_rank()
-    given = tables(dtype, fused, **options)
+    given = tables(dtype, fused, device=device, **options)
     own = plan_of(plan, ranks)
     collection = ShardedEmbeddingBagCollection(given, FEATURES, plan=own, group=group, wire_dtype=wire_dtype)
     kept = {}
@@ -175,7 +187,7 @@ def _on_each(
     def batch_of(step):
         for k in (step, step + 1) if ahead else (step,):
             if k not in kept:
-                kept[k] = batches(k, ranks, dtype)[rank]
+                kept[k] = batches(k, ranks, dtype, device)[rank]
                 if ahead:
                     collection.prefetch(kept[k])
         return kept[step]
