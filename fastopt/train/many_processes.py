@@ -156,10 +156,11 @@ def joined() -> Iterator[ManyProcesses]:
     Raises:
         ConnectionError: another process has ended or does not answer.
     """
-    dist.init_process_group("gloo")
     try:
+        dist.init_process_group("gloo")
         yield ManyProcesses()
     except RuntimeError as error:  # gloo's
         raise ConnectionError(f"another process has ended or does not answer: {error}") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
