@@ -6,7 +6,9 @@ import torch
 import torch.distributed as dist
 
 import fastopt.torch as ft
-from fastopt.distributed import ByColumns, ByRows, ShardedEmbeddingBagCollection, Whole, loads
+from fastopt.distributed import ByColumns, ByRows, Plan, ShardedEmbeddingBagCollection, Size, Whole
+from fastopt.distributed.loads import Step, power_law
+from fastopt.distributed.planner import plan_of_sizes
 
 ROWS = {"a": 4_000, "b": 900, "c": 2_500, "d": 30}
 FEATURES = {"a": ["x", "y"]}
@@ -17,30 +19,31 @@ DIM, BAGS, STEPS = 16, 512, 3
 
 
 def popularity(table):
-    return loads.power_law(ROWS[table], 1.05)
+    return power_law(ROWS[table], 1.05)
 
 
-def uses():
-    return {
-        name: loads.Use(
-            popularity(name),
-            features=len(FEATURES.get(name, [name])),
-            lookups=LOOKUPS[FEATURES.get(name, [name])[0]],
-            factors=MODES[name] == "mean" and isinstance(PLAN[name], ByRows),
-        )
-        for name in ROWS
-    }
+def sizes():
+    found = {}
+    for name, rows in ROWS.items():
+        features = FEATURES.get(name, [name])
+        lookups = sum(LOOKUPS[feature] for feature in features)
+        found[name] = Size(rows, DIM, 4, lookups, len(features), MODES[name], popularity=popularity(name))
+    return found
 
 
-def sent_by_each(ranks, wire_dtype):
+def plans(ranks):
+    """Placements of each kind, and what the planner makes of the tables."""
+    return {"given": Plan(PLAN, sizes(), ranks), "planner": plan_of_sizes(sizes(), ranks)}
+
+
+def sent_by_each(ranks, plan, wire_dtype):
     """Bytes that each of the first ranks sends others in a step, on average, and what was to be expected."""
     rank, group = dist.get_rank(), sharded.group_of(ranks)
     if group is None:
         return None
     tables = {name: ft.EmbeddingBag(rows, DIM, mode=MODES[name]) for name, rows in ROWS.items()}
-    collection = ShardedEmbeddingBagCollection(
-        tables, FEATURES, plan=PLAN, group=group, wire_dtype=wire_dtype
-    )
+    own = plans(ranks)[plan]
+    collection = ShardedEmbeddingBagCollection(tables, FEATURES, plan=own, group=group, wire_dtype=wire_dtype)
     opt = ft.Adam(collection.parameters(), lr=0.1)
     random = np.random.default_rng(rank)
     count, plain = 0, dist.all_to_all_single
@@ -66,5 +69,5 @@ def sent_by_each(ranks, wire_dtype):
     finally:
         dist.all_to_all_single = plain
     itemsize = 4 if wire_dtype is None else wire_dtype.itemsize
-    expected = loads.loads(collection.plan, uses(), BAGS, state=2, itemsize=itemsize)
+    expected = own.loads(Step(BAGS, itemsize=itemsize))
     return count / STEPS, float(expected.sent()[rank])

@@ -11,19 +11,21 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fastopt.distributed.loads import Use
+    from fastopt.distributed.loads import Machine, Size, Step
     from fastopt.distributed.placement import Placement
-    from fastopt.distributed.planner import Plan
+    from fastopt.distributed.plans import Plan
 
 MEGA, GIGA, MILLI, MICRO = 1e6, 1e9, 1e-3, 1e-6
 FLOAT32 = 4  # bytes
-COLUMNS = "ranks", "held", "read", "MB sent", "moved", "ms sent", "moved", "messages", "M/s"
+WIDTH = 110  # of the table, which is not cut off
+COLUMNS = "ranks", "held", "read", "MB sent", "mean", "moved", "ms sent", "moved", "messages", "M/s"
 
 
 class Placed(enum.StrEnum):
     """How tables are placed."""
 
     planner = "planner"
+    planner_columns = "planner-columns"
     round_robin = "round-robin"
     rows = "rows"
     columns = "columns"
@@ -47,7 +49,9 @@ Ids = Annotated[
         dir_okay=False,
     ),
 ]
-Place = Annotated[Placed, typer.Option(help="How tables are placed.")]
+Place = Annotated[
+    list[Placed], typer.Option(help="How tables are placed; given several times, side by side.")
+]
 State = Annotated[int, typer.Option(min=0, help="Numbers of state for each parameter; Adam has 2.")]
 Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="Results and gradients travel in bfloat16.")]
 Network = Annotated[float, typer.Option(help="GB/s that a rank sends, and gets at once.")]
@@ -67,7 +71,7 @@ def command(
     exponent: Exponent = 1.05,
     by_frequency: ByFrequency = False,
     ids: Ids = None,
-    placement: Place = Placed.planner,
+    placement: Place = [Placed.planner, Placed.round_robin],  # noqa: B006
     state: State = 2,
     bfloat16: Bfloat16 = False,
     network: Network = 25.0,
@@ -77,8 +81,7 @@ def command(
 ) -> None:  # fmt: skip
     """Print what sharded tables send over the network and move in memory, for some numbers of ranks."""
     try:
-        from fastopt.distributed import loads as own
-        from fastopt.distributed.planner import over_mean
+        from fastopt.distributed.loads import Machine, Size, Step, power_law
     except ImportError as error:
         raise typer.BadParameter(f"this needs torch: pip install 'fastopt[torch]' ({error})") from None
     counts = _counts(ranks)
@@ -87,41 +90,53 @@ def command(
             np.geomspace(min(smallest, largest), largest, tables).astype(int), return_counts=True
         )
         rows = np.repeat(*sizes).tolist()
-        uses = {
-            f"table {k}": own.Use(own.power_law(many, exponent, scattered=not by_frequency), lookups=lookups)
+        found = {
+            f"table {k}": Size(
+                many, dim, FLOAT32, lookups, popularity=power_law(many, exponent, scattered=not by_frequency)
+            )
             for k, many in enumerate(rows)
         }
     else:
-        uses = _recorded(ids)
-    machine = own.Machine(network * GIGA, memory * GIGA, message * MICRO)
-    shown = Table(
-        title=f"{len(uses)} tables, {sum(len(use.popularity) for use in uses.values()):,} rows of {dim}"
-    )
+        found = _recorded(ids, dim)
+    shown = Table(title=f"{len(found)} tables, {sum(size.rows for size in found.values()):,} rows of {dim}")
     for name in COLUMNS:
         shown.add_column(name, justify="right")
+    shown.add_column("placement")
+    step = Step(bags, state, 2 if bfloat16 else None)
+    machine = Machine(network * GIGA, memory * GIGA, message * MICRO)
     for count in counts:
-        plan = _plan(placement, uses, dim, count)
-        loads = own.loads(plan, uses, bags, state=state, itemsize=2 if bfloat16 else None)
-        times = own.times(loads, machine)
-        parts = [seconds / MILLI for seconds in times]
-        rate = count * bags / max(sum(times) + dense * MILLI, 1e-12)
-        shown.add_row(
-            str(count),
-            f"{plan.balance().bytes:.2f}",
-            f"{over_mean(loads.lookups):.2f}",
-            f"{np.maximum(loads.sent(), loads.received()).max() / MEGA:,.1f}",
-            f"{loads.memory.max() / MEGA:,.1f}",
-            *(f"[bold]{part:,.2f}[/bold]" if part == max(parts) else f"{part:,.2f}" for part in parts),
-            f"{rate / MEGA:,.2f}",
-        )
-    console = Console(soft_wrap=True)
+        for own in placement:
+            plan = _plan(own, found, count, step, machine)
+            shown.add_row(*_foretold(plan, step, machine, dense), own.value)
+        shown.add_section()
+    console = Console(soft_wrap=True, width=max(Console().width, WIDTH))
     console.print(shown)
     console.print(
-        "held, read: the largest share of tables, and of rows looked up, over the mean. MB sent, moved: of "
-        "the busiest rank in a step, over the network and in memory; then the time of each and of messages, "
-        "the longest in bold, and millions of samples a second.",
+        "held, read: the largest share of tables, and of rows looked up, over the mean. MB sent, mean: of "
+        "the busiest rank in a step and of all of them, over the network; moved: of the busiest, in memory. "
+        "Then the time of each and of messages, the longest in bold, and millions of samples a second.",
         highlight=False,
     )
+
+
+def _foretold(plan: "Plan", step: "Step", machine: "Machine", dense: float) -> list[str]:
+    """A line of the table; ``dense``: milliseconds of the rest of a step."""
+    from fastopt.distributed.loads import over_mean, times
+
+    loads = plan.loads(step)
+    own = times(loads, machine)
+    parts = [seconds / MILLI for seconds in own]
+    rate = plan.ranks * step.bags / max(sum(own) + dense * MILLI, 1e-12)
+    return [
+        str(plan.ranks),
+        f"{over_mean(loads.held):.2f}",
+        f"{over_mean(loads.lookups):.2f}",
+        f"{np.maximum(loads.sent(), loads.received()).max() / MEGA:,.1f}",
+        f"{loads.sent().mean() / MEGA:,.1f}",
+        f"{loads.memory.max() / MEGA:,.1f}",
+        *(f"[bold]{part:,.2f}[/bold]" if part == max(parts) else f"{part:,.2f}" for part in parts),
+        f"{rate / MEGA:,.2f}",
+    ]
 
 
 def _counts(ranks: str) -> list[int]:
@@ -134,9 +149,9 @@ def _counts(ranks: str) -> list[int]:
     return found
 
 
-def _recorded(path: Path) -> "dict[str, Use]":
-    """How often each row is in a file's arrays."""
-    from fastopt.distributed.loads import Use
+def _recorded(path: Path, dim: int) -> "dict[str, Size]":
+    """Tables whose rows are as popular as they are in a file's arrays."""
+    from fastopt.distributed.loads import Size
 
     found = {}
     with np.load(path) as arrays:
@@ -152,20 +167,23 @@ def _recorded(path: Path) -> "dict[str, Use]":
                     "numbers from 0 on, [bags, indices of each] or [bags]"
                 )
             counts = np.bincount(indices.reshape(-1))
-            found[name] = Use(counts / counts.sum(), lookups=indices.size / len(indices))
+            lookups = indices.size / len(indices)
+            found[name] = Size(len(counts), dim, FLOAT32, lookups, popularity=counts / counts.sum())
     return found
 
 
-def _plan(placement: Placed, uses: "Mapping[str, Use]", dim: int, ranks: int) -> "Plan":
-    from fastopt.distributed import ByColumns, ByRows, Plan, Size, Whole
+def _plan(
+    placement: Placed, sizes: "Mapping[str, Size]", ranks: int, step: "Step", machine: "Machine"
+) -> "Plan":
+    from fastopt.distributed import ByColumns, ByRows, Plan, Whole
     from fastopt.distributed.planner import plan_of_sizes
 
-    sizes = {name: Size(len(use.popularity), dim, FLOAT32, use.lookups) for name, use in uses.items()}
-    if placement is Placed.planner:
-        return plan_of_sizes(sizes, ranks)
+    if placement in (Placed.planner, Placed.planner_columns):
+        columns = placement is Placed.planner_columns
+        return plan_of_sizes(sizes, ranks, columns=columns, step=step, machine=machine)
     made: dict[Placed, Callable[[int], Placement]] = {
         Placed.round_robin: lambda k: Whole(k % ranks),
         Placed.rows: lambda k: ByRows(),
         Placed.columns: lambda k: ByColumns(),
     }
-    return Plan({name: made[placement](k) for k, name in enumerate(uses)}, sizes, ranks)
+    return Plan({name: made[placement](k) for k, name in enumerate(sizes)}, sizes, ranks)

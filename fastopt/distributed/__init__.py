@@ -7,8 +7,10 @@
 from fastopt.distributed.checkpoint import TrainingState, latest
 from fastopt.distributed.clipping import clip_grad_norm_
 from fastopt.distributed.collection import ShardedEmbeddingBagCollection
+from fastopt.distributed.loads import Size
 from fastopt.distributed.placement import ByColumns, ByRows, Whole
-from fastopt.distributed.planner import Plan, Size, plan
+from fastopt.distributed.planner import plan
+from fastopt.distributed.plans import Plan
 
 __all__ = [
     "ByColumns",

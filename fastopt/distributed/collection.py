@@ -12,7 +12,8 @@ from fastopt.distributed.layout import Feature, Layout, ShardedTable
 from fastopt.distributed.lookup import ShardedLookup, look_up
 from fastopt.distributed.parts import module_of_part
 from fastopt.distributed.placement import ByRows, Placement
-from fastopt.distributed.planner import Plan, plan, sizes_of
+from fastopt.distributed.planner import plan, sizes_of
+from fastopt.distributed.plans import Plan
 from fastopt.distributed.requests import Request, checked
 from fastopt.torch.collection import Bags, EmbeddingBagCollection, check_alike
 from fastopt.torch.fused import optimizer_of

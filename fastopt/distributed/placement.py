@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+_SHOWN = 4  # sizes of parts that are told one by one
+
 
 class Part(NamedTuple):
     """The rows from ``first_row`` to ``last_row`` of a table, and of these the columns likewise; both without
@@ -117,5 +119,8 @@ def _checked(bounds: Sequence[int] | None, ranks: int, size: int, name: str) -> 
 def _described(name: str, bounds: Sequence[int] | None) -> str:
     if bounds is None:
         return f"{name}, on all ranks"
-    sizes = ", ".join(f"{last - first:,}" for first, last in pairwise(bounds))
-    return f"{name}: {sizes}"
+    sizes = [last - first for first, last in pairwise(bounds)]
+    some = [size for size in sizes if size]
+    if len(sizes) > _SHOWN:
+        return f"{name}: {min(some, default=0):,} to {max(some, default=0):,} on {len(some)} ranks"
+    return f"{name}: {', '.join(f'{size:,}' for size in sizes)}"

@@ -6,22 +6,22 @@ import torch
 import traffic_of_ranks
 
 from fastopt.cli import main
-from fastopt.distributed import ByRows, Plan, Size, Whole, loads
-from fastopt.distributed.planner import over_mean
+from fastopt.distributed import ByRows, Plan, Size, Whole
+from fastopt.distributed.loads import Loads, Machine, Step, over_mean, power_law, times
 
 
 @pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("plan", ["given", "planner"])
 @pytest.mark.parametrize("count", [2, 4])
-def test_bytes_sent_are_those_expected(ranks, count, wire_dtype):
-    for sent, expected in ranks.run(traffic_of_ranks.sent_by_each, count, wire_dtype)[:count]:
+def test_bytes_sent_are_those_expected(ranks, count, plan, wire_dtype):
+    for sent, expected in ranks.run(traffic_of_ranks.sent_by_each, count, plan, wire_dtype)[:count]:
         assert abs(sent / expected - 1) < 0.05
 
 
 def test_a_table_on_one_rank_by_hand():
     """Two features of 3 indices, 10 bags on each of 4 ranks, rows of 8 float32."""
-    plan = Plan({"a": Whole(2)}, {"a": Size(100, 8, 4, 6)}, 4)
-    use = loads.Use(np.full(100, 0.01), features=2, lookups=3)
-    own = loads.loads(plan, {"a": use}, 10, state=2)
+    own = Plan({"a": Whole(2)}, {"a": Size(100, 8, 4, 6, features=2)}, 4).loads(Step(bags=10))
+    np.testing.assert_allclose(own.held, [0, 0, 4 * 800, 0])
     np.testing.assert_allclose(own.requests, [0, 0, 4 * 20 + 4 * 60, 0])
     np.testing.assert_allclose(own.results, [0, 0, 4 * 20 * 8, 0])
     np.testing.assert_allclose(own.gradients, own.results)
@@ -31,31 +31,34 @@ def test_a_table_on_one_rank_by_hand():
     np.testing.assert_allclose(own.received(), [answered, answered, 3 * asked, answered])
     distinct = 100 * (1 - 0.99**240)
     np.testing.assert_allclose(own.memory[2], 4 * 8 * (4 * 60 + 4 * 20 + 4 * 60 + 2 * 3 * distinct))
+    machine = Machine(network=100.0, memory=1e3)
+    np.testing.assert_allclose(own.seconds(machine)[2], 3 * asked / 100 + own.memory[2] / 1e3)
 
 
-def test_rows_by_hand():
+@pytest.mark.parametrize("weights, mode, factors", [(False, "sum", 0), (True, "sum", 1), (False, "mean", 1)])
+def test_rows_by_hand(weights, mode, factors):
     """Of a table with one row that is always looked up, its rank has all."""
-    plan = Plan({"a": ByRows()}, {"a": Size(4, 2, 4, 1)}, 2)
-    own = loads.loads(plan, {"a": loads.Use(np.array([1.0, 0, 0, 0]))}, 5, state=0)
-    np.testing.assert_allclose(own.requests, [4 * (1 + 5 + 5), 0])
+    size = Size(4, 2, 4, 1, 1, mode, weights, np.array([1.0, 0, 0, 0]))
+    own = Plan({"a": ByRows()}, {"a": size}, 2).loads(Step(bags=5, state=0))
+    np.testing.assert_allclose(own.requests, [4 * (1 + 5 + 5 + 5 * factors), 0])
     np.testing.assert_allclose(own.results, [4 * 2, 0])
     np.testing.assert_allclose(own.gradients, [4 * 2 * 5, 0])
+    np.testing.assert_allclose(own.held, [16, 16])
     assert over_mean(own.lookups) == 2
 
 
 def test_power_laws():
-    found = loads.power_law(1000, 1.2, scattered=False)
+    found = power_law(1000, 1.2, scattered=False)
     np.testing.assert_allclose(found.sum(), 1)
     np.testing.assert_allclose(found[0] / found[9], 10**1.2)
-    scattered = loads.power_law(1000, 1.2)
+    scattered = power_law(1000, 1.2)
     assert not np.array_equal(scattered, found)
     np.testing.assert_array_equal(np.sort(scattered), np.sort(found))
 
 
 def test_times_are_those_of_the_slowest_rank():
-    own = loads.Loads(*np.array([[0, 1e9], [0, 2e9], [0, 1e9], [0, 0], [1e9, 3e9]]))
-    times = loads.times(own, loads.Machine(network=2e9, memory=1e9, message=1e-6))
-    assert times == (1.0, 3.0, 4e-6)
+    own = Loads(*np.array([[0, 0], [0, 1e9], [0, 2e9], [0, 1e9], [0, 0], [1e9, 3e9]]))
+    assert times(own, Machine(network=2e9, memory=1e9, message=1e-6)) == (1.0, 3.0, 4e-6)
 
 
 def shown(monkeypatch, capsys, *arguments):
@@ -66,7 +69,7 @@ def shown(monkeypatch, capsys, *arguments):
     return capsys.readouterr(), ended.value.code
 
 
-@pytest.mark.parametrize("placement", ["planner", "round-robin", "rows", "columns"])
+@pytest.mark.parametrize("placement", ["planner", "planner-columns", "round-robin", "rows", "columns"])
 def test_the_command_prints_a_line_for_each_number_of_ranks(monkeypatch, capsys, placement):
     given = "--ranks", "1,3,8", "--tables", "5", "--largest", "2000", "--bags", "64", "--placement", placement
     printed, code = shown(monkeypatch, capsys, *given)
@@ -74,6 +77,14 @@ def test_the_command_prints_a_line_for_each_number_of_ranks(monkeypatch, capsys,
     assert not code
     assert [line[1] for line in lines] == ["1", "3", "8"]
     assert float(lines[0][7]) == 0 < float(lines[1][7]) < float(lines[2][7])  # MB sent
+
+
+def test_the_command_puts_placements_side_by_side(monkeypatch, capsys):
+    printed, code = shown(monkeypatch, capsys, "--ranks", "2,4", "--tables", "3", "--largest", "2000")
+    lines = [line.split() for line in printed.out.splitlines() if line.startswith("\u2502")]
+    assert not code
+    own = [(line[1], line[-2]) for line in lines]
+    assert own == [(ranks, how) for ranks in "24" for how in ("planner", "round-robin")]
 
 
 def test_the_command_takes_recorded_ids(monkeypatch, capsys, tmp_path):

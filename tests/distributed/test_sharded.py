@@ -3,12 +3,9 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sharded
 import torch
-
-import fastopt.distributed as fd
 
 DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
 
@@ -154,58 +151,3 @@ def test_the_example_of_the_docs_trains(ranks):
     small = source.replace("10_000_000", "1_000").replace('dist.init_process_group("gloo")', "")
     for losses in ranks.run(sharded.example, small):
         assert losses[-1] < losses[0] / 2
-
-
-# Plans
-
-
-def meta_tables(sizes, dim=16, **options):
-    return {f"t{k}": torch.nn.EmbeddingBag(n, dim, device="meta", **options) for k, n in enumerate(sizes)}
-
-
-def test_a_plan_balances_memory_and_lookups():
-    random = np.random.default_rng(0)
-    sizes = (10 ** random.uniform(3, 7, 26)).astype(int)
-    tables = meta_tables(sizes)
-    lookups = {name: float(k % 5 + 1) for k, name in enumerate(tables)}
-    for count in (4, 8):
-        plan = fd.plan(tables, ranks=count, lookups=lookups)
-        in_turns = fd.Plan({name: fd.Whole(k % count) for k, name in enumerate(tables)}, plan.sizes, count)
-        assert max(plan.balance()) < 1.15
-        assert max(in_turns.balance()) > 1.4
-        for loads in (plan.loads(), in_turns.loads()):
-            assert sum(own.bytes for own in loads) == pytest.approx(sum(sizes) * 64)
-            assert sum(own.traffic for own in loads) == pytest.approx(sum(lookups.values()) * 64)
-
-
-def test_a_plan_is_shown_as_a_table():
-    tables = meta_tables([1000, 10, 10])
-    shown = str(fd.plan(tables, ranks=2, lookups={"t0": 2.0}))
-    assert "3 tables on 2 ranks" in shown and "rows, on all ranks" in shown
-    assert "largest over mean: memory 1.000, lookups 1.000" in shown
-    assert str(fd.ByColumns([0, 5, 16])) == "columns: 5, 11"
-
-
-def test_tables_with_maxima_are_not_planned_by_rows():
-    assert isinstance(fd.plan(meta_tables([1000], mode="max"), ranks=2)["t0"], fd.Whole)
-
-
-def test_plans_that_do_not_fit_are_refused():
-    sizes = {"a": fd.Size(10, 4, 4, 1.0)}
-    refused = {
-        r"plan\['a'\] is ByRows.*3 numbers that do not fall, from 0 to 10": fd.ByRows([0, 11, 10]),
-        r"columns of the table": fd.ByColumns([0, 4]),
-        r"rank is 2: expected one from 0 to 1": fd.Whole(2),
-        r"plan\['a'\] is 3": 3,
-    }
-    for message, placement in refused.items():
-        with pytest.raises(ValueError, match=message):
-            fd.Plan({"a": placement}, sizes, 2)
-    with pytest.raises(ValueError, match="expected \\['a'\\]"):
-        fd.Plan({}, sizes, 2)
-    with pytest.raises(ValueError, match="ranks is 0"):
-        fd.plan(meta_tables([3]), ranks=0)
-    with pytest.raises(ValueError, match="names the feature 'x'"):
-        fd.plan(meta_tables([3]), ranks=1, lookups={"x": 1.0})
-    with pytest.raises(RuntimeError, match="no process group"):
-        fd.ShardedEmbeddingBagCollection(meta_tables([3]))
