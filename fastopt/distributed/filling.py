@@ -6,7 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastopt.distributed.loads import Loads, Machine, Size, Step, Sums, loads, loads_by_rows, sums
+from fastopt.distributed.loads import (
+    Loads,
+    Machine,
+    Size,
+    Step,
+    Sums,
+    loads,
+    loads_by_rows,
+    over_mean,
+    sums,
+)
 from fastopt.distributed.placement import ByColumns, ByRows, Placement, Whole
 
 WHOLE, ROWS = 1, 0  # pieces of a table; from 2 on, by columns
@@ -142,6 +152,10 @@ class Filling:
     def cost(self) -> tuple[float, float]:
         """How much too little room there is, and the seconds of the slowest rank."""
         return self._cost(self._loads)
+
+    def lookups_over_mean(self) -> float:
+        """What the rank that looks up most looks up, over the mean."""
+        return over_mean(self._loads.lookups)
 
     def _cost(self, loads: Loads) -> tuple[float, float]:
         missing = loads.held.max() / self._room - 1
