@@ -32,19 +32,20 @@ ROWS_PER_CHUNK = 256
 
 
 @Kernel
-def pool(team, like, index, lookups, parts, bounds, found):
+def pool(team, like, index, lookups, parts, bounds):
     """Of each lookup, a row of ``lookups`` (see layout.py), ``out[b]``: the sum of the rows
     ``indices[offsets[b]:offsets[b + 1]]``, each times its weight if there are weights, without the row of
     padding; divided by how many they are for a mean.
 
     like, index: numbers of the types of tables and of indices. parts: int64 [any number, 3], a lookup, a
-    part, and how many parts that lookup has. bounds: int64 [any number, 2], for the smallest and the largest
-    index of each part. found: int64 [lookups, 2], set to those of each lookup, 0 and -1 of none: where these
-    are not rows of its table, nothing is done in a part.
+    part, and how many parts that lookup has. bounds: int64 [parts + lookups, 2], set to the smallest and
+    the largest index of each part, and then of each lookup, 0 and -1 of none: nothing is done in a part where
+    these are not rows of its table.
 
     Bytes moved: one row read for each index, one written for each bag.
     """
     for_each(team, pool_part, parts.shape[0], (like, index, lookups, parts, bounds))
+    found = bounds[parts.shape[0] :]
     found[:, 0] = 0
     found[:, 1] = -1
     for k in range(parts.shape[0]):

@@ -100,9 +100,9 @@ def pool(lookups: Sequence[PooledLookup]) -> list[tuple[int, int]]:
             (lookup.indices.size + len(lookup.out)) * max(lookup.table.shape[1], 1) for lookup in many
         ]
         rows, parts = np.array([pool_row(lookup, address) for lookup in many], np.int64), equal_parts(amounts)
-        of_parts, of_lookups = np.empty((len(parts), 2), np.int64), np.empty((len(many), 2), np.int64)
-        bags.pool(sum(amounts), dtype.type(0), index.type(0), rows, parts, of_parts, of_lookups)
-        for k, (low, high) in zip(own, of_lookups.tolist(), strict=True):
+        bounds_of = np.empty((len(parts) + len(many), 2), np.int64)
+        bags.pool(sum(amounts), dtype.type(0), index.type(0), rows, parts, bounds_of)
+        for k, (low, high) in zip(own, bounds_of[len(parts) :].tolist(), strict=True):
             found[k] = low, high
     return found
 
