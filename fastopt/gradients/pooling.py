@@ -30,7 +30,7 @@ class Offsets:
     @cached_property
     def one_each(self) -> bool:
         """Whether each bag is known to have one index."""
-        if not isinstance(self.array, np.ndarray):
+        if not isinstance(self.array, np.ndarray) or self.array[-1] != self.array.size - 1:
             return False
         return bool((self.array[1:] - self.array[:-1] == 1).all())
 

@@ -1,7 +1,7 @@
 """Indices, the segments they are sorted into, and offsets of bags."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,10 @@ def copies(parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, int, int]]:
         blocks = np.array([(k, block) for k, count in enumerate(counts) for block in range(count)], np.int64)
         bounds_of = np.empty((len(blocks), 2), np.int64)
         copy_indices(lasts[-1], dtype.type(0), np.array(table, np.int64), blocks, out, bounds_of)
-        first_blocks = np.cumsum([0, *counts[:-1]])
-        lows = np.minimum.reduceat(bounds_of[:, 0], first_blocks).tolist()
-        highs = np.maximum.reduceat(bounds_of[:, 1], first_blocks).tolist()
-        for k, first, last, low, high in zip(own, firsts, lasts, lows, highs, strict=True):
-            found[k] = out[first:last].reshape(parts[k].shape), low, high
+        of_blocks = iter(bounds_of.tolist())
+        for k, first, last, count in zip(own, firsts, lasts, counts, strict=True):
+            lows, highs = zip(*islice(of_blocks, count), strict=True)
+            found[k] = out[first:last].reshape(parts[k].shape), min(lows), max(highs)
     return found
 
 
