@@ -6,15 +6,20 @@ element.py, which runs where there is no such memory.
 import numpy as np
 from numba.extending import register_jitable
 
+from fastopt.kernels import element
 from fastopt.kernels.cpu.jit import restricted_helper
 from fastopt.kernels.element import beginning, mean_of_large_squares, regularise
 from fastopt.kernels.intrinsics import ON_STACK, on_stack
+
+VECTORS_FROM = 32  # elements of a row: a shorter one is done before its squares could be read back
 
 
 @register_jitable
 def mean_square(c, p, g):
     """Mean over a row of the squared gradient ``g`` as the rule sees it; ``p`` and ``g`` are 1-D."""
     dim = g.size
+    if dim < VECTORS_FROM:
+        return element.mean_square(c, p, g)
     zero = p.dtype.type(0)
     squares = on_stack(zero)
     sums = zero, zero, zero, zero
