@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 CACHE_LINE = 64  # bytes
 AHEAD = 16  # rows that are fetched before their turn: memory answers in the time of a few
 ON_STACK = 64  # elements
-MOST_BYTES = 16 * CACHE_LINE  # of a row: the processor itself fetches on from there
+MOST_BYTES = 64 * CACHE_LINE  # of a row: the processor itself fetches on from there
 
 
 def _array_at(context: Any, builder: Any, kind: Any, address: Any, shape: list[Any]) -> Any:
