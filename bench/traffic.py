@@ -71,12 +71,18 @@ def _rows(table, state, row_state, values, summed, rows, order, starts, parts):
                 if row_state.size:
                     prefetch(row_state.ctypes.data + rows[k + AHEAD] * values.itemsize, values.itemsize)
             first, last = np.int64(starts[k]), np.int64(starts[k + 1])
-            if summed:
+            given = total.ctypes.data
+            if summed and last - first > 1:
                 sum_rows(values.ctypes.data, stride, order, 0, no_weights, first, last, order.size, total)
-            add_row(view(table.ctypes.data + rows[k] * stride, dim, like), total)
+            elif summed:
+                if first + AHEAD < order.size:
+                    prefetch(values.ctypes.data + order[first + AHEAD] * stride, stride)
+                given = values.ctypes.data + order[first] * stride
+            own = view(given, dim, like)
+            add_row(view(table.ctypes.data + rows[k] * stride, dim, like), own)
             for n in range(state.shape[1]):
                 at = rows[k] * state.shape[1] + n
-                add_row(view(state.ctypes.data + at * stride, dim, like), total)
+                add_row(view(state.ctypes.data + at * stride, dim, like), own)
             if row_state.size:
                 row_state[rows[k]] += total[0]
 

@@ -108,7 +108,8 @@ def embedding_bag(
         check_indices=check_indices,
     )
     own = Indices.unchecked(indices, "indices", source.shape[0], check_indices)
-    bags = bags_of(given, "", own, source.shape[0], weights_dtypes(source.dtype))
+    of_weights = () if per_sample_weights is None else weights_dtypes(source.dtype)
+    bags = bags_of(given, "", own, source.shape[0], of_weights)
     arrays.check_beside(own.unseen, "indices", indices, source, "table")
     _make_ready(table, source, bags.indices, max_norm, optimizer)
     return arrays.in_kind(bags.pool_max(source)[0] if mode == "max" else bags.pool(source), table)

@@ -254,29 +254,37 @@ def mean_of_large_squares(c, p, g):
     return mean
 
 
-def begin_row(h, c, p, g, row_state):
-    """Update a row's own state, arrays of one element; returns it for the row's elements."""
-    rule = RULES[type(h)]
-    if rule.update_row is None:
-        return ()
-    new = rule.update_row(h, mean_square(c, p, g), *load(row_state, 0))
-    store(row_state, 0, new)
-    return new
+def beginning(mean_square):
+    """The function ``begin_row(h, c, p, g, row_state)``, which updates a row's own state, arrays of one
+    element, and returns it for the row's elements; ``mean_square``: what it finds the mean square of the
+    row's gradient by."""
 
-
-@overload(begin_row)
-def _begin_row(h, c, p, g, row_state):
-    rule = RULES[h.instance_class]
-    if rule.update_row is None:
-        return lambda h, c, p, g, row_state: ()
-    update_state = register_jitable(rule.update_row)
-
-    def implementation(h, c, p, g, row_state):
-        new = update_state(h, mean_square(c, p, g), *load(row_state, 0))
+    def begin_row(h, c, p, g, row_state):
+        rule = RULES[type(h)]
+        if rule.update_row is None:
+            return ()
+        new = rule.update_row(h, mean_square(c, p, g), *load(row_state, 0))
         store(row_state, 0, new)
         return new
 
-    return implementation
+    @overload(begin_row)
+    def _begin_row(h, c, p, g, row_state):
+        rule = RULES[h.instance_class]
+        if rule.update_row is None:
+            return lambda h, c, p, g, row_state: ()
+        update_state = register_jitable(rule.update_row)
+
+        def implementation(h, c, p, g, row_state):
+            new = update_state(h, mean_square(c, p, g), *load(row_state, 0))
+            store(row_state, 0, new)
+            return new
+
+        return implementation
+
+    return begin_row
+
+
+begin_row = beginning(mean_square)
 
 
 def part_of(arrays, first, last):

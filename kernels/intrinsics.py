@@ -15,9 +15,9 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 CACHE_LINE = 64  # bytes
-AHEAD = 12  # rows that are fetched before their turn: memory answers in the time of a few
+AHEAD = 16  # rows that are fetched before their turn: memory answers in the time of a few
 ON_STACK = 64  # elements
-MOST_BYTES = 16 * CACHE_LINE  # of a row: the processor itself fetches on from there
+MOST_BYTES = 64 * CACHE_LINE  # of a row: the processor itself fetches on from there
 
 
 def _array_at(context: Any, builder: Any, kind: Any, address: Any, shape: list[Any]) -> Any:
@@ -70,8 +70,9 @@ def prefetch_instruction(module: ir.Module) -> Any:
     instruction = cgutils.get_or_insert_function(
         module, ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32]), "llvm.prefetch.p0"
     )
-    # The row is going to be read, as data, and is to be kept in all levels of the cache.
-    return lambda builder, pointer: builder.call(instruction, [pointer, i32(0), i32(3), i32(1)])
+    # The row is going to be read, as data, into the second-level cache: a core waits for two dozen lines that
+    # are to come into the first, and for more that are to come into the second, whose few cycles it hides.
+    return lambda builder, pointer: builder.call(instruction, [pointer, i32(0), i32(2), i32(1)])
 
 
 def _prefetch_function(module: ir.Module) -> ir.Function:

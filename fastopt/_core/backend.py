@@ -253,16 +253,16 @@ class Backend(Protocol):
 
     # Bags
 
-    def bag_offsets(self, offsets: Array, size: int, with_last: bool) -> Array:
+    def bag_offsets(
+        self, offsets: Array, size: int, with_last: bool, check: bool = True
+    ) -> tuple[Array, tuple[int, int, int] | None]:
         """int64 [bags + 1]: 1-D ``offsets``, int32 or int64, followed by ``size``, the number of indices; or
-        a copy of them as they are where they come ``with_last``. Offsets may be strided."""
+        a copy of them as they are where they come ``with_last``, and are not empty. Offsets may be strided.
+        Then what is found of the copy, for which a device waits: its first and its last, and the position of
+        the first that is larger than the next, or -1. None where a device is not to ``check`` them."""
 
     def regular_offsets(self, bags: int, width: int) -> Array:
         """int64 [bags + 1]: the offsets of bags of ``width`` indices each."""
-
-    def check_offsets(self, offsets: Array) -> tuple[int, int, int]:
-        """The first and the last of int64 offsets, which are not empty, and the position of the first that is
-        larger than the next, or -1; waits for them."""
 
     def bags_of_positions(
         self,

@@ -30,7 +30,7 @@ class Offsets:
     @cached_property
     def one_each(self) -> bool:
         """Whether each bag is known to have one index."""
-        if not isinstance(self.array, np.ndarray):
+        if not isinstance(self.array, np.ndarray) or self.array[-1] != self.array.size - 1:
             return False
         return bool((self.array[1:] - self.array[:-1] == 1).all())
 
@@ -178,17 +178,16 @@ def _offsets(given: Any, indices: Array, prefix: str) -> Offsets:
             f"the last of {prefix}offsets is missing: expected {indices.size}, the number of indices, as "
             "include_last_offset is True"
         )
-    backend = backend_of(indices)
-    own = backend.bag_offsets(offsets, indices.size, with_last)
-    if given.check_indices or isinstance(own, np.ndarray):
-        _check_offsets(backend.check_offsets(own), own, indices, with_last, prefix)
+    own, found = backend_of(indices).bag_offsets(offsets, indices.size, with_last, bool(given.check_indices))
+    if found is not None:
+        _check_offsets(found, own, indices, with_last, prefix)
     return Offsets(own)
 
 
 def _check_offsets(
     found: tuple[int, int, int], own: Array, indices: Array, with_last: bool, prefix: str
 ) -> None:
-    """Refuse offsets of which this was found (see Backend.check_offsets)."""
+    """Refuse offsets of which this was found (see Backend.bag_offsets)."""
     first, last, falls_at = found
     if with_last and last != indices.size:
         raise ValueError(

@@ -38,12 +38,19 @@ def pool(team, like, index, lookups, parts, bounds):
     padding; divided by how many they are for a mean.
 
     like, index: numbers of the types of tables and of indices. parts: int64 [any number, 3], a lookup, a
-    part, and how many parts that lookup has. bounds: int64 [any number, 2], set to the smallest and the
-    largest index of each part: nothing is done in a part where these are not rows of its table.
+    part, and how many parts that lookup has. bounds: int64 [parts + lookups, 2], set to the smallest and
+    the largest index of each part, and then of each lookup, 0 and -1 of none: nothing is done in a part where
+    these are not rows of its table.
 
     Bytes moved: one row read for each index, one written for each bag.
     """
     for_each(team, pool_part, parts.shape[0], (like, index, lookups, parts, bounds))
+    found = bounds[parts.shape[0] :]
+    found[:, 0] = 0
+    found[:, 1] = -1
+    for k in range(parts.shape[0]):
+        own = found[parts[k, 0]]
+        own[0], own[1] = min(own[0], bounds[k, 0]), max(own[1], bounds[k, 1])
 
 
 @helper

@@ -9,9 +9,10 @@ from numba.np.numpy_support import as_dtype
 
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.row_means import begin_row
 from fastopt.kernels.cpu.runs import NO_SCALES, Formats, new_array, reader, reblock_row, writer
 from fastopt.kernels.cpu.trust import rated
-from fastopt.kernels.element import begin_row, update_elements
+from fastopt.kernels.element import update_elements
 from fastopt.kernels.formats import blocks_of
 from fastopt.kernels.intrinsics import prefetch, view
 from fastopt.kernels.layout import (

@@ -139,10 +139,11 @@ def test_every_row_once_in_order(device, rows):
 def test_offsets_get_the_number_of_indices_as_their_last(device, dtype):
     given = device.put(np.array([0, 3, 3, 7], dtype))
     for with_last, expected in ((True, [0, 3, 3, 7]), (False, [0, 3, 3, 7, 9])):
-        found = device.backend.bag_offsets(given, 9, with_last)
+        found, _ = device.backend.bag_offsets(given, 9, with_last)
         assert found.dtype == np.int64 and found is not given
         np.testing.assert_array_equal(device.get(found), expected)
-    np.testing.assert_array_equal(device.get(device.backend.bag_offsets(given[:0], 0, False)), [0])
+    found, _ = device.backend.bag_offsets(given[:0], 0, False)
+    np.testing.assert_array_equal(device.get(found), [0])
 
 
 @pytest.mark.covers("regular_offsets")
@@ -153,15 +154,23 @@ def test_offsets_of_bags_of_one_width(device):
         np.testing.assert_array_equal(device.get(found), np.arange(bags + 1) * width)
 
 
-@pytest.mark.covers("check_offsets")
-def test_what_is_found_of_offsets(device):
+@pytest.mark.covers("bag_offsets")
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_what_is_found_of_offsets(device, dtype):
     for offsets, expected in (
         ([0], (0, 0, -1)),
         ([0, 2, 2, 9], (0, 9, -1)),
         ([1, 2, 1, 9, 3], (1, 3, 1)),
         ([*range(5000), 7], (0, 7, 4999)),
+        ([0, 9, 3, 9, 3], (0, 3, 1)),
+        ([*range(70_000), 7, 8, 3], (0, 3, 69_999)),
     ):
-        assert device.backend.check_offsets(device.put(np.array(offsets))) == expected
+        given = device.put(np.array(offsets, dtype))
+        _, found = device.backend.bag_offsets(given, 99, True)
+        assert found == expected
+        if len(offsets) > 1:  # the last is the number of indices
+            _, found = device.backend.bag_offsets(given[:-1], offsets[-1], False)
+            assert found == expected
 
 
 @pytest.mark.covers("counted_steps")

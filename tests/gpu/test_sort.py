@@ -170,7 +170,7 @@ def test_nothing_waits_for_segments():
         before = counting.waits
         ask(segments[1])
         assert counting.waits == before + 1
-    for ask in BACKEND.bounds, BACKEND.check_offsets:
+    for ask in BACKEND.bounds, lambda offsets: BACKEND.bag_offsets(offsets, 0, True):
         before = counting.waits
         ask(indices[0])
         assert counting.waits == before + 1
@@ -218,8 +218,9 @@ def test_bounds(size, dtype):
 def test_bag_offsets(dtype, step, with_last, bags):
     given = np.arange(bags * step, dtype=dtype).reshape(bags, step) * 3 + 1
     offsets = upload(0, given)[:, 0]
-    got = BACKEND.bag_offsets(offsets, 2**33, with_last)
-    want = cpu.bag_offsets(given[:, 0], 2**33, with_last)
+    got, unknown = BACKEND.bag_offsets(offsets, 2**33, with_last, check=False)
+    assert unknown is None
+    want = np.append(given[:, 0].astype(np.int64), [] if with_last else [2**33]).astype(np.int64)
     assert got.dtype == want.dtype
     np.testing.assert_array_equal(got.copy_to_host(), want)
 
@@ -237,6 +238,7 @@ def test_check_offsets(falls):
     offsets = np.arange(100_000) // 2 * 2 + 5
     for at in falls:
         offsets[at + 1] = offsets[at] - 1
-    got = BACKEND.check_offsets(upload(0, offsets))
-    assert got == cpu.check_offsets(offsets)
-    assert BACKEND.check_offsets(upload(0, offsets[:1])) == (offsets[0], offsets[0], -1)
+    _, got = BACKEND.bag_offsets(upload(0, offsets), offsets.size, True)
+    assert got == (offsets[0], offsets[-1], min(falls, default=-1))
+    _, got = BACKEND.bag_offsets(upload(0, offsets[:1]), 0, True)
+    assert got == (offsets[0], offsets[0], -1)

@@ -1,7 +1,7 @@
 """Indices, the segments they are sorted into, and offsets of bags."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.index import INDICES_PER_BLOCK, check_bounds, copy_indices
 from fastopt.kernels.cpu.memory import empty
+from fastopt.kernels.cpu.offsets import OFFSETS_PER_BLOCK, copy_offsets
 from fastopt.kernels.work import Segments
 
 SMALL = 4096  # indices; below, NumPy finds their bounds as fast as a kernel
@@ -36,11 +37,10 @@ def copies(parts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, int, int]]:
         blocks = np.array([(k, block) for k, count in enumerate(counts) for block in range(count)], np.int64)
         bounds_of = np.empty((len(blocks), 2), np.int64)
         copy_indices(lasts[-1], dtype.type(0), np.array(table, np.int64), blocks, out, bounds_of)
-        first_blocks = np.cumsum([0, *counts[:-1]])
-        lows = np.minimum.reduceat(bounds_of[:, 0], first_blocks).tolist()
-        highs = np.maximum.reduceat(bounds_of[:, 1], first_blocks).tolist()
-        for k, first, last, low, high in zip(own, firsts, lasts, lows, highs, strict=True):
-            found[k] = out[first:last].reshape(parts[k].shape), low, high
+        of_blocks = iter(bounds_of.tolist())
+        for k, first, last, count in zip(own, firsts, lasts, counts, strict=True):
+            lows, highs = zip(*islice(of_blocks, count), strict=True)
+            found[k] = out[first:last].reshape(parts[k].shape), min(lows), max(highs)
     return found
 
 
@@ -60,22 +60,22 @@ def counts(segments: Segments) -> np.ndarray:
     return np.diff(segments.starts)
 
 
-def bag_offsets(offsets: np.ndarray, size: int, with_last: bool) -> np.ndarray:
-    """int64 [bags + 1]: a copy of ``offsets``, followed by ``size`` unless they come ``with_last``."""
-    own = empty(offsets.size + (not with_last), np.int64)
-    own[: offsets.size] = offsets
-    if not with_last:
-        own[-1] = size
-    return own
+def bag_offsets(
+    offsets: np.ndarray, size: int, with_last: bool, check: bool = True
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """int64 [bags + 1]: a copy of ``offsets``, followed by ``size`` unless they come ``with_last``. They are
+    looked at in any case: the first and the last, and the position of the first that is larger than the next,
+    or -1."""
+    given = np.ascontiguousarray(offsets)
+    own, found = empty(given.size + (not with_last), np.int64), np.empty(3, np.int64)
+    falls = np.empty(-(-given.size // OFFSETS_PER_BLOCK), np.int64)
+    copy_offsets(given.size, given.dtype.type(0), address(given), given.size, size, own, falls, found)
+    first, last, falls_at = found.tolist()
+    return own, (first, last, falls_at)
 
 
 def regular_offsets(bags: int, width: int) -> np.ndarray:
     """int64 [bags + 1]: the offsets of bags of ``width`` indices each."""
-    return np.arange(bags + 1, dtype=np.int64) * width
-
-
-def check_offsets(offsets: np.ndarray) -> tuple[int, int, int]:
-    """The first and the last offset, and the position of the first that is larger than the next, or -1."""
-    falls = offsets[1:] < offsets[:-1]
-    at = int(np.argmax(falls)) if falls.any() else -1
-    return int(offsets[0]), int(offsets[-1]), at
+    offsets = np.arange(bags + 1, dtype=np.int64)
+    offsets *= width
+    return offsets

@@ -100,12 +100,9 @@ def pool(lookups: Sequence[PooledLookup]) -> list[tuple[int, int]]:
             (lookup.indices.size + len(lookup.out)) * max(lookup.table.shape[1], 1) for lookup in many
         ]
         rows, parts = np.array([pool_row(lookup, address) for lookup in many], np.int64), equal_parts(amounts)
-        of_parts = np.empty((len(parts), 2), np.int64)
-        bags.pool(sum(amounts), dtype.type(0), index.type(0), rows, parts, of_parts)
-        lows, highs = np.zeros(len(own), np.int64), np.full(len(own), -1)
-        np.minimum.at(lows, parts[:, 0], of_parts[:, 0])
-        np.maximum.at(highs, parts[:, 0], of_parts[:, 1])
-        for k, low, high in zip(own, lows.tolist(), highs.tolist(), strict=True):
+        bounds_of = np.empty((len(parts) + len(many), 2), np.int64)
+        bags.pool(sum(amounts), dtype.type(0), index.type(0), rows, parts, bounds_of)
+        for k, (low, high) in zip(own, bounds_of[len(parts) :].tolist(), strict=True):
             found[k] = low, high
     return found
 

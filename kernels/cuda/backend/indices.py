@@ -112,14 +112,18 @@ class Indices:
             finding.subtract_neighbours().ready(self.device, blocks_for(count), *given)()
         return out
 
-    def bag_offsets(self, offsets: DeviceArray, size: int, with_last: bool) -> DeviceArray:
-        """int64 [bags + 1]: a copy of ``offsets``, followed by ``size`` unless they come ``with_last``."""
+    def bag_offsets(
+        self, offsets: DeviceArray, size: int, with_last: bool, check: bool = True
+    ) -> tuple[DeviceArray, tuple[int, int, int] | None]:
+        """int64 [bags + 1]: a copy of ``offsets``, followed by ``size`` unless they come ``with_last``. If
+        they are to be looked at: the first and the last, and the position of the first that is larger than
+        the next, or -1; waits for these."""
         count = offsets.size + (not with_last)
         out = empty(self.device, count, np.int64)
         if count:
             given = offsets.address, offsets.strides[0], offsets.itemsize, offsets.size, size, count
             finding.copy_offsets().ready(self.device, blocks_for(count), *given, out.address)()
-        return out
+        return out, self._checked_offsets(out) if check else None
 
     def regular_offsets(self, bags: int, width: int) -> DeviceArray:
         """int64 [bags + 1]: the offsets of bags of ``width`` indices each."""
@@ -128,9 +132,8 @@ class Indices:
         finding.make_multiples().ready(self.device, blocks_for(out.size), *given)()
         return out
 
-    def check_offsets(self, offsets: DeviceArray) -> tuple[int, int, int]:
-        """The first and the last of int64 offsets, which are not empty, and the position of the first that is
-        larger than the next, or -1; waits for them."""
+    def _checked_offsets(self, offsets: DeviceArray) -> tuple[int, int, int]:
+        """What is found of offsets, which are not empty."""
         blocks = blocks_for(offsets.size, MOST_PARTS)
         found = empty(self.device, 2 + blocks, np.int64)
         given = offsets.address, offsets.size, found.address
