@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.nn.parallel import DistributedDataParallel
 
+from fastopt.distributed.agreement import agree, rank_in
 from fastopt.distributed.collection import ShardedEmbeddingBagCollection
 from fastopt.distributed.layout import ShardedTable
 from fastopt.distributed.tensor_part import TensorPart
@@ -69,6 +71,7 @@ class TrainingState:
                     )
         self._group = None
         if dist.is_initialized():
+            rank_in(group)
             # Synchronised by its members alone only where others do not come here: names of such groups go
             # by how many groups a rank is in, which all members would have to have alike.
             whole = group is None or group is dist.group.WORLD
@@ -86,12 +89,16 @@ class TrainingState:
         Raises:
             FileExistsError: the folder is a checkpoint.
         """
-        dcp.save(self._saved(path, progress), checkpoint_id=path, **self._together)
+        with self._alike():
+            saved = self._saved(path, progress)
+        dcp.save(saved, checkpoint_id=path, **self._together)
 
     def async_save(self, path: str | os.PathLike, progress: Any = None) -> "Future[Any]":
         """As :meth:`save`, of this instant: all is copied before this returns, and written while training
         goes on. Call ``result()`` of what it returns before the next save."""
-        found: Any = dcp.async_save(self._saved(path, progress), checkpoint_id=path, **self._together)
+        with self._alike():
+            saved = self._saved(path, progress)
+        found: Any = dcp.async_save(saved, checkpoint_id=path, **self._together)
         return found
 
     def load(self, path: str | os.PathLike) -> Any:
@@ -104,9 +111,10 @@ class TrainingState:
             ValueError: the checkpoint has state of parameters that the model has not, other groups, or arrays
                 of other shapes.
         """
-        known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        target = {**self._model_state(), **self._space_for(known), _PROGRESS: None}
-        target.update({f"{_OPTIONS}{k}": None for k in range(len(self._optimizers))})
+        with self._alike():
+            known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            target = {**self._model_state(), **self._space_for(known), _PROGRESS: None}
+            target.update({f"{_OPTIONS}{k}": None for k in range(len(self._optimizers))})
         dcp.load(target, checkpoint_id=path, **self._together)
         rest = {
             name: own for name, own in self._model.state_dict().items() if not isinstance(own, torch.Tensor)
@@ -118,6 +126,10 @@ class TrainingState:
             options = pickle.loads(target[f"{_OPTIONS}{k}"])
             self._load_optimizer(optimizer, target, options, f"optimizers[{k}]")
         return pickle.loads(target[_PROGRESS])
+
+    def _alike(self) -> AbstractContextManager:
+        """An error within it on one rank is one of all, none of which waits for the others then."""
+        return nullcontext() if self._group is None else agree(self._group)
 
     # What is saved
 
@@ -226,12 +238,14 @@ def _plain_name(model: torch.nn.Module, name: str) -> str:
     return name
 
 
-def _part(table: ShardedTable, own: torch.Tensor, what: str) -> TensorPart:
+def _part(table: ShardedTable, own: torch.Tensor, what: str) -> torch.Tensor:
     """Memory of the table's shape, or with a row or a number for each of its rows, of which a part lies
-    here."""
+    here; of a table that lies here as a whole any."""
     part = table.here
     if own.shape == part.shape:
         return TensorPart(own, (part.first_row, part.first_column), (table.rows, table.columns))
+    if not table.is_split:
+        return own
     if table.has_parts_of_rows or own.shape[0] != part.shape[0]:
         raise ValueError(
             f"{what} has shape {tuple(own.shape)} for a part of shape {part.shape} of a table: expected rows "
@@ -246,7 +260,7 @@ def _space(p: torch.Tensor, table: ShardedTable | None, metadata: Any, key: str)
         return None
     assert isinstance(metadata, TensorStorageMetadata)
     dtype, shape = metadata.properties.dtype, metadata.size
-    if table is None or not shape:
+    if table is None or not shape or (not table.is_split and shape != (table.rows, table.columns)):
         return torch.empty_like(p, dtype=dtype) if shape == p.shape else p.new_empty(shape, dtype=dtype)
     if shape == (table.rows, table.columns):
         rows = table.here.shape

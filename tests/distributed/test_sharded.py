@@ -77,7 +77,7 @@ REFUSED_IN_FORWARD = {
     "kind": "'list' object has no attribute 'keys'",
     "bags": "inputs have these numbers of bags: {'x': 3, 'y': 3, 'b': 3, 'c': 2, 'd': 3}",
     "weights": "inputs['y'] has per_sample_weights on rank 0 and none on rank 1",
-    "grad": "rank 0 is to have a backward pass and rank 1 not",
+    "grad": "whether there is a backward pass is True on rank 0 and False on rank 1",
     "rule": "table 'a' is placed by columns, and RowwiseAdagrad needs whole rows",
 }
 
@@ -183,7 +183,10 @@ def test_plans_that_do_not_fit_are_refused():
         r"plan\['a'\] is ByRows.*3 numbers that do not fall, from 0 to 10": fd.ByRows([0, 11, 10]),
         r"columns of the table": fd.ByColumns([0, 4]),
         r"rank is 2: expected one from 0 to 1": fd.Whole(2),
-        r"plan\['a'\] is 3": 3,
+        r"plan\['a'\] is 3: expected Whole, ByRows or ByColumns": 3,
+        r"plan\['a'\] is Whole\(rank=0.5\): 'float' object": fd.Whole(0.5),
+        r"plan\['a'\] is ByRows.*'float' object": fd.ByRows([0, 2.5, 10]),
+        r"plan\['a'\] is ByRows.*'int' object is not iterable": fd.ByRows(5),
     }
     for message, placement in refused.items():
         with pytest.raises(ValueError, match=message):
