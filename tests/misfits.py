@@ -75,7 +75,14 @@ def refused_in_forward(case):
     elif case == "one table":
         own.tables["b"].double()
     elif case == "Adafactor":
-        kept = ft.Adafactor(own.parameters())  # noqa: F841
+        kept = ft.Adafactor(own.parameters())
+    elif case == "rows":
+        kept = ft.AdamW(own.parameters(), rows="dense")
+    elif case == "rule":
+        kept = ft.SGD(own.parameters(), lr=0.1) if second else ft.Adam(own.parameters(), lr=0.1)
+    elif case == "rate":  # as of a schedule that goes by what each rank sees
+        kept = ft.Adam(own.parameters(), lr=torch.tensor(0.1))
+        kept.param_groups[0]["lr"].mul_(0.5 if second else 1.0)
     elif case == "replicas":
         rows = ShardedEmbeddingBagCollection(two_tables(), plan=dict.fromkeys("ab", ByRows()))
         own, called = rows, DistributedDataParallel(rows)

@@ -15,8 +15,9 @@ from fastopt.distributed.parts import module_of_part
 from fastopt.distributed.placement import ByRows, Placement
 from fastopt.distributed.planner import Plan, plan, sizes_of
 from fastopt.distributed.requests import Request, checked
+from fastopt.distributed.training import check_rules, state_of
 from fastopt.torch.collection import Bags, EmbeddingBagCollection, check_alike, looks_up_alone
-from fastopt.torch.fused import optimizer_of
+from fastopt.torch.fused import owners
 from fastopt.torch.memory import DTYPES, mark_as_part
 
 
@@ -123,7 +124,8 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
             ValueError, TypeError: the batch of this rank does not fit.
             RuntimeError: the batch of another rank does not fit, and why.
             ValueError: ranks do not agree on whether there will be a backward pass, or have changed the dtype
-                or ``requires_grad`` of a table since it was made. Nothing has changed then, on no rank.
+                or ``requires_grad`` of a table since it was made, or train it by other rules or options.
+                Nothing has changed then, on no rank.
         """
         ahead = self._ahead.pop(id(inputs), None)
         # Opening a batch raises on all ranks, if at all.
@@ -140,20 +142,22 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
         weights: list[torch.Tensor | None] = [None] * len(self.features)
         messages: list[torch.Tensor] = []
         own_weights = [table.own.weight for table in self.layout.tables]
-        device = own_weights[0].device
+        device, known = own_weights[0].device, owners()
         try:
             for p in own_weights:
                 mark_as_part(p)  # a copy, or one that load_state_dict assigned, is not marked
             check_alike(own_weights)
             self._check_replicas()
-            self._check_rules()
+            check_rules(self.layout, known)
             given = self.arguments(inputs)
             request: Request | Failure = Request(self.layout, checked(self.layout, given, device))
             messages = request.messages()
             weights = self._weights_of(inputs)
         except Exception as error:
             request = Failure(error)
-        arguments = Arguments(self._alike(weights), weights, messages)
+        learning = any(own.requires_grad for own in (*self.parameters(), *weights) if own is not None)
+        alike = state_of(self.layout, known, learns=torch.is_grad_enabled() and learning)
+        arguments = Arguments(alike, weights, messages)
         return _Ahead(inputs, open_batch(self.layout, request, arguments, device, self.group), weights)
 
     def _check_replicas(self) -> None:
@@ -169,43 +173,9 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
                     "rank 0: expected the dense part alone to be wrapped"
                 )
 
-    def _alike(self, weights: Sequence[torch.Tensor | None]) -> Described:
-        """What ranks may have changed since the collection was made, and have to have changed alike."""
-        found: Described = {}
-        for table in self.layout.tables:
-            p = table.own.weight
-            found[f"tables[{table.name!r}]"] = {"dtype": str(p.dtype), "requires_grad": p.requires_grad}
-        learning = any(own.requires_grad for own in (*self.parameters(), *weights) if own is not None)
-        found["whether there is a backward pass"] = torch.is_grad_enabled() and learning
-        return found
-
     def _weights_of(self, inputs: Mapping[str, Bags]) -> list[torch.Tensor | None]:
         found = (inputs.get(name) for name in self.features)
         return [own[2] if isinstance(own, tuple) and len(own) > 2 else None for own in found]
-
-    def _check_rules(self) -> None:
-        """Refuse to train parts of tables or rows by rules that need whole ones."""
-        for table in self.layout.tables:
-            optimizer = optimizer_of(table.own.weight) if table.is_split else None
-            if optimizer is None:
-                continue
-            if optimizer.traits.by_tables:
-                raise ValueError(
-                    f"table {table.name!r} is split, {table.placement}, and {type(optimizer).__name__} needs "
-                    "the whole of it: expected Whole in the plan"
-                )
-            if not table.has_parts_of_rows:
-                continue
-            clips = any(
-                group["clip_row_norm"] is not None and any(p is table.own.weight for p in group["params"])
-                for group in optimizer.param_groups
-            )
-            if optimizer.traits.by_rows or clips:
-                what = "clip_row_norm" if clips else type(optimizer).__name__
-                raise ValueError(
-                    f"table {table.name!r} is placed by columns, and {what} needs whole rows: expected Whole "
-                    "or ByRows in the plan"
-                )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {placement}" for name, placement in self.plan.items())
