@@ -177,6 +177,36 @@ def adafactor(folder):
     return found
 
 
+def loaded_by_another(folder, case):
+    """What this rank is told of a checkpoint that is not that of its model, and whether its parameters are as
+    they were."""
+    saved = torch.nn.ModuleDict({"tables": whole_and_rows()})
+    optimizer = ft.Adam(saved.parameters())
+    saved["tables"](IDS).sum().backward()
+    optimizer.step()
+    TrainingState(saved, optimizer).save(folder)
+    given = two_tables()
+    if case == "rows":
+        given["b"] = ft.EmbeddingBag(21, 8, mode="sum")
+    elif case == "tables":
+        given["c"] = ft.EmbeddingBag(5, 8, mode="sum")
+    own = ShardedEmbeddingBagCollection(given, plan={name: Whole(0) for name in given})
+    params = [*own.parameters()]
+    groups = [{"params": params[:1]}, {"params": params[1:]}] if case == "groups" else params
+    state = TrainingState(torch.nn.ModuleDict({"tables": own}), ft.Adam(groups))
+    before = [p.detach().clone() for p in params]
+    told = message_of(lambda: state.load(folder))
+    return told, all(map(torch.equal, before, params))
+
+
+def two_saves_at_once(folder):
+    """Whether both are whole, of a state that is asked for the second before the first is written."""
+    state = TrainingState(torch.nn.ModuleDict({"tables": whole_and_rows()}))
+    for saving in [state.async_save(f"{folder}/{name}", progress=name) for name in "ab"]:
+        saving.result()
+    return [state.load(f"{folder}/{name}") for name in "ab"]
+
+
 def outside():
     """What the process is told that is in no group."""
     members = dist.new_group([0, 1, 2], timeout=datetime.timedelta(seconds=60))

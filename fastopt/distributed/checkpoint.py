@@ -4,6 +4,7 @@ without any can load."""
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -69,6 +70,7 @@ class TrainingState:
                     raise ValueError(
                         f"optimizers[{k}] has a parameter of shape {tuple(p.shape)} that is not the model's"
                     )
+        self._saving: Future[Any] | None = None
         self._group = None
         if dist.is_initialized():
             rank_in(group)
@@ -89,17 +91,21 @@ class TrainingState:
         Raises:
             FileExistsError: the folder is a checkpoint.
         """
+        self._wait()
         with self._alike():
             saved = self._saved(path, progress)
         dcp.save(saved, checkpoint_id=path, **self._together)
 
     def async_save(self, path: str | os.PathLike, progress: Any = None) -> "Future[Any]":
         """As :meth:`save`, of this instant: all is copied before this returns, and written while training
-        goes on. Call ``result()`` of what it returns before the next save."""
+        goes on. ``result()`` of what it returns waits for that, and raises what went wrong; the next save
+        waits, too."""
+        self._wait()
         with self._alike():
             saved = self._saved(path, progress)
-        found: Any = dcp.async_save(saved, checkpoint_id=path, **self._together)
-        return found
+        own: Any = dcp.async_save(saved, checkpoint_id=path, **self._together)
+        self._saving = own
+        return own
 
     def load(self, path: str | os.PathLike) -> Any:
         """Go on from a checkpoint; every rank calls it.
@@ -111,10 +117,17 @@ class TrainingState:
             ValueError: the checkpoint has state of parameters that the model has not, other groups, or arrays
                 of other shapes.
         """
+        self._wait()
         with self._alike():
             known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             target = {**self._model_state(), **self._space_for(known), _PROGRESS: None}
-            target.update({f"{_OPTIONS}{k}": None for k in range(len(self._optimizers))})
+            options: dict[str, Any] = {f"{_OPTIONS}{k}": None for k in range(len(self._optimizers))}
+            _check_shapes({**target, **options}, known)
+        dcp.load(options, checkpoint_id=path, **self._together)
+        with self._alike():
+            groups = [pickle.loads(own) for own in options.values()]
+            for k, optimizer in enumerate(self._optimizers):
+                self._check_groups(optimizer, groups[k], f"optimizers[{k}]")
         dcp.load(target, checkpoint_id=path, **self._together)
         rest = {
             name: own for name, own in self._model.state_dict().items() if not isinstance(own, torch.Tensor)
@@ -123,9 +136,14 @@ class TrainingState:
             loaded = {name: target[_MODEL + _plain_name(self._model, name)] for name in rest}
             self._model.load_state_dict(loaded, strict=False)
         for k, optimizer in enumerate(self._optimizers):
-            options = pickle.loads(target[f"{_OPTIONS}{k}"])
-            self._load_optimizer(optimizer, target, options, f"optimizers[{k}]")
+            self._load_optimizer(optimizer, target, groups[k])
         return pickle.loads(target[_PROGRESS])
+
+    def _wait(self) -> None:
+        """Wait until what is written in the background is: one group can't take two saves at once."""
+        if self._saving is not None:
+            futures.wait([self._saving])
+            self._saving = None
 
     def _alike(self) -> AbstractContextManager:
         """An error within it on one rank is one of all, none of which waits for the others then."""
@@ -201,17 +219,18 @@ class TrainingState:
                 found[key] = _space(p, table, metadata, key)
         return found
 
-    def _load_optimizer(
-        self, optimizer: torch.optim.Optimizer, target: Mapping[str, Any], options: Any, label: str
-    ) -> None:
-        params = [*_params(optimizer)]
-        numbers = {self._names[id(p)]: number for number, p in enumerate(params)}
+    def _check_groups(self, optimizer: torch.optim.Optimizer, options: Any, label: str) -> None:
         own = [[self._names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         if [group["params"] for group in options] != own:
             raise ValueError(
                 f"{label} has groups of {own}: expected those of the checkpoint, "
                 f"{[group['params'] for group in options]}"
             )
+
+    def _load_optimizer(
+        self, optimizer: torch.optim.Optimizer, target: Mapping[str, Any], options: Any
+    ) -> None:
+        numbers = {self._names[id(p)]: number for number, p in enumerate(_params(optimizer))}
         state: dict[int, dict[str, Any]] = {}
         for key, value in target.items():
             name, _, of = key.removeprefix(_STATE).rpartition(".")
@@ -220,6 +239,18 @@ class TrainingState:
                 state.setdefault(numbers[name], {})[of] = loaded
         groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in options]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_shapes(target: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that has not all that is to be loaded, in its shape."""
+    for name, own in target.items():
+        if name not in known:
+            raise ValueError(f"the checkpoint has no {name!r}: expected that of the same model")
+        shape = getattr(known[name], "size", None)
+        if shape is not None and isinstance(own, torch.Tensor) and own.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(own.shape)}: expected {tuple(shape)}, the checkpoint's"
+            )
 
 
 def _params(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

@@ -96,6 +96,7 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
         self.layout = _layout(self, tables, own, rank, ranks)
         self._ahead: dict[int, _Ahead] = {}
 
+    @torch.compiler.disable
     def prefetch(self, inputs: Mapping[str, Bags]) -> None:
         """Begin to send what a later ``forward`` of the same object looks up, while others compute.
 
@@ -150,9 +151,10 @@ class ShardedEmbeddingBagCollection(EmbeddingBagCollection):
             self._check_replicas()
             check_rules(self.layout, known)
             given = self.arguments(inputs)
-            request: Request | Failure = Request(self.layout, checked(self.layout, given, device))
-            messages = request.messages()
+            asked = Request(self.layout, checked(self.layout, given, device))
+            messages = asked.messages()
             weights = self._weights_of(inputs)
+            request: Request | Failure = asked
         except Exception as error:
             request = Failure(error)
         learning = any(own.requires_grad for own in (*self.parameters(), *weights) if own is not None)

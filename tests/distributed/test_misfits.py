@@ -82,3 +82,20 @@ def test_adafactor_goes_on_where_tables_are_whole(ranks, tmp_path):
     answers = ranks.run(misfits.adafactor, str(tmp_path / "saved"))
     assert torch.equal(answers[1][0]["a"], answers[2][1]["a"]) and answers[1][0]["a"].numel()
     assert torch.equal(answers[0][0]["b"], answers[0][1]["b"])
+
+
+OF_ANOTHER = {
+    "rows": "ValueError: model.tables.tables.b.weight has shape (21, 8): expected (20, 8), the checkpoint's",
+    "tables": "ValueError: the checkpoint has no 'model.tables.tables.c.weight'",
+    "groups": "ValueError: optimizers[0] has groups of",
+}
+
+
+@pytest.mark.parametrize("case", OF_ANOTHER)
+def test_checkpoints_of_another_model_change_nothing(ranks, tmp_path, case):
+    for told, same in ranks.run(misfits.loaded_by_another, str(tmp_path / "saved"), case):
+        assert told.startswith(OF_ANOTHER[case]) and same
+
+
+def test_a_save_waits_for_the_last_one(ranks, tmp_path):
+    assert ranks.run(misfits.two_saves_at_once, str(tmp_path)) == [["a", "b"]] * 4
