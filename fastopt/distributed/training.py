@@ -45,14 +45,15 @@ def state_of(layout: Layout, owners: Owners, *, learns: bool) -> Described:
         learns: whether there is a backward pass, for which options of optimizers count.
     """
     found: Described = {"whether there is a backward pass": learns}
+    together: dict[int, tuple[Any, Mapping[str, Any], list[str]]] = {}
     for table in layout.tables:
-        p, label = table.own.weight, f"tables[{table.name!r}]"
-        found[label] = {"dtype": str(p.dtype), "requires_grad": p.requires_grad}
+        p = table.own.weight
+        found[f"tables[{table.name!r}]"] = {"dtype": str(p.dtype), "requires_grad": p.requires_grad}
         if learns and id(p) in owners:
             optimizer, group = owners[id(p)]
-            names = optimizer.traits.names(group)
-            found[f"the optimizer of {label}"] = type(optimizer).__name__
-            found[f"the group of {label}"] = optimizer.traits.plain_options(
-                {name: group[name] for name in names}
-            )
+            together.setdefault(id(group), (optimizer, group, []))[2].append(table.name)
+    for optimizer, group, tables in together.values():
+        options = {name: group[name] for name in optimizer.traits.names(group)}
+        found[f"the optimizer of tables {tables}"] = type(optimizer).__name__
+        found[f"the group of tables {tables}"] = optimizer.traits.plain_options(options)
     return found

@@ -31,8 +31,8 @@ IN_FORWARD = {
     "double": "tables['a'].dtype is 'torch.float32' on rank 0 and 'torch.float64' on rank 1",
     "one table": "tables are of torch.float32 on cpu, torch.float64 on cpu",
     "rows": "rows is 'dense' in the group of table 'a'",
-    "rule": "the optimizer of tables['a'] is 'Adam' on rank 0 and 'SGD' on rank 1",
-    "rate": "the group of tables['a'].lr is 0.10000000149011612 on rank 0 and 0.05000000074505806 on rank 1",
+    "rule": "the optimizer of tables ['a', 'b'] is 'Adam' on rank 0 and 'SGD' on rank 1",
+    "rate": "the group of tables ['a', 'b'].lr is 0.10000000149011612 on rank 0 and 0.050000",
     "Adafactor": "table 'b' is split, rows, on all ranks, and Adafactor needs the whole of it",
 }
 
