@@ -2,7 +2,6 @@
 copies, batches ahead and state that are seldom met."""
 
 import copy
-import datetime
 import pickle
 
 import torch
@@ -45,7 +44,7 @@ def refused_when_made(case):
     elif case == "parametrized":
         spectral_norm(given["a"])
     elif case == "no group":
-        members = dist.new_group([0, 1, 2])
+        members = dist.new_group([0, 1, 2], use_local_synchronization=True)
         arguments["group"] = GroupMember.NON_GROUP_MEMBER if members is None else members
     return message_of(lambda: ShardedEmbeddingBagCollection(given, **arguments))
 
@@ -209,5 +208,6 @@ def two_saves_at_once(folder):
 
 def outside():
     """What the process is told that is in no group."""
-    members = dist.new_group([0, 1, 2], timeout=datetime.timedelta(seconds=60))
-    return members and message_of(lambda: TrainingState(torch.nn.Linear(1, 1), group=members))
+    members = dist.new_group([0, 1, 2], use_local_synchronization=True)
+    group = GroupMember.NON_GROUP_MEMBER if members is None else members
+    return message_of(lambda: TrainingState(torch.nn.Linear(1, 1), group=group))
