@@ -54,9 +54,9 @@ Place = Annotated[
 ]
 State = Annotated[int, typer.Option(min=0, help="Numbers of state for each parameter; Adam has 2.")]
 Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="Results and gradients travel in bfloat16.")]
-Network = Annotated[float, typer.Option(help="GB/s that a rank sends, and gets at once.")]
-Memory = Annotated[float, typer.Option(help="GB/s of a rank's memory.")]
-Message = Annotated[float, typer.Option(help="Microseconds that a message costs beside its bytes.")]
+Network = Annotated[float, typer.Option(min=1e-9, help="GB/s that a rank sends, and gets at once.")]
+Memory = Annotated[float, typer.Option(min=1e-9, help="GB/s of a rank's memory.")]
+Message = Annotated[float, typer.Option(min=0, help="Microseconds that a message costs beside its bytes.")]
 Dense = Annotated[float, typer.Option(min=0, help="Milliseconds of the rest of a step.")]
 
 
@@ -149,12 +149,25 @@ def _counts(ranks: str) -> list[int]:
     return found
 
 
+def _arrays(path: Path) -> "np.lib.npyio.NpzFile":
+    """Those of an .npz file, at least one."""
+    try:
+        arrays = np.load(path)
+    except (ValueError, OSError, EOFError) as error:
+        raise typer.BadParameter(f"{path} can't be read: expected an .npz file ({error})") from None
+    if not isinstance(arrays, np.lib.npyio.NpzFile) or not arrays.files:
+        raise typer.BadParameter(
+            f"{path} holds no named arrays: expected an .npz file with one for each table"
+        )
+    return arrays
+
+
 def _recorded(path: Path, dim: int) -> "dict[str, Size]":
     """Tables whose rows are as popular as they are in a file's arrays."""
     from fastopt.distributed.loads import Size
 
     found = {}
-    with np.load(path) as arrays:
+    with _arrays(path) as arrays:
         for name, indices in arrays.items():
             if (
                 indices.dtype.kind not in "iu"

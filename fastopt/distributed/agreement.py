@@ -1,12 +1,24 @@
 """What all ranks have to be given alike, compared before anything is built on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
 Described = dict[str, Any]  # by what it is called in messages
+
+
+def rank_in(group: Any) -> int:
+    """The rank of this process in a group.
+
+    Raises:
+        ValueError: it is no member.
+    """
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"process {dist.get_rank()} is not in group: expected its members alone")
+    return rank
 
 
 @contextmanager
@@ -31,6 +43,21 @@ def agree(group: Any) -> Iterator[Described]:
     for rank, other in enumerate(found):
         if isinstance(other, str):
             raise ValueError(f"rank {rank} was refused: {other}")
+    _compare(found)
+
+
+def refuse_difference(described: Described, group: Any) -> None:
+    """Say what differs, once it is known that something does; every rank calls it.
+
+    Raises:
+        ValueError: two ranks differ; the same on every rank.
+    """
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, described, group=group)
+    _compare(found)
+
+
+def _compare(found: Sequence[Described]) -> None:
     for rank, other in enumerate(found):
         for name in {**found[0], **other}:
             if found[0].get(name) != other.get(name):

@@ -1,5 +1,6 @@
 """The batches of all ranks, as far as this one serves them: what came of their requests."""
 
+import zlib
 from collections.abc import Sequence
 from itertools import chain
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fastopt._core.arrays import array_view
+from fastopt.distributed.agreement import Described, refuse_difference
 from fastopt.distributed.exchange import Field, Incoming, packed_size, send, unpacked
 from fastopt.distributed.layout import Layout, ShardedTable
 from fastopt.distributed.requests import Request
@@ -21,13 +23,13 @@ _WITHOUT, _WITH, _LEARNING, _NO_INDICES = range(4)
 
 
 class Header(NamedTuple):
-    """What a rank tells another first. failed: whether its batch does not fit. bags: how many it has. learns:
-    whether there will be a backward pass. weights: of each feature. rows: of each table; indices, used: of
-    each feature, as of ``Request.counts``."""
+    """What a rank tells another first. failed: whether its batch does not fit. bags: how many it has. alike:
+    a digest of what ranks have to have alike. weights: of each feature. rows: of each table; indices, used:
+    of each feature, as of ``Request.counts``."""
 
     failed: bool
     bags: int
-    learns: bool
+    alike: int
     weights: list[int]
     rows: list[int]
     indices: list[int]
@@ -43,7 +45,7 @@ class Header(NamedTuple):
         for size in (features, tables, features, features):
             lists.append([*numbers[at : at + size]])
             at += size
-        return cls(bool(numbers[0]), numbers[1], bool(numbers[2]), *lists)
+        return cls(bool(numbers[0]), numbers[1], numbers[2], *lists)
 
 
 class Failure(NamedTuple):
@@ -53,10 +55,12 @@ class Failure(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """How this rank means its batch: whether it learns, and the weights of each feature, None without."""
+    """How this rank means its batch. alike: what ranks have to have alike. weights: of each feature, None
+    without. messages: what goes to each rank, made before any is sent, since that may fail."""
 
-    learns: bool
+    alike: Described
     weights: Sequence[torch.Tensor | None]
+    messages: Sequence[torch.Tensor]
 
 
 def open_batch(
@@ -72,31 +76,37 @@ def open_batch(
     size = len(headers[0])
     came = send(sent.split(size), [size] * layout.ranks, group).wait()
     found = [Header.of(own.tolist(), layout) for own in came]
-    _check(layout, found, request, group)
+    _check(layout, found, request, arguments, group)
     assert isinstance(request, Request)
     weighted = {f for own in found for f, code in enumerate(own.weights) if code in (_WITH, _LEARNING)}
     learning = {f for own in found for f, code in enumerate(own.weights) if code == _LEARNING}
     fields = [_fields(layout, own, weighted) for own in found]
-    messages = [request.message(rank) for rank in range(layout.ranks)]
-    incoming = send(messages, [*map(packed_size, fields)], group, wait=False)
+    incoming = send(arguments.messages, [*map(packed_size, fields)], group, wait=False)
     return Batch(layout, request, found, fields, incoming, weighted, learning)
 
 
 def _header(layout: Layout, request: Request | Failure, arguments: Arguments, rank: int) -> Header:
     features, tables = len(layout.features), len(layout.tables)
+    alike = zlib.crc32(repr(arguments.alike).encode())
     if isinstance(request, Failure):
         none = [0] * features
-        return Header(True, 0, arguments.learns, none, [0] * tables, none, none)
+        return Header(True, 0, alike, none, [0] * tables, none, none)
     codes = []
     for own, weights in zip(request.given, arguments.weights, strict=True):
         if weights is None:
             codes.append(_WITHOUT if len(own.indices) else _NO_INDICES)
         else:
-            codes.append(_LEARNING if arguments.learns and weights.requires_grad else _WITH)
-    return Header(False, request.bags, arguments.learns, codes, *request.counts(rank))
+            codes.append(_LEARNING if weights.requires_grad else _WITH)
+    return Header(False, request.bags, alike, codes, *request.counts(rank))
 
 
-def _check(layout: Layout, headers: Sequence[Header], request: Request | Failure, group: Any) -> None:
+def _check(
+    layout: Layout,
+    headers: Sequence[Header],
+    request: Request | Failure,
+    arguments: Arguments,
+    group: Any,
+) -> None:
     """Refuse batches that do not fit, on all ranks for the same reason."""
     if any(own.failed for own in headers):
         reasons: list[Any] = [None] * layout.ranks
@@ -106,12 +116,8 @@ def _check(layout: Layout, headers: Sequence[Header], request: Request | Failure
             raise request.error
         rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
         raise RuntimeError(f"the batch of rank {rank} does not fit: {reasons[rank]}")
-    learns = [own.learns for own in headers]
-    if len(set(learns)) > 1:
-        raise RuntimeError(
-            f"rank {learns.index(True)} is to have a backward pass and rank {learns.index(False)} not: "
-            "expected the same of all, gradients enabled and tables that require them"
-        )
+    if len({own.alike for own in headers}) > 1:
+        refuse_difference(arguments.alike, group)
     for f, feature in enumerate(layout.features):
         codes = [own.weights[f] for own in headers]
         if _WITHOUT in codes and max(code for code in codes if code != _NO_INDICES) != _WITHOUT:
@@ -180,10 +186,6 @@ class Batch:
         self._fields = fields
         self._incoming = incoming
         self._weighted = weighted
-
-    @property
-    def learns(self) -> bool:
-        return self.headers[0].learns
 
     @property
     def bags(self) -> list[int]:

@@ -4,7 +4,9 @@ without any can load."""
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.nn.parallel import DistributedDataParallel
 
+from fastopt.distributed.agreement import agree, rank_in
 from fastopt.distributed.collection import ShardedEmbeddingBagCollection
 from fastopt.distributed.layout import ShardedTable
 from fastopt.distributed.tensor_part import TensorPart
@@ -67,8 +70,10 @@ class TrainingState:
                     raise ValueError(
                         f"optimizers[{k}] has a parameter of shape {tuple(p.shape)} that is not the model's"
                     )
+        self._saving: Future[Any] | None = None
         self._group = None
         if dist.is_initialized():
+            rank_in(group)
             # Synchronised by its members alone only where others do not come here: names of such groups go
             # by how many groups a rank is in, which all members would have to have alike.
             whole = group is None or group is dist.group.WORLD
@@ -86,13 +91,21 @@ class TrainingState:
         Raises:
             FileExistsError: the folder is a checkpoint.
         """
-        dcp.save(self._saved(path, progress), checkpoint_id=path, **self._together)
+        self._wait()
+        with self._alike():
+            saved = self._saved(path, progress)
+        dcp.save(saved, checkpoint_id=path, **self._together)
 
     def async_save(self, path: str | os.PathLike, progress: Any = None) -> "Future[Any]":
         """As :meth:`save`, of this instant: all is copied before this returns, and written while training
-        goes on. Call ``result()`` of what it returns before the next save."""
-        found: Any = dcp.async_save(self._saved(path, progress), checkpoint_id=path, **self._together)
-        return found
+        goes on. ``result()`` of what it returns waits for that, and raises what went wrong; the next save
+        waits, too."""
+        self._wait()
+        with self._alike():
+            saved = self._saved(path, progress)
+        own: Any = dcp.async_save(saved, checkpoint_id=path, **self._together)
+        self._saving = own
+        return own
 
     def load(self, path: str | os.PathLike) -> Any:
         """Go on from a checkpoint; every rank calls it.
@@ -104,9 +117,17 @@ class TrainingState:
             ValueError: the checkpoint has state of parameters that the model has not, other groups, or arrays
                 of other shapes.
         """
-        known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        target = {**self._model_state(), **self._space_for(known), _PROGRESS: None}
-        target.update({f"{_OPTIONS}{k}": None for k in range(len(self._optimizers))})
+        self._wait()
+        with self._alike():
+            known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            target = {**self._model_state(), **self._space_for(known), _PROGRESS: None}
+            options: dict[str, Any] = {f"{_OPTIONS}{k}": None for k in range(len(self._optimizers))}
+            _check_shapes({**target, **options}, known)
+        dcp.load(options, checkpoint_id=path, **self._together)
+        with self._alike():
+            groups = [pickle.loads(own) for own in options.values()]
+            for k, optimizer in enumerate(self._optimizers):
+                self._check_groups(optimizer, groups[k], f"optimizers[{k}]")
         dcp.load(target, checkpoint_id=path, **self._together)
         rest = {
             name: own for name, own in self._model.state_dict().items() if not isinstance(own, torch.Tensor)
@@ -115,9 +136,18 @@ class TrainingState:
             loaded = {name: target[_MODEL + _plain_name(self._model, name)] for name in rest}
             self._model.load_state_dict(loaded, strict=False)
         for k, optimizer in enumerate(self._optimizers):
-            options = pickle.loads(target[f"{_OPTIONS}{k}"])
-            self._load_optimizer(optimizer, target, options, f"optimizers[{k}]")
+            self._load_optimizer(optimizer, target, groups[k])
         return pickle.loads(target[_PROGRESS])
+
+    def _wait(self) -> None:
+        """Wait until what is written in the background is: one group can't take two saves at once."""
+        if self._saving is not None:
+            futures.wait([self._saving])
+            self._saving = None
+
+    def _alike(self) -> AbstractContextManager:
+        """An error within it on one rank is one of all, none of which waits for the others then."""
+        return nullcontext() if self._group is None else agree(self._group)
 
     # What is saved
 
@@ -189,17 +219,18 @@ class TrainingState:
                 found[key] = _space(p, table, metadata, key)
         return found
 
-    def _load_optimizer(
-        self, optimizer: torch.optim.Optimizer, target: Mapping[str, Any], options: Any, label: str
-    ) -> None:
-        params = [*_params(optimizer)]
-        numbers = {self._names[id(p)]: number for number, p in enumerate(params)}
+    def _check_groups(self, optimizer: torch.optim.Optimizer, options: Any, label: str) -> None:
         own = [[self._names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         if [group["params"] for group in options] != own:
             raise ValueError(
                 f"{label} has groups of {own}: expected those of the checkpoint, "
                 f"{[group['params'] for group in options]}"
             )
+
+    def _load_optimizer(
+        self, optimizer: torch.optim.Optimizer, target: Mapping[str, Any], options: Any
+    ) -> None:
+        numbers = {self._names[id(p)]: number for number, p in enumerate(_params(optimizer))}
         state: dict[int, dict[str, Any]] = {}
         for key, value in target.items():
             name, _, of = key.removeprefix(_STATE).rpartition(".")
@@ -208,6 +239,18 @@ class TrainingState:
                 state.setdefault(numbers[name], {})[of] = loaded
         groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in options]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_shapes(target: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that has not all that is to be loaded, in its shape."""
+    for name, own in target.items():
+        if name not in known:
+            raise ValueError(f"the checkpoint has no {name!r}: expected that of the same model")
+        shape = getattr(known[name], "size", None)
+        if shape is not None and isinstance(own, torch.Tensor) and own.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(own.shape)}: expected {tuple(shape)}, the checkpoint's"
+            )
 
 
 def _params(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
@@ -226,12 +269,14 @@ def _plain_name(model: torch.nn.Module, name: str) -> str:
     return name
 
 
-def _part(table: ShardedTable, own: torch.Tensor, what: str) -> TensorPart:
+def _part(table: ShardedTable, own: torch.Tensor, what: str) -> torch.Tensor:
     """Memory of the table's shape, or with a row or a number for each of its rows, of which a part lies
-    here."""
+    here; of a table that lies here as a whole any."""
     part = table.here
     if own.shape == part.shape:
         return TensorPart(own, (part.first_row, part.first_column), (table.rows, table.columns))
+    if not table.is_split:
+        return own
     if table.has_parts_of_rows or own.shape[0] != part.shape[0]:
         raise ValueError(
             f"{what} has shape {tuple(own.shape)} for a part of shape {part.shape} of a table: expected rows "
@@ -246,7 +291,7 @@ def _space(p: torch.Tensor, table: ShardedTable | None, metadata: Any, key: str)
         return None
     assert isinstance(metadata, TensorStorageMetadata)
     dtype, shape = metadata.properties.dtype, metadata.size
-    if table is None or not shape:
+    if table is None or not shape or (not table.is_split and shape != (table.rows, table.columns)):
         return torch.empty_like(p, dtype=dtype) if shape == p.shape else p.new_empty(shape, dtype=dtype)
     if shape == (table.rows, table.columns):
         rows = table.here.shape

@@ -24,7 +24,7 @@ class Incoming:
     """What the others send, on its way. Nothing that was handed over is written until it has come."""
 
     def __init__(self, sent: torch.Tensor, received: torch.Tensor, sizes: Sequence[int], work: Any) -> None:
-        self._kept = sent
+        self._kept: torch.Tensor | None = sent
         self._received = received
         self._sizes = sizes
         self._work = work
@@ -33,7 +33,7 @@ class Incoming:
         """What came of each rank, 1-D."""
         if self._work is not None:
             self._work.wait()
-            self._work = None
+        self._work = self._kept = None
         return [*self._received.split(list(self._sizes))]
 
 
@@ -60,7 +60,9 @@ def packed(arrays: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor
     """Arrays of any dtypes as the bytes of one message."""
     pieces = []
     for array in arrays:
-        own = array.contiguous().reshape(-1).view(torch.uint8)
+        flat = array.contiguous().reshape(-1)
+        # Of one element or none, any stride is contiguous, but not to view.
+        own = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
         pieces += [own, own.new_zeros(-own.numel() % _ALIGNMENT)]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
 

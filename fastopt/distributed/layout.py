@@ -47,6 +47,12 @@ class ShardedTable:
         return any(part.shape[1] < self.columns for part in self.parts if not part.is_empty)
 
     @property
+    def is_split(self) -> bool:
+        """Whether some rank has a part alone."""
+        whole = self.rows, self.columns
+        return any(part.shape != whole for part in self.parts if not part.is_empty)
+
+    @property
     def index_dtype(self) -> torch.dtype:
         """What rows are named by in messages."""
         return torch.int32 if self.rows <= torch.iinfo(torch.int32).max else torch.int64

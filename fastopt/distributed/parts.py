@@ -1,5 +1,7 @@
 """The parts of tables that lie on this rank, as modules."""
 
+import zlib
+
 import torch
 
 from fastopt.distributed.placement import Part
@@ -7,12 +9,13 @@ from fastopt.torch.memory import mark_as_part
 from fastopt.torch.modules import EmbeddingBag
 
 
-def module_of_part(table: torch.nn.EmbeddingBag, part: Part) -> EmbeddingBag:
+def module_of_part(name: str, table: torch.nn.EmbeddingBag, part: Part) -> EmbeddingBag:
     """A module over a copy of a part of a table's weight, with the table's options; ``padding_idx`` where all
-    rows are here alone. Of a table on the meta device the part is filled with first numbers."""
+    rows are here alone. Of a table on the meta device the part is filled with first numbers, which go by the
+    table's name."""
     own = part.of(table.weight.detach())
     if own.is_meta:
-        weight = _drawn(part, table.padding_idx, own.dtype)
+        weight = _drawn(name, part, table.padding_idx, own.dtype)
     else:
         weight = own.clone(memory_format=torch.contiguous_format)
     has_all_rows = part.shape[0] == table.num_embeddings
@@ -30,10 +33,11 @@ def module_of_part(table: torch.nn.EmbeddingBag, part: Part) -> EmbeddingBag:
     return found.train(table.training)
 
 
-def _drawn(part: Part, padding: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """As ``torch.nn.EmbeddingBag`` draws weights, from the state of torch's generator and by the part's
-    place, so that ranks with the same seed do not have the same rows."""
-    seed = hash((torch.initial_seed(), part.first_row, part.first_column))
+def _drawn(name: str, part: Part, padding: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """As ``torch.nn.EmbeddingBag`` draws weights, from the seed of torch's generator and by the part's table
+    and place, so that neither tables nor ranks with the same seed have the same rows."""
+    table = zlib.crc32(name.encode())  # the hash of a string is another one in each process
+    seed = hash((torch.initial_seed(), table, part.first_row, part.first_column))
     generator = torch.Generator().manual_seed(seed % 2**63)
     weight = torch.empty(part.shape, dtype=dtype)
     if not part.is_empty:

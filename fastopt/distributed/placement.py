@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -44,9 +45,9 @@ class Whole(NamedTuple):
         """The part that each rank has.
 
         Raises:
-            ValueError: there is no such rank.
+            ValueError, TypeError: there is no such rank.
         """
-        if not 0 <= self.rank < ranks:
+        if not 0 <= index(self.rank) < ranks:
             raise ValueError(f"rank is {self.rank}: expected one from 0 to {ranks - 1}")
         return [Part(0, rows if rank == self.rank else 0, 0, columns) for rank in range(ranks)]
 
@@ -68,7 +69,7 @@ class ByRows(NamedTuple):
         """The part that each rank has.
 
         Raises:
-            ValueError: the bounds are not those of so many rows on so many ranks.
+            ValueError, TypeError: the bounds are not those of so many rows on so many ranks.
         """
         bounds = _checked(self.bounds, ranks, rows, "rows")
         return [Part(first, last, 0, columns) for first, last in pairwise(bounds)]
@@ -91,7 +92,7 @@ class ByColumns(NamedTuple):
         """The part that each rank has.
 
         Raises:
-            ValueError: the bounds are not those of so many columns on so many ranks.
+            ValueError, TypeError: the bounds are not those of so many columns on so many ranks.
         """
         bounds = _checked(self.bounds, ranks, columns, "columns")
         return [Part(0, rows, first, last) for first, last in pairwise(bounds)]
@@ -107,13 +108,14 @@ def _checked(bounds: Sequence[int] | None, ranks: int, size: int, name: str) -> 
     if bounds is None:
         each = -(-size // ranks)
         return [min(rank * each, size) for rank in range(ranks + 1)]
-    fits = len(bounds) == ranks + 1 and bounds[0] == 0 and bounds[-1] == size
-    if not fits or any(last < first for first, last in pairwise(bounds)):
+    own = [index(bound) for bound in bounds]
+    fits = len(own) == ranks + 1 and own[0] == 0 and own[-1] == size
+    if not fits or any(last < first for first, last in pairwise(own)):
         raise ValueError(
-            f"bounds is {tuple(bounds)}: expected {ranks + 1} numbers that do not fall, from 0 to {size}, "
+            f"bounds is {tuple(own)}: expected {ranks + 1} numbers that do not fall, from 0 to {size}, "
             f"the {name} of the table"
         )
-    return list(bounds)
+    return own
 
 
 def _described(name: str, bounds: Sequence[int] | None) -> str:

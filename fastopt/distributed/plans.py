@@ -31,9 +31,11 @@ class Plan(Mapping[str, Placement]):
         self._placements = {name: placements[name] for name in sizes}
         self.parts: dict[str, list[Part]] = {}
         for name, placement in self._placements.items():
+            if not isinstance(placement, Placement):
+                raise ValueError(f"plan[{name!r}] is {placement!r}: expected Whole, ByRows or ByColumns")
             try:
                 self.parts[name] = placement.parts(ranks, sizes[name].rows, sizes[name].columns)
-            except (ValueError, AttributeError) as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"plan[{name!r}] is {placement!r}: {error}") from None
 
     def __getitem__(self, name: str) -> Placement:

@@ -72,8 +72,11 @@ class Request:
         self.bags = len(given[0].offsets) - 1
         self.rows = {t: _rows_asked(layout, t, self.given) for t in layout.by_rows}
 
-    def message(self, rank: int) -> torch.Tensor:
-        """What goes to a rank, as bytes; Batch reads it."""
+    def messages(self) -> list[torch.Tensor]:
+        """What goes to each rank, as bytes; Batch reads it."""
+        return [self._message(rank) for rank in range(self._layout.ranks)]
+
+    def _message(self, rank: int) -> torch.Tensor:
         layout, arrays = self._layout, []
         for t in layout.at(rank, by_rows=False):
             for f in layout.tables[t].features:

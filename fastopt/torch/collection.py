@@ -147,7 +147,7 @@ def _looked_up(collection: EmbeddingBagCollection, given: Sequence[tuple]) -> to
     in_graph = torch.compiler.is_compiling() and all(map(compiled.has_op, modules))
     if torch.compiler.is_dynamo_compiling() and not in_graph:
         return _out_of_graphs(collection, given)
-    alone = not any(_HOOKS_OF_ALL) and all(map(_looks_up_alone, modules))
+    alone = not any(_HOOKS_OF_ALL) and all(map(looks_up_alone, modules))
     if in_graph:
         asked = [
             compiled.Asked(module, module.weight, *own) for module, own in zip(modules, given, strict=True)
@@ -175,7 +175,7 @@ def _calls(
     return _by_feature(together.call_of, collection.features, modules, arguments)
 
 
-def _looks_up_alone(module: torch.nn.EmbeddingBag) -> bool:
+def looks_up_alone(module: torch.nn.EmbeddingBag) -> bool:
     """Whether a call of a module is its lookup and nothing else, but for hooks of all modules."""
     hooks = (
         module._forward_hooks,

@@ -44,19 +44,15 @@ def parameter_at(place: int, shape: Sequence[int]) -> torch.Tensor:
     raise _without_optimizer(shape)
 
 
-def _owners() -> dict[int, Any]:
-    """The latest optimizer that has each parameter, by its ``id``."""
+def owners() -> dict[int, tuple[Any, dict[str, Any]]]:
+    """The latest optimizer of :mod:`fastopt.torch` that has each parameter, and its group there, by the
+    parameter's ``id``."""
     return {
-        id(p): optimizer
+        id(p): (optimizer, group)
         for _, optimizer in sorted(_optimizers.items())
         for group in optimizer.param_groups
         for p in group["params"]
     }
-
-
-def optimizer_of(p: torch.Tensor) -> Any:
-    """The latest optimizer of :mod:`fastopt.torch` that has a parameter, or None."""
-    return _owners().get(id(p))
 
 
 def _without_optimizer(shape: Sequence[int]) -> RuntimeError:
@@ -75,7 +71,7 @@ def update(gradients: Iterable[tuple[torch.Tensor, RowGradients]]) -> None:
     gradients = list(gradients)
     if not gradients:
         return
-    owners = _owners()
+    known = owners()
     alike: dict[int, tuple[Updates, dict[int, RowGradients]]] = {}
     for table, gradient in gradients:
         if table._backward_hooks:
@@ -83,9 +79,9 @@ def update(gradients: Iterable[tuple[torch.Tensor, RowGradients]]) -> None:
                 f"a table of shape {tuple(table.shape)} is fused and has hooks (register_hook): expected "
                 "none, as there is no gradient after its update"
             )
-        optimizer = owners.get(id(table))
-        if optimizer is None:
+        if id(table) not in known:
             raise _without_optimizer(table.shape)
+        optimizer, _ = known[id(table)]
         _, own = alike.setdefault(id(optimizer), (optimizer, {}))
         before: Any = own.get(id(table))
         own[id(table)] = gradient if before is None else before + gradient

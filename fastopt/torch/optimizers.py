@@ -194,7 +194,13 @@ class NAdam(KernelStep, torch.optim.NAdam):
 class Adafactor(KernelStep, torch.optim.Adafactor):
     """``torch.optim.Adafactor`` by kernels (see :class:`fastopt.Adafactor`)."""
 
-    traits = Traits(fastopt.Adafactor, (*_COMMON, "beta2_decay", "eps", "d"), dense_alone=True, by_rows=True)
+    traits = Traits(
+        fastopt.Adafactor,
+        (*_COMMON, "beta2_decay", "eps", "d"),
+        dense_alone=True,
+        by_rows=True,
+        by_tables=True,
+    )
 
     if TYPE_CHECKING:
 

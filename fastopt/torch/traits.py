@@ -32,7 +32,8 @@ class Traits:
     takes, by the same names. counts_as: how torch's state counts steps: as a tensor, an int, or, None, not at
     all. moves_all: whether momentum moves rows without a gradient, too. has_product: whether torch's state
     has NAdam's product of momenta. sparse_alone, dense_alone: whether all gradients are sparse, or dense.
-    by_rows: whether an element is updated by a norm or a mean of its whole row. in_torch: whether it is a
+    by_rows, by_tables: whether an element is updated by a norm or a mean of its whole row, or by those of the
+    whole parameter. in_torch: whether it is a
     class of torch's, whose own step takes what kernels do not.
     """
 
@@ -44,6 +45,7 @@ class Traits:
     sparse_alone: bool = False
     dense_alone: bool = False
     by_rows: bool = False
+    by_tables: bool = False
     in_torch: bool = True
 
     def make(self, groups: list[dict[str, Any]], owner: Owner) -> Optimizer:

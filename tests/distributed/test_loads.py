@@ -96,3 +96,15 @@ def test_the_command_takes_recorded_ids(monkeypatch, capsys, tmp_path):
     assert code == 2 and "'a' has dtype float64" in printed.err
     printed, code = shown(monkeypatch, capsys, "--ranks", "2,x")
     assert code == 2 and "expected whole numbers from 1 on" in printed.err
+
+
+def test_the_command_refuses_files_without_arrays_and_machines_without_speed(monkeypatch, capsys, tmp_path):
+    (tmp_path / "text.npz").write_text("ids")
+    np.savez(tmp_path / "none.npz")
+    np.save(tmp_path / "one.npy", np.arange(3))
+    refused = {"text.npz": "can't be read", "none.npz": "no named arrays", "one.npy": "no named arrays"}
+    for name, message in refused.items():
+        printed, code = shown(monkeypatch, capsys, "--ids", str(tmp_path / name))
+        assert code == 2 and message in " ".join(printed.err.split())
+    printed, code = shown(monkeypatch, capsys, "--ranks", "2", "--network", "0")
+    assert code == 2 and "--network" in printed.err

@@ -148,6 +148,10 @@ def test_plans_that_do_not_fit_are_refused():
         r"plan\['a'\] is ByRows.*3 numbers that do not fall, from 0 to 10": fd.ByRows([0, 11, 10]),
         r"columns of the table": fd.ByColumns([0, 4]),
         r"rank is 2: expected one from 0 to 1": fd.Whole(2),
+        r"plan\['a'\] is 3: expected Whole, ByRows or ByColumns": 3,
+        r"plan\['a'\] is Whole\(rank=0.5\): 'float' object": fd.Whole(0.5),
+        r"plan\['a'\] is ByRows.*'float' object": fd.ByRows([0, 2.5, 10]),
+        r"plan\['a'\] is ByRows.*'int' object is not iterable": fd.ByRows(5),
         r"plan\['a'\] is 3": 3,
     }
     for message, placement in refused.items():

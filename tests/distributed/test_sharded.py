@@ -87,7 +87,7 @@ REFUSED_IN_FORWARD = {
     "kind": "'list' object has no attribute 'keys'",
     "bags": "inputs have these numbers of bags: {'x': 3, 'y': 3, 'b': 3, 'c': 2, 'd': 3}",
     "weights": "inputs['y'] has per_sample_weights on rank 0 and none on rank 1",
-    "grad": "rank 0 is to have a backward pass and rank 1 not",
+    "grad": "whether there is a backward pass is True on rank 0 and False on rank 1",
     "rule": "table 'a' is placed by columns, and RowwiseAdagrad needs whole rows",
 }
 
