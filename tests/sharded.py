@@ -7,9 +7,6 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import fastopt.torch as ft
@@ -418,36 +415,6 @@ def on_each_clipped(steps=3):
     parts = {name: tuple(own.plan.parts[name][dist.get_rank()]) for name in own.tables}
     weights = {name: table.weight.detach() for name, table in own.tables.items()}
     return parts, weights, [p.detach() for p in model["dense"].parameters()], norms, refused
-
-
-def network():
-    torch.manual_seed(3)
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-
-
-def trained_by_both(way):
-    """The parameters of a network trained by torch's AdamW and by ours, in one of torch's ways."""
-    found = []
-    for module in (torch.optim, ft):
-        model = network()
-        options = {"lr": 0.1, "weight_decay": 0.1}
-        if way == "fully_shard":
-            fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        else:
-            model = DistributedDataParallel(model)
-        if way == "ZeroRedundancyOptimizer":
-            optimizer = ZeroRedundancyOptimizer(model.parameters(), module.AdamW, **options)
-        else:
-            optimizer = module.AdamW(model.parameters(), **options)
-        for step in range(4):
-            torch.manual_seed(10 * step + dist.get_rank())
-            model(torch.randn(5, 6)).square().mean().backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
-        whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
-        found.append([p.detach() for p in whole])
-    return found
 
 
 # Faults

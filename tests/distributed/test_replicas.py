@@ -16,8 +16,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", replicas.WAYS)
 def test_training_is_that_of_torch(ranks, way, name, clip):
-    for ours, theirs in ranks.run(replicas.both, way, name, CASES[name], clip):
+    answers = ranks.run(replicas.both, way, name, CASES[name], clip)
+    for ours, theirs in answers:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert all(map(torch.equal, ours[0], answers[0][0][0]))  # parameters, to the bit on all ranks
 
 
 def test_checkpoints_of_shards_go_on_to_the_bit(ranks, tmp_path):
