@@ -25,10 +25,9 @@ def bags(rng: np.random.Generator, kind: str, pooled: int) -> tuple[np.ndarray, 
     return draw(rng, kind, ROWS, count), np.arange(0, count + 1, pooled)
 
 
-def fbgemm(dim: int, optimizer: str):
+def fbgemm(dim: int):
     """FBGEMM's operator over one table in the CPU's memory."""
-    pytest.importorskip("fbgemm_gpu")
-    return embedding_bags(1, ROWS, dim, optimizer, "cpu")
+    return embedding_bags(1, ROWS, dim, "EXACT_ROWWISE_ADAGRAD", "cpu")
 
 
 @pytest.mark.parametrize(("dim", "pooled", "kind"), FORWARD)
@@ -47,9 +46,7 @@ def test_forward(compare, rng, dim, pooled, kind):
         calls["torch"] = lambda: torch.nn.functional.embedding_bag(
             *given, mode="sum", include_last_offset=True
         )
-        import fbgemm_gpu  # noqa: F401
-
-        operator = embedding_bags(1, ROWS, dim, "EXACT_ROWWISE_ADAGRAD", "cpu")
+        operator = fbgemm(dim)
         calls["FBGEMM"] = lambda: operator(given[0], given[2])
     moved = 4 * dim * (indices.size + offsets.size - 1)
     group = f"embedding_bag of {pooled}, dim {dim}, {kind}"
@@ -57,17 +54,14 @@ def test_forward(compare, rng, dim, pooled, kind):
 
 
 @pytest.mark.parametrize(("dim", "pooled", "kind"), CELLS)
-class TestForwardAndBackward:
+def test_both_ways_fastopt(compare, rng, dim, pooled, kind):
     """A training step of one table: pooled lookup, then the update from the gradient of its output."""
+    indices, offsets = bags(rng, kind, pooled)
+    count = offsets.size - 1
+    grad_output = rng.standard_normal((count, dim), dtype=np.float32)
 
-    def moved(self, dim, indices, offsets, states):
-        bags = offsets.size - 1
-        return 4 * dim * (indices.size + bags) + update_bytes(dim, indices, 1 + states, bags)
-
-    def own(self, measure, rng, dim, pooled, kind, optimizer, states):
+    def both_ways(optimizer):
         table = np.ones((ROWS, dim), np.float32)
-        indices, offsets = bags(rng, kind, pooled)
-        grad_output = rng.standard_normal((offsets.size - 1, dim), dtype=np.float32)
         opt = optimizer(table)
 
         def step():
@@ -75,34 +69,26 @@ class TestForwardAndBackward:
             fastopt.embedding_bag(table, plan, offsets, include_last_offset=True, mode="sum")
             opt.step(fastopt.BagGradient(plan, offsets, grad_output, include_last_offset=True, mode="sum"))
 
-        measure(
-            f"bags of {pooled}, dim {dim}, {kind}, both ways",
-            step,
-            self.moved(dim, indices, offsets, states),
-        )
+        return step
 
-    def test_rowwise_adagrad_fastopt(self, measure, rng, dim, pooled, kind):
-        self.own(measure, rng, dim, pooled, kind, fastopt.RowwiseAdaGrad, 0)
-
-    def test_adam(self, measure, rng, dim, pooled, kind):
-        self.own(measure, rng, dim, pooled, kind, fastopt.Adam, 2)
-
-    def test_adamw(self, measure, rng, dim, pooled, kind):
-        self.own(measure, rng, dim, pooled, kind, fastopt.AdamW, 2)
-
-    def test_fbgemm_rowwise_adagrad(self, measure, rng, dim, pooled, kind):
-        operator = fbgemm(dim, "EXACT_ROWWISE_ADAGRAD")
+    calls = {"fastopt": (both_ways(fastopt.RowwiseAdaGrad), 0)}
+    with suppress(ImportError):
         import torch
 
-        indices, offsets = bags(rng, kind, pooled)
+        operator = fbgemm(dim)
         arguments = torch.from_numpy(indices), torch.from_numpy(offsets)
-        grad_output = torch.from_numpy(rng.standard_normal((offsets.size - 1, dim), dtype=np.float32))
-        measure(
-            f"bags of {pooled}, dim {dim}, {kind}, both ways",
-            lambda: operator(*arguments).backward(grad_output),
-            self.moved(dim, indices, offsets, 0),
-            rounds=7,
-        )
+        given = torch.from_numpy(grad_output)
+        calls["FBGEMM"] = lambda: operator(*arguments).backward(given), 0
+    calls |= {f"fastopt, {own.__name__}": (both_ways(own), 2) for own in (fastopt.Adam, fastopt.AdamW)}
+    of_lookup = 4 * dim * (indices.size + count)
+    compare(
+        f"bags of {pooled}, dim {dim}, {kind}, both ways",
+        {
+            name: (call, of_lookup + update_bytes(dim, indices, 1 + states, count))
+            for name, (call, states) in calls.items()
+        },
+        rounds=9,
+    )
 
 
 class TestLookup:

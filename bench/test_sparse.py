@@ -17,53 +17,44 @@ STATES = {"SGD": 0, "AdaGrad": 1, "RowwiseAdaGrad": 0, "Adam": 2, "AdamW": 2}
 
 @pytest.mark.parametrize("kind", ["zipf", "uniform"])
 @pytest.mark.parametrize("name", PEERS)
-class TestRows:
-    """Does a step cost little more than its memory traffic, and how much more does torch's cost?"""
+def test_rows_fastopt(compare, rng, name, kind):
+    """Does a step cost little more than its memory traffic, and how much more does torch's cost?
 
-    def test_fastopt(self, measure, rng, name, kind):
-        table = np.ones((ROWS, DIM), np.float32)
-        indices, values = (
-            draw(rng, kind, ROWS, INDICES),
-            rng.standard_normal((INDICES, DIM), dtype=np.float32),
-        )
-        opt = getattr(fastopt, name)(table)
-        grad = fastopt.IndexedSlices(indices, values)
-        moved = update_bytes(DIM, indices, 1 + STATES[name])
-        measure(f"sparse {name}, {kind}", lambda: opt.step(grad), moved)
-
-    @pytest.mark.parametrize("summed", [True, False], ids=["with-gradients", "rows-alone"])
-    def test_same_traffic(self, measure, rng, name, kind, summed):
-        """The same rows read and written, without arithmetic and sort, and gradients read once or not."""
-        table = np.ones((ROWS, DIM), np.float32)
-        indices, values = (
-            draw(rng, kind, ROWS, INDICES),
-            rng.standard_normal((INDICES, DIM), dtype=np.float32),
-        )
-        moved = update_bytes(DIM, indices, 1 + STATES[name], None if summed else 0)
-        row_states = int(name.startswith("Rowwise"))
+    The floors read and write the same rows, without arithmetic and sort, and read gradients once or not.
+    """
+    indices = draw(rng, kind, ROWS, INDICES)
+    values = rng.standard_normal((INDICES, DIM), dtype=np.float32)
+    table = np.ones((ROWS, DIM), np.float32)
+    opt = getattr(fastopt, name)(table)
+    grad = fastopt.IndexedSlices(indices, values)
+    plan = fastopt.IndexPlan(indices, ROWS)
+    sorted_before = fastopt.IndexedSlices(plan, values)
+    moved = update_bytes(DIM, indices, 1 + STATES[name])
+    functions = {"fastopt": (lambda: opt.step(grad), moved)}
+    functions["fastopt, sorted before"] = (lambda: opt.step(sorted_before), moved)
+    row_states = int(name.startswith("Rowwise"))
+    for label, summed in (("the floor", True), ("the floor, rows alone", False)):
         floor = row_floor(table, values, indices, STATES[name], row_states, summed)
-        measure(f"sparse {name}, {kind}", floor, moved)
+        functions[label] = floor, update_bytes(DIM, indices, 1 + STATES[name], None if summed else 0)
+    if PEERS[name] is not None:
+        functions["torch"] = torch_step(PEERS[name], indices, values), moved
+    compare(f"sparse {name}, {kind}", functions, rounds=9)
 
-    def test_torch(self, measure, rng, name, kind):
-        torch = pytest.importorskip("torch")
-        if PEERS[name] is None:
-            pytest.skip(f"torch has no sparse {name}")
-        table = torch.ones(ROWS, DIM, requires_grad=True)
-        indices, values = (
-            draw(rng, kind, ROWS, INDICES),
-            rng.standard_normal((INDICES, DIM), dtype=np.float32),
+
+def torch_step(name, indices, values):
+    """A step of torch's optimizer over a table of the same size."""
+    torch = pytest.importorskip("torch")
+    table = torch.ones(ROWS, DIM, requires_grad=True)
+    opt = getattr(torch.optim, name)([table])
+
+    def step():
+        # built anew: torch keeps the sum of duplicates in a gradient once it has computed it
+        table.grad = torch.sparse_coo_tensor(
+            torch.from_numpy(indices)[None], torch.from_numpy(values), (ROWS, DIM), check_invariants=False
         )
-        opt = getattr(torch.optim, PEERS[name])([table])
+        opt.step()
 
-        def step():
-            # built anew: torch keeps the sum of duplicates in a gradient once it has computed it
-            table.grad = torch.sparse_coo_tensor(
-                torch.from_numpy(indices)[None], torch.from_numpy(values), (ROWS, DIM), check_invariants=False
-            )
-            opt.step()
-
-        moved = update_bytes(DIM, indices, 1 + STATES[name])
-        measure(f"sparse {name}, {kind}", step, moved, rounds=7)
+    return step
 
 
 @pytest.mark.parametrize("rows", [1_000_000, 10_000_000, 100_000_000])
