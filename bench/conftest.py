@@ -1,5 +1,6 @@
 """What the benchmarks share: bytes moved, turns, and a closing table of bandwidth and ratios to the peers."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -7,6 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
+# Threads that have slept are woken on one core by some kernels, of virtual machines above all, and moved
+# apart tens of milliseconds later. OpenMP reads this when it is loaded; it is torch's and FBGEMM's, too.
+os.environ.setdefault("OMP_PROC_BIND", "true")
 
 WARM = 1e-3  # seconds of calls that are not measured, before each that is
 PAUSE = 30e-3  # seconds, in which threads of the one before stop waiting busily
