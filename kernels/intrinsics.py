@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 CACHE_LINE = 64  # bytes
 AHEAD = 16  # rows that are fetched before their turn: memory answers in the time of a few
 ON_STACK = 64  # elements
+LANES = 16  # numbers that are added at once
 MOST_BYTES = 64 * CACHE_LINE  # of a row: the processor itself fetches on from there
 
 
@@ -62,6 +63,27 @@ def _on_stack(context: Any, like: Any) -> Any:
         return _array_at(context, builder, kind, builder.ptrtoint(data, i64), [i64(ON_STACK)])
 
     return types.Array(like, 1, "C")(like), generate
+
+
+@intrinsic
+def _sum_on_stack(context: Any, array: Any) -> Any:
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        start = builder.bitcast(data, vector.as_pointer())
+        i32 = ir.IntType(32)
+        places = [builder.gep(start, [i32(k)]) for k in range(ON_STACK // LANES)]
+        parts = [builder.load(place, align=CACHE_LINE) for place in places]
+        while len(parts) > 1:
+            parts = [builder.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        [total] = parts
+        undefined = ir.Constant(vector, ir.Undefined)
+        for width in (8, 4, 2, 1):
+            own = ir.Constant(ir.VectorType(i32, LANES), [(k + width) % LANES for k in range(LANES)])
+            total = builder.fadd(total, builder.shuffle_vector(total, undefined, own))
+        return builder.extract_element(total, i32(0))
+
+    return array.dtype(array), generate
 
 
 def prefetch_instruction(module: ir.Module) -> Any:
@@ -128,6 +150,15 @@ def _python_on_stack(like):
     return np.empty(ON_STACK, type(like))
 
 
+def _python_sum_on_stack(array):
+    """The sum of an array that :func:`on_stack` gave: as that of a tree, whose halves are interleaved."""
+    lanes = array.reshape(-1, LANES)
+    lanes = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    return lanes[0]
+
+
 def _python_prefetch(address, size):
     """Have the first of ``size`` bytes at ``address`` loaded; does nothing without JIT."""
 
@@ -191,6 +222,7 @@ view: Any = _view if _compiled else _python_view
 view_2d: Any = _view_2d if _compiled else _python_view_2d
 on_stack: Any = _on_stack if _compiled else _python_on_stack
 prefetch: Any = _prefetch if _compiled else _python_prefetch
+sum_on_stack: Any = _sum_on_stack if _compiled else _python_sum_on_stack
 random_bits: Any = _random_bits if _compiled else _python_random_bits
 if _compiled:
     bits_of = _convert("bits", types.float32, types.uint32)
