@@ -27,6 +27,12 @@ def whole_and_rows(**options):
     return ShardedEmbeddingBagCollection(two_tables(**options), plan=own)
 
 
+def group_of_three():
+    """That of the first three processes, and what stands for it on others."""
+    members = dist.new_group([0, 1, 2], use_local_synchronization=True)
+    return GroupMember.NON_GROUP_MEMBER if members is None else members
+
+
 # Collections that are not made
 
 
@@ -44,8 +50,7 @@ def refused_when_made(case):
     elif case == "parametrized":
         spectral_norm(given["a"])
     elif case == "no group":
-        members = dist.new_group([0, 1, 2], use_local_synchronization=True)
-        arguments["group"] = GroupMember.NON_GROUP_MEMBER if members is None else members
+        arguments["group"] = group_of_three()
     return message_of(lambda: ShardedEmbeddingBagCollection(given, **arguments))
 
 
@@ -208,6 +213,5 @@ def two_saves_at_once(folder):
 
 def outside():
     """What the process is told that is in no group."""
-    members = dist.new_group([0, 1, 2], use_local_synchronization=True)
-    group = GroupMember.NON_GROUP_MEMBER if members is None else members
+    group = group_of_three()
     return message_of(lambda: TrainingState(torch.nn.Linear(1, 1), group=group))

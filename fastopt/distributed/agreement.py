@@ -36,28 +36,28 @@ def agree(group: Any) -> Iterator[Described]:
     except Exception as own:
         error = own
     said = described if error is None else f"{type(error).__name__}: {error}"
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, said, group=group)
+    found = gathered(said, group)
     if error is not None:
         raise error
     for rank, other in enumerate(found):
         if isinstance(other, str):
             raise ValueError(f"rank {rank} was refused: {other}")
-    _compare(found)
+    check_same(found)
 
 
-def refuse_difference(described: Described, group: Any) -> None:
-    """Say what differs, once it is known that something does; every rank calls it.
+def gathered(own: Any, group: Any) -> list[Any]:
+    """What each rank hands in, on every rank."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, own, group=group)
+    return found
+
+
+def check_same(found: Sequence[Described]) -> None:
+    """Refuse what differs between ranks.
 
     Raises:
         ValueError: two ranks differ; the same on every rank.
     """
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, described, group=group)
-    _compare(found)
-
-
-def _compare(found: Sequence[Described]) -> None:
     for rank, other in enumerate(found):
         for name in {**found[0], **other}:
             if found[0].get(name) != other.get(name):

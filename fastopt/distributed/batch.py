@@ -7,10 +7,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from fastopt._core.arrays import array_view
-from fastopt.distributed.agreement import Described, refuse_difference
+from fastopt.distributed.agreement import Described, check_same, gathered
 from fastopt.distributed.exchange import Field, Incoming, packed_size, send, unpacked
 from fastopt.distributed.layout import Layout, ShardedTable
 from fastopt.distributed.requests import Request
@@ -71,7 +70,10 @@ def open_batch(
     Raises:
         ValueError, TypeError, RuntimeError: the batch of a rank does not fit; raised on every rank.
     """
-    headers = [_header(layout, request, arguments, rank).numbers() for rank in range(layout.ranks)]
+    alike = zlib.crc32(repr(arguments.alike).encode())
+    headers = [
+        _header(layout, request, alike, arguments.weights, rank).numbers() for rank in range(layout.ranks)
+    ]
     sent = torch.tensor([*chain(*headers)], device=device)
     size = len(headers[0])
     came = send(sent.split(size), [size] * layout.ranks, group).wait()
@@ -85,14 +87,19 @@ def open_batch(
     return Batch(layout, request, found, fields, incoming, weighted, learning)
 
 
-def _header(layout: Layout, request: Request | Failure, arguments: Arguments, rank: int) -> Header:
+def _header(
+    layout: Layout,
+    request: Request | Failure,
+    alike: int,
+    weights_given: Sequence[torch.Tensor | None],
+    rank: int,
+) -> Header:
     features, tables = len(layout.features), len(layout.tables)
-    alike = zlib.crc32(repr(arguments.alike).encode())
     if isinstance(request, Failure):
         none = [0] * features
         return Header(True, 0, alike, none, [0] * tables, none, none)
     codes = []
-    for own, weights in zip(request.given, arguments.weights, strict=True):
+    for own, weights in zip(request.given, weights_given, strict=True):
         if weights is None:
             codes.append(_WITHOUT if len(own.indices) else _NO_INDICES)
         else:
@@ -109,15 +116,14 @@ def _check(
 ) -> None:
     """Refuse batches that do not fit, on all ranks for the same reason."""
     if any(own.failed for own in headers):
-        reasons: list[Any] = [None] * layout.ranks
         own = None if isinstance(request, Request) else f"{type(request.error).__name__}: {request.error}"
-        dist.all_gather_object(reasons, own, group=group)
+        reasons = gathered(own, group)
         if isinstance(request, Failure):
             raise request.error
         rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
         raise RuntimeError(f"the batch of rank {rank} does not fit: {reasons[rank]}")
     if len({own.alike for own in headers}) > 1:
-        refuse_difference(arguments.alike, group)
+        check_same(gathered(arguments.alike, group))
     for f, feature in enumerate(layout.features):
         codes = [own.weights[f] for own in headers]
         if _WITHOUT in codes and max(code for code in codes if code != _NO_INDICES) != _WITHOUT:

@@ -46,19 +46,22 @@ class ShardedTables:
         self._optimizer = optimizers(self._weights)
         self._looked_up: list[torch.Tensor] = []
 
-    @torch.no_grad()
     def look_up(self, centres: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As in one process, of the words that this process names."""
-        return self.look_up_to_learn(centres, others)
+        with torch.no_grad():
+            first, second = self._pooled(centres, others)
+        return first.numpy(), second.numpy()
 
     def look_up_to_learn(self, centres: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same, with a step to come."""
-        indices = (torch.from_numpy(own)[:, None] for own in (centres, others))  # bags of one index
-        self._looked_up = [
-            table({"words": own}) for table, own in zip(self._collections, indices, strict=True)
-        ]
+        self._looked_up = self._pooled(centres, others)
         first, second = (own.detach().numpy() for own in self._looked_up)
         return first, second
+
+    def _pooled(self, *words: np.ndarray) -> list[torch.Tensor]:
+        """The rows of words of the first table and of the second, as bags of one index."""
+        indices = (torch.from_numpy(own)[:, None] for own in words)
+        return [table({"words": own}) for table, own in zip(self._collections, indices, strict=True)]
 
     def step(self, gradients: Sequence[fastopt.IndexedSlices]) -> None:
         """Update both tables by the gradients of all processes."""
