@@ -8,6 +8,7 @@ import numpy as np
 from numba import prange
 
 from fastopt._core.backend import host
+from fastopt.kernels.cpu.rows import BLOCK
 from fastopt.kernels.cpu.segments import add_row, sum_rows
 from fastopt.kernels.intrinsics import AHEAD, prefetch, view
 
@@ -61,30 +62,36 @@ def _rows(table, state, row_state, values, summed, rows, order, starts, parts):
     stride = dim * values.itemsize
     no_weights = np.empty(0, values.dtype)
     for part in prange(parts):
-        total = np.ones(dim, values.dtype)
-        for k in range(part * segments // parts, (part + 1) * segments // parts):
-            if k + AHEAD < segments:
-                prefetch(table.ctypes.data + rows[k + AHEAD] * stride, stride)
+        totals = np.ones((BLOCK, dim), values.dtype)
+        places = np.empty(BLOCK, np.int64)
+        begin, end = part * segments // parts, (part + 1) * segments // parts
+        for block in range(begin, end, BLOCK):
+            until = min(block + BLOCK, end)
+            for k in range(block, until):
+                if k + AHEAD < segments:
+                    prefetch(table.ctypes.data + rows[k + AHEAD] * stride, stride)
+                    for n in range(state.shape[1]):
+                        at = rows[k + AHEAD] * state.shape[1] + n
+                        prefetch(state.ctypes.data + at * stride, stride)
+                    if row_state.size:
+                        size = values.itemsize
+                        prefetch(row_state.ctypes.data + rows[k + AHEAD] * size, size)
+                first, last, total = np.int64(starts[k]), np.int64(starts[k + 1]), totals[k - block]
+                places[k - block] = total.ctypes.data
+                if summed and last - first > 1:
+                    sum_rows(values.ctypes.data, stride, order, 0, no_weights, first, last, order.size, total)
+                elif summed:
+                    if first + AHEAD < order.size:
+                        prefetch(values.ctypes.data + order[first + AHEAD] * stride, stride)
+                    places[k - block] = values.ctypes.data + order[first] * stride
+            for k in range(block, until):
+                own = view(places[k - block], dim, like)
+                add_row(view(table.ctypes.data + rows[k] * stride, dim, like), own)
                 for n in range(state.shape[1]):
-                    at = rows[k + AHEAD] * state.shape[1] + n
-                    prefetch(state.ctypes.data + at * stride, stride)
+                    at = rows[k] * state.shape[1] + n
+                    add_row(view(state.ctypes.data + at * stride, dim, like), own)
                 if row_state.size:
-                    prefetch(row_state.ctypes.data + rows[k + AHEAD] * values.itemsize, values.itemsize)
-            first, last = np.int64(starts[k]), np.int64(starts[k + 1])
-            given = total.ctypes.data
-            if summed and last - first > 1:
-                sum_rows(values.ctypes.data, stride, order, 0, no_weights, first, last, order.size, total)
-            elif summed:
-                if first + AHEAD < order.size:
-                    prefetch(values.ctypes.data + order[first + AHEAD] * stride, stride)
-                given = values.ctypes.data + order[first] * stride
-            own = view(given, dim, like)
-            add_row(view(table.ctypes.data + rows[k] * stride, dim, like), own)
-            for n in range(state.shape[1]):
-                at = rows[k] * state.shape[1] + n
-                add_row(view(state.ctypes.data + at * stride, dim, like), own)
-            if row_state.size:
-                row_state[rows[k]] += total[0]
+                    row_state[rows[k]] += own[0]
 
 
 def row_floor(

@@ -34,6 +34,12 @@ def helper(function: Callable) -> Any:
     return _helper(function, linked.Helper)
 
 
+def inlined_helper(function: Callable) -> Any:
+    """A :data:`helper` that becomes part of what calls it: a call with arrays among its arguments takes as
+    long as the work on a short row."""
+    return _helper(function, linked.Helper, forceinline=True)
+
+
 def optimised_helper(function: Callable) -> Any:
     """A :data:`helper` that is optimised before it is linked into its kernel, and once more there: a sparse
     step of Adam gains 4 to 7%."""

@@ -81,3 +81,9 @@ def empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
         else:
             memory = _from(np.empty(capacity + ALIGNMENT, np.uint8), capacity, 0, ALIGNMENT)
     return np.asarray(_Loan(memory))[:needed].view(dtype).reshape(shape)
+
+
+def scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As :func:`empty`, from the beginning of a cache line on: loads have to wait for a store across two."""
+    size = math.prod(shape) * dtype.itemsize
+    return _from(empty(size + ALIGNMENT, np.uint8), size, 0, ALIGNMENT).view(dtype).reshape(shape)

@@ -13,7 +13,7 @@ from fastopt.kernels.cpu.dense import array_at
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.runs import Formats, made_by
-from fastopt.kernels.cpu.segments import gradient_of, row_of_segment
+from fastopt.kernels.cpu.segments import fetch_values, fetching, gradient_of, row_of_segment
 from fastopt.kernels.formats import PLAIN, Format
 from fastopt.kernels.intrinsics import view
 from fastopt.kernels.layout import TABLE_DIM, TABLE_PARAMETER, TABLE_SEGMENTS, TABLE_SKIPPED
@@ -121,7 +121,10 @@ def sum_squares_block(k, like, tables, blocks, scale, partials):
     total = np.empty_like(view(table[TABLE_PARAMETER], dim, like))
     sums = np.zeros(dim)
     first, last = chunk_ends(block, SEGMENTS_PER_BLOCK, table[TABLE_SEGMENTS])
+    fetched, each, final = fetching(table, first, last)
     for segment in range(first, last):
+        fetch_values(table, fetched, min(fetched + each, final))
+        fetched += each
         if row_of_segment(table, segment) != table[TABLE_SKIPPED]:
             add_squares(view(gradient_of(table, like, total, segment), dim, like), scale, sums)
     partials[k] = total_of(sums)

@@ -6,11 +6,18 @@ from numba.extending import overload, register_jitable
 from fastopt.kernels.cpu.catch_up import take_missed_steps
 from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
 from fastopt.kernels.cpu.for_each import for_each
-from fastopt.kernels.cpu.jit import Kernel, helper, optimised_helper, restricted_helper
-from fastopt.kernels.cpu.segments import add_row, first_segment, gradient_of, row_of_segment
+from fastopt.kernels.cpu.jit import Kernel, helper, inlined_helper, optimised_helper, restricted_helper
+from fastopt.kernels.cpu.segments import (
+    add_row,
+    fetch_values,
+    fetching,
+    first_segment,
+    gradient_of,
+    row_of_segment,
+)
 from fastopt.kernels.cpu.stored_rows import close_row, open_row, prefetch_row, update_apart
 from fastopt.kernels.element import limited, unpack
-from fastopt.kernels.intrinsics import AHEAD, prefetch, view, view_2d
+from fastopt.kernels.intrinsics import AHEAD, on_stack, prefetch, view, view_2d
 from fastopt.kernels.layout import (
     TABLE_DIM,
     TABLE_HISTORY,
@@ -25,6 +32,7 @@ from fastopt.kernels.rule import Lazy, PerRow
 
 LOOKUPS_PER_CHUNK = 256
 SEGMENTS_PER_CHUNK = 256
+BLOCK, BLOCK_BYTES = 32, 16_384  # at most so many rows, of so many bytes, but at least one
 
 
 # What comes before the update of a row is selected by the type of an argument without contents, the mode (see
@@ -80,45 +88,77 @@ def _enter_row(mode, h, c, like, table, row, p, state, row_state):
 
 
 @Kernel
-def update_tables(team, mode, h, c, like, kinds, tables, numbers, limits, parts, buffers):
+def update_tables(team, mode, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers):
     """Update the rows of tables that their segments name, each once, with the sum of its gradients.
 
     mode: what comes before a row's update. kinds: formats of the parameter, of the gradient, which is as
     computed with, and of the state. tables: see layout.py. h, c: the types of the hyperparameters.
     numbers[t]: those of table t, float64, of h and then of c. limits[t]: largest norm of a row's gradient.
-    parts: [table, part, how many parts the table has]. buffers: [parts, memory for as many rows as
-    stored_rows.buffer_rows says].
+    parts: [table, part, how many parts the table has]. totals: [parts, memory for as many rows as block_of
+    says]. buffers: [parts, memory for as many rows as stored_rows.decoded says].
 
     Bytes moved: the rows of values once for each position, and each distinct row of the table and
     of the state read and written.
     """
-    arguments = mode, h, c, like, kinds, tables, numbers, limits, parts, buffers
+    arguments = mode, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers
     for_each(team, update_part, parts.shape[0], arguments)
 
 
 @optimised_helper
-def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_parts, all_buffers):
-    """The share of part ``k`` in :func:`update_tables`."""
+def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_parts, all_totals, all_buffers):
+    """The share of part ``k`` in :func:`update_tables`.
+
+    Gradients are found for a block of rows before these are updated, and fetching ahead is done with that: a
+    core waits for some dozens of lines at a time, and what it reads in between, though it is in a cache,
+    would have to wait its turn among them.
+    """
     t, part, parts = all_parts[k, 0], all_parts[k, 1], all_parts[k, 2]
     numbers, limit = all_numbers[t], limits[t]
     # Without an owner, which each function that gets the row would count a reference to.
     table = view(tables.ctypes.data + t * tables.shape[1] * tables.itemsize, tables.shape[1], np.int64(0))
+    totals = all_totals.ctypes.data + k * all_totals.shape[1] * all_totals.itemsize
     buffers = all_buffers.ctypes.data + k * all_buffers.shape[1] * all_buffers.itemsize
     c = unpack(c, numbers[len(h) :], like)
     h = unpack(h, numbers, like)
+    dim = table[TABLE_DIM]
+    block = block_of(dim * all_totals.itemsize)
+    gradients = on_stack(np.int64(0))
+    begin, end = first_segment(table, part, parts), first_segment(table, part + 1, parts)
+    for first in range(begin, end, block):
+        last = min(first + block, end)
+        find_gradients(h, kinds, table, like, first, last, totals, dim * all_totals.itemsize, gradients)
+        for segment in range(first, last):
+            row = row_of_segment(table, segment)
+            if row == table[TABLE_SKIPPED]:
+                continue
+            g = view(gradients[segment - first], dim, like)
+            p, state, row_state = open_row(h, kinds, table, like, row, buffers)
+            row_h = enter_row(mode, h, c, like, table, row, p, state, row_state)
+            update_apart(row_h, limited(c, g, limit), p, g, state, row_state)
+            close_row(h, kinds, table, like, row, p, state)
+
+
+@inlined_helper
+def find_gradients(h, kinds, table, like, first, last, totals, stride, gradients):
+    """Set ``gradients[k]`` to the address of the gradient of the segment ``first + k``, for those up to
+    ``last``; totals: memory for as many rows, ``stride`` bytes each. The rows that are later in the turn, and
+    those of their gradients, are fetched."""
     dim, segments = table[TABLE_DIM], table[TABLE_SEGMENTS]
-    total = view(buffers, dim, like)
-    for segment in range(first_segment(table, part, parts), first_segment(table, part + 1, parts)):
+    fetched, each, final = fetching(table, first, last)
+    for segment in range(first, last):
+        fetch_values(table, fetched, min(fetched + each, final))
+        fetched += each
         if segment + AHEAD < segments:
             prefetch_row(h, kinds, table, like, row_of_segment(table, segment + AHEAD))
-        row = row_of_segment(table, segment)
-        if row == table[TABLE_SKIPPED]:
-            continue
-        g = view(gradient_of(table, like, total, segment), dim, like)
-        p, state, row_state = open_row(h, kinds, table, like, row, buffers)
-        row_h = enter_row(mode, h, c, like, table, row, p, state, row_state)
-        update_apart(row_h, limited(c, g, limit), p, g, state, row_state)
-        close_row(h, kinds, table, like, row, p, state)
+        if row_of_segment(table, segment) != table[TABLE_SKIPPED]:
+            total = view(totals + (segment - first) * stride, dim, like)
+            gradients[segment - first] = gradient_of(table, like, total, segment)
+
+
+@register_jitable
+def block_of(size):
+    """How many rows, of ``size`` bytes each, are a block; a row may have none."""
+    return max(min(BLOCK, BLOCK_BYTES // max(size, 1)), 1)
 
 
 @helper

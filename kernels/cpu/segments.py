@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from fastopt.kernels.cpu.jit import helper, restricted_helper
+from fastopt.kernels.cpu.jit import helper, inlined_helper, restricted_helper
 from fastopt.kernels.intrinsics import AHEAD, CACHE_LINE, on_stack, prefetch, prefetch_instruction, view
 from fastopt.kernels.layout import (
     TABLE_FIRST_POSITION,
@@ -33,6 +33,8 @@ from fastopt.kernels.layout import (
     TABLE_WEIGHTS,
     TABLE_WINNERS,
 )
+
+MOST_FETCHED = 8  # rows of values at a time: the sum of more fetches on
 
 # Bytes of a block: from all sixteen common vector registers, or half of the largest, to two of the common.
 WIDEST, WIDE, MIDDLE, NARROW = 512, 256, 128, 64
@@ -243,7 +245,7 @@ def add_won_row(total, position, winners, values):
             total[d] += values[d]
 
 
-@helper
+@inlined_helper
 def gradient_of(table, like, total, segment):
     """Address of the gradient of a segment: of its only row of values, or of ``total``, which has
     become the sum of several in the order of their positions."""
@@ -260,10 +262,30 @@ def gradient_of(table, like, total, segment):
     elif last - first > 1 or weights.size:
         sum_rows(address, stride, source, base, weights, first, last, end, total)
     else:
-        if first + AHEAD < end:
-            prefetch(address + (source[first + AHEAD] - base) * stride, stride)
         return address + (source[first] - base) * stride
     return np.int64(total.ctypes.data)
+
+
+@inlined_helper
+def fetching(table, first, last):
+    """How rows of values are to be fetched ahead of the segments from ``first`` to ``last``: from which place
+    in the source, as many for each segment, and up to which place. For each as many, since a loop that runs
+    as often each time costs the processor no wrong guess."""
+    starts = view(table[TABLE_STARTS], table[TABLE_SEGMENTS] + 1, np.int32(0))
+    origin = table[TABLE_SOURCE_ORIGIN]
+    begin, end = np.int64(starts[first]) - origin, np.int64(starts[last]) - origin
+    each = min((end - begin + last - first - 1) // (last - first), MOST_FETCHED)
+    return begin + AHEAD, each, min(end + AHEAD, np.int64(starts[table[TABLE_SEGMENTS]]) - origin)
+
+
+@inlined_helper
+def fetch_values(table, first, last):
+    """Have the rows of values loaded that the source names from ``first`` to ``last``."""
+    source = view(table[TABLE_SOURCE], last, np.int32(0))
+    base, address = table[TABLE_SOURCE_BASE], table[TABLE_VALUES]
+    stride = table[TABLE_VALUES_STRIDE]
+    for k in range(first, last):
+        prefetch(address + (source[k] - base) * stride, stride)
 
 
 @helper

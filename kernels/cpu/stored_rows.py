@@ -54,7 +54,7 @@ def _row_functions(rule: Rule, members: Formats, like: np.dtype) -> dict[str, An
         elif kind.stored is None:
             opening.append(f"a{k} = view({address}, table[{TABLE_DIM}], like)")
         else:
-            buffer = f"buffers + {1 + len(closing)} * table[{TABLE_DIM}] * {size}"
+            buffer = f"buffers + {len(closing)} * table[{TABLE_DIM}] * {size}"
             opening.append(f"a{k} = view({buffer}, table[{TABLE_DIM}], like)")
         opened.append(f"a{k}")
         if kind.stored is None:
@@ -103,8 +103,8 @@ def _of_types(h: Any, kinds: Any, like: Any) -> dict[str, Any]:
 
 def open_row(h, kinds, table, like, row, buffers):
     """Row ``row`` of the parameter and of the state as 1-D arrays, and of the state of one element a row:
-    what is stored otherwise than it is computed with is decoded into the memory at ``buffers``, after its
-    first row."""
+    what is stored otherwise than it is computed with is decoded into the memory at ``buffers``, as many
+    rows as :func:`decoded` says."""
     return _of_values(h, kinds, like)["open"](h, kinds, table, like, row, buffers)
 
 
@@ -133,9 +133,9 @@ def _prefetch_row(h, kinds, table, like, row):
     return _of_types(h, kinds, like)["fetch"]
 
 
-def buffer_rows(kinds: Any) -> int:
-    """How many rows of memory an update needs: for the sum of gradients, and for what it decodes."""
-    return 1 + sum(kind.stored is not None for kind in kinds.members)
+def decoded(kinds: Any) -> int:
+    """How many rows an update decodes."""
+    return sum(kind.stored is not None for kind in kinds.members)
 
 
 @restricted_helper

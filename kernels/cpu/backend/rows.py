@@ -10,15 +10,15 @@ from fastopt.kernels.cpu.backend.addresses import address
 from fastopt.kernels.cpu.backend.indices import distinct_rows
 from fastopt.kernels.cpu.backend.parts import PARTS_PER_THREAD, equal_parts
 from fastopt.kernels.cpu.catch_up import catch_up as catch_up_rows
-from fastopt.kernels.cpu.memory import ALIGNMENT, zeros_at
-from fastopt.kernels.cpu.rows import update_tables
-from fastopt.kernels.cpu.stored_rows import buffer_rows
+from fastopt.kernels.cpu.memory import scratch
+from fastopt.kernels.cpu.rows import block_of, update_tables
+from fastopt.kernels.cpu.stored_rows import decoded
 from fastopt.kernels.cpu.threads import thread_count
 from fastopt.kernels.formats import formats
 from fastopt.kernels.layout import table_row
 from fastopt.kernels.work import RowSteps, Segments, Spec, StoredTable, TableGradient, TableWork
 
-CACHE_LINES = 32  # elements: parts that are a multiple of it apart do not write to the same cache line
+CACHE_LINES = 32  # elements: a multiple of it is whole cache lines
 
 
 class RowsLaunch:
@@ -42,7 +42,8 @@ def update_rows(spec: Spec, works: Sequence[TableWork], factor: None = None) -> 
     amounts = [_work_of(work.gradient) for work in works]
     parts = equal_parts(amounts)
     kinds = formats(*spec.formats)
-    widest = max(work.stored.table.shape[1] for work in works)
+    dims = {work.stored.table.shape[1] for work in works}
+    size = spec.compute.itemsize
     arguments = (
         spec.mode,
         *spec.typed,
@@ -52,7 +53,8 @@ def update_rows(spec: Spec, works: Sequence[TableWork], factor: None = None) -> 
         np.array([work.numbers for work in works], np.float64),
         np.array([work.limit for work in works]),
         parts,
-        _buffers(len(parts), kinds, widest, spec.compute),
+        _memory(len(parts), max(block_of(dim * size) * dim for dim in dims), spec.compute),
+        _memory(len(parts), decoded(kinds) * max(dims), spec.compute),
     )
     return RowsLaunch(update_tables, sum(amounts), arguments, spec.key, works)
 
@@ -68,7 +70,7 @@ def catch_up(
     count = count if segments is None else listed.size
     kinds = formats(*spec.formats)
     parts = max(1, min(PARTS_PER_THREAD * thread_count(), count))
-    buffers = _buffers(parts, kinds, dim, spec.compute)
+    buffers = _memory(parts, decoded(kinds) * dim, spec.compute)
     like = spec.compute.type(0)
     arguments = spec.mode, *spec.typed, like, kinds, row, listed, count, buffers
     return RowsLaunch(catch_up_rows, count * dim, arguments, spec.key, (stored, row_steps))
@@ -126,7 +128,6 @@ def _of_gradient(gradient: TableGradient) -> dict[str, int]:
     return columns
 
 
-def _buffers(parts: int, kinds: Any, dim: int, compute: np.dtype) -> np.ndarray:
-    """Memory for rows, for each part, whole cache lines: loads have to wait for a store across two."""
-    shape = parts, -(-buffer_rows(kinds) * dim // CACHE_LINES) * CACHE_LINES
-    return zeros_at(shape, compute, 0, ALIGNMENT)
+def _memory(parts: int, size: int, compute: np.dtype) -> np.ndarray:
+    """Memory for so many elements for each part, whole cache lines, to which no two parts write."""
+    return scratch((parts, -(-size // CACHE_LINES) * CACHE_LINES), compute)
