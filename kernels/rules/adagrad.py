@@ -35,8 +35,11 @@ class RowwiseAdaGradH(AdaGradH):
 @register_jitable
 def rowwise_adagrad(h, p, g, row_sum_sq):
     """AdaGrad with one accumulator a row: s = s + mean(g^2 over the row); FBGEMM's
-    EXACT_ROWWISE_ADAGRAD (Khudia et al. 2021)."""
-    return (p - h.lr * g / (math.sqrt(row_sum_sq) + h.eps),)
+    EXACT_ROWWISE_ADAGRAD (Khudia et al. 2021).
+
+    The quotient is the row's, and one division does for all its elements.
+    """
+    return (p - h.lr / (math.sqrt(row_sum_sq) + h.eps) * g,)
 
 
 @register_jitable

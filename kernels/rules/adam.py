@@ -90,7 +90,7 @@ def rowwise_adam(h, p, g, exp_avg, row_exp_avg_sq):
     """Adam with one second moment a row, v = beta2 * v + (1 - beta2) * mean(g^2 over the row);
     FBGEMM's PARTIAL_ROWWISE_ADAM."""
     exp_avg = lerp(exp_avg, g, h.one_minus_beta1, h.beta1)
-    return p - h.step_size * exp_avg / (math.sqrt(row_exp_avg_sq) * h.root_correction + h.eps), exp_avg
+    return p - h.step_size / (math.sqrt(row_exp_avg_sq) * h.root_correction + h.eps) * exp_avg, exp_avg
 
 
 @register_jitable
