@@ -97,28 +97,57 @@ def prefetch_instruction(module: ir.Module) -> Any:
     return lambda builder, pointer: builder.call(instruction, [pointer, i32(0), i32(2), i32(1)])
 
 
-def _prefetch_function(module: ir.Module) -> ir.Function:
-    """``void (start, bytes)``, which prefetches each cache line of a row.
-
-    Not inlined: the compiler would unroll its loop at every call, at the price of a second.
-    """
+def _emit_prefetch(builder: ir.IRBuilder, start: Any, size: Any) -> None:
+    """Prefetch each cache line of a row."""
     i64 = ir.IntType(64)
-    function = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), [i64, i64]), "fastopt_prefetch"
-    )
-    if function.blocks:
-        return function
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    emit = prefetch_instruction(module)
-    builder = ir.IRBuilder(function.append_basic_block())
-    start, size = function.args
+    emit = prefetch_instruction(builder.module)
     most = i64(MOST_BYTES)
     size = builder.select(builder.icmp_signed("<", size, most), size, most)
     line = builder.and_(start, i64(-CACHE_LINE))  # a row may begin within a line, and then has one more
-    with cgutils.for_range_slice(builder, line, builder.add(start, size), i64(CACHE_LINE)) as (place, _):
-        emit(builder, builder.inttoptr(place, ir.IntType(8).as_pointer()))
-    builder.ret_void()
+    end = builder.add(start, size)
+    lines = builder.add(builder.sub(end, line), i64(CACHE_LINE - 1))
+    middle = builder.add(line, builder.and_(lines, i64(-4 * CACHE_LINE)))
+    for first, last, at_once in ((line, middle, 4), (middle, end, 1)):
+        with cgutils.for_range_slice(builder, first, last, i64(at_once * CACHE_LINE)) as (place, _):
+            for k in range(at_once):
+                own = builder.add(place, i64(k * CACHE_LINE))
+                emit(builder, builder.inttoptr(own, ir.IntType(8).as_pointer()))
+
+
+def _prefetch_function(module: ir.Module) -> ir.Function:
+    """``void (start, bytes)``, which prefetches a row."""
+    function = _outlined(module, "fastopt_prefetch", 2)
+    if not function.blocks:
+        builder = ir.IRBuilder(function.append_basic_block())
+        _emit_prefetch(builder, *function.args)
+        builder.ret_void()
+    return function
+
+
+def _prefetch_rows_function(module: ir.Module, index: ir.Type) -> ir.Function:
+    """``void (address, stride, rows, base, first, last)``, which prefetches rows."""
+    i64 = ir.IntType(64)
+    function = _outlined(module, f"fastopt_prefetch_rows_{index}", 6)
+    if not function.blocks:
+        address, stride, rows, base, first, last = function.args
+        builder = ir.IRBuilder(function.append_basic_block())
+        rows = builder.inttoptr(rows, index.as_pointer())
+        with cgutils.for_range_slice(builder, first, last, i64(1)) as (k, _):
+            row = builder.load(builder.gep(rows, [k]))
+            row = builder.sub(row if index == i64 else builder.sext(row, i64), base)
+            _emit_prefetch(builder, builder.add(address, builder.mul(row, stride)), stride)
+        builder.ret_void()
+    return function
+
+
+def _outlined(module: ir.Module, name: str, arguments: int) -> ir.Function:
+    """A function of so many int64, which is not inlined: the compiler would unroll its loop at every call, at
+    the price of a second."""
+    i64 = ir.IntType(64)
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [i64] * arguments), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    function.attributes.add("optsize")
     return function
 
 
@@ -129,6 +158,20 @@ def _prefetch(context: Any, address: Any, size: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _prefetch_rows(context: Any, address: Any, stride: Any, rows: Any, base: Any, first: Any,
+                   last: Any) -> Any:  # fmt: skip
+    def generate(context, builder, signature, arguments):
+        address, stride, array, *others = arguments
+        start = builder.ptrtoint(context.make_array(rows)(context, builder, array).data, ir.IntType(64))
+        function = _prefetch_rows_function(builder.module, context.get_data_type(rows.dtype))
+        builder.call(function, [address, stride, start, *others])
+        return context.get_dummy_value()
+
+    count = types.int64
+    return types.void(count, count, rows, count, count, count), generate
 
 
 def _python_view(address, size, like):
@@ -161,6 +204,11 @@ def _python_sum_on_stack(array):
 
 def _python_prefetch(address, size):
     """Have the first of ``size`` bytes at ``address`` loaded; does nothing without JIT."""
+
+
+def _python_prefetch_rows(address, stride, rows, base, first, last):
+    """Have the rows ``rows[k] - base`` loaded, for k from ``first`` to ``last``, of an array at ``address``
+    with ``stride`` bytes a row, or the first of each; does nothing without JIT."""
 
 
 def _convert(name: str, source: Any, result: Any) -> Any:
@@ -222,6 +270,7 @@ view: Any = _view if _compiled else _python_view
 view_2d: Any = _view_2d if _compiled else _python_view_2d
 on_stack: Any = _on_stack if _compiled else _python_on_stack
 prefetch: Any = _prefetch if _compiled else _python_prefetch
+prefetch_rows: Any = _prefetch_rows if _compiled else _python_prefetch_rows
 sum_on_stack: Any = _sum_on_stack if _compiled else _python_sum_on_stack
 random_bits: Any = _random_bits if _compiled else _python_random_bits
 if _compiled:

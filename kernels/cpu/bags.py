@@ -7,7 +7,7 @@ from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.index import bounds_of
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
 from fastopt.kernels.cpu.segments import add_row, add_weighted_row, sum_bags
-from fastopt.kernels.intrinsics import AHEAD, prefetch, view
+from fastopt.kernels.intrinsics import AHEAD, prefetch, prefetch_rows, view
 from fastopt.kernels.layout import (
     POOL_BAGS,
     POOL_DIM,
@@ -25,7 +25,8 @@ from fastopt.kernels.layout import (
 from fastopt.kernels.magnitude import magnitude
 
 BAGS_PER_CHUNK = 64
-LOOKUPS_AHEAD = 32  # rows that are fetched before their turn: a sum alone takes less time than an update
+WIDE, BYTES_AT_ONCE = 256, 16_384  # rows of so many bytes are fetched at once, so many bytes of them
+LOOKUPS_AHEAD = 32  # rows that are fetched while others are summed: that takes less time than an update
 BAGS_PER_SUM = 32  # whose rows, if they are wide, are summed a block of columns after the other
 POSITIONS_PER_CHUNK = 8_192
 ROWS_PER_CHUNK = 256
@@ -70,12 +71,20 @@ def pool_part(k, like, index, lookups, all_parts, bounds):
     bounds[k, 0], bounds[k, 1] = low, high
     if low < 0 or high >= lookup[POOL_ROWS]:
         return
-    for begin in range(start_bag, end, BAGS_PER_SUM):
-        until = min(begin + BAGS_PER_SUM, end)
+    # Wide rows are fetched before others are summed (see rows.update_part); narrow ones, and those of a long
+    # bag, meanwhile, which takes fewer instructions.
+    at_once = BYTES_AT_ONCE // stride if stride >= WIDE else np.int64(0)
+    until, fetched = start_bag, offsets[start_bag]
+    while until < end:
+        begin, until = until, bags_at_once(offsets, until, end, at_once)
         if padding < 0:
+            last = offsets[until]
+            ahead = np.int64(LOOKUPS_AHEAD if last - offsets[begin] > at_once else 0)
+            if at_once:
+                first, fetched = max(fetched, last) if ahead else fetched, min(last + at_once, offsets[end])
+                prefetch_rows(start, stride, indices, zero, first, fetched)
             own, place = offsets[begin : until + 1], out + begin * out_stride
-            given = positions, np.int64(LOOKUPS_AHEAD), place, out_stride, dim
-            sum_bags(start, stride, indices, zero, weights, own, *given)
+            sum_bags(start, stride, indices, zero, weights, own, positions, ahead, place, out_stride, dim)
             if not lookup[POOL_MEAN]:
                 continue
         for bag in range(begin, until):
@@ -86,6 +95,18 @@ def pool_part(k, like, index, lookups, all_parts, bounds):
                 count = pool_without(padding, start, stride, indices, weights, first, last, total)
             if lookup[POOL_MEAN] and count > 1:
                 divide_row(total, total.dtype.type(count))
+
+
+@helper
+def bags_at_once(offsets, begin, end, most):
+    """Where the bags end that are summed together with bag ``begin``: if ``most`` is not 0, they have at most
+    so many rows, or it is one."""
+    until, end = begin + 1, min(end, begin + BAGS_PER_SUM)
+    if most == 0:
+        return end
+    while until < end and offsets[until + 1] - offsets[begin] <= most:
+        until += 1
+    return until
 
 
 @helper

@@ -17,7 +17,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from fastopt.kernels.cpu.jit import helper, inlined_helper, restricted_helper
-from fastopt.kernels.intrinsics import AHEAD, CACHE_LINE, on_stack, prefetch, prefetch_instruction, view
+from fastopt.kernels.intrinsics import AHEAD, CACHE_LINE, on_stack, prefetch_instruction, prefetch_rows, view
 from fastopt.kernels.layout import (
     TABLE_FIRST_POSITION,
     TABLE_FIRST_ROW,
@@ -43,8 +43,8 @@ WIDEST, WIDE, MIDDLE, NARROW = 512, 256, 128, 64
 def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: int, weighted: bool,
                  address: Any, stride: Any, rows: Any, base: Any, weights: Any, first: Any, last: Any,
                  final: Any, ahead: Any) -> Any:  # fmt: skip
-    """The sum of ``width`` elements at ``address`` of the rows from ``first`` to ``last``; rows up to
-    ``final`` are fetched so many ``ahead`` of their turn."""
+    """The sum of ``width`` elements at ``address`` of the rows from ``first`` to ``last``; if ``ahead`` is
+    not 0, rows up to ``final`` are fetched so many ahead of their turn."""
     i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
     fetch = prefetch_instruction(builder.module)
     vector = number if width == 1 else ir.VectorType(number, width)
@@ -63,11 +63,13 @@ def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: 
     builder.position_at_end(loop)
     k = builder.phi(i64)
     total = builder.phi(vector)
-    ahead = builder.add(k, ahead)
-    ahead = start_of(builder.select(builder.icmp_signed("<", ahead, final), ahead, final))
-    # The last byte is in a line more, where rows begin within one.
-    for offset in (*range(0, width * size, CACHE_LINE), width * size - 1):
-        fetch(builder, builder.inttoptr(builder.add(ahead, i64(offset)), i8.as_pointer()))
+    with builder.if_then(builder.icmp_signed(">", ahead, i64(0))):
+        later = builder.add(k, ahead)
+        later = start_of(builder.select(builder.icmp_signed("<", later, final), later, final))
+        # The last byte is in a line more, where rows begin within one.
+        for offset in (*range(0, width * size, CACHE_LINE), width * size - 1):
+            fetch(builder, builder.inttoptr(builder.add(later, i64(offset)), i8.as_pointer()))
+    own = builder.block
     values = builder.load(builder.inttoptr(start_of(k), vector.as_pointer()), align=size)
     if weighted:
         weight = builder.load(builder.gep(weights, [k]))
@@ -79,15 +81,15 @@ def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: 
     new = builder.fadd(total, values)
     following = builder.add(k, i64(1))
     k.add_incoming(first, entry)
-    k.add_incoming(following, loop)
+    k.add_incoming(following, own)
     total.add_incoming(start, entry)
-    total.add_incoming(new, loop)
+    total.add_incoming(new, own)
     builder.cbranch(builder.icmp_signed("<", following, last), loop, done)
 
     builder.position_at_end(done)
     result = builder.phi(vector)
     result.add_incoming(zero, entry)
-    result.add_incoming(new, loop)
+    result.add_incoming(new, own)
     return result
 
 
@@ -165,8 +167,8 @@ def _python_sum_bags(address, stride, rows, base, weights, offsets, end, ahead, 
 def _compiled_sum_bags(address, stride, rows, base, weights, offsets, end, ahead, out, out_stride, dim):
     """Set ``dim`` elements at ``out``, and ``out_stride`` bytes further for each next bag, to the sum of the
     rows ``rows[k] - base``, for k from ``offsets[bag]`` to ``offsets[bag + 1]``, of an array at ``address``
-    with ``stride`` bytes a row, times ``weights[k]`` if there are weights. Rows before ``end`` are fetched so
-    many ``ahead`` of their turn."""
+    with ``stride`` bytes a row, times ``weights[k]`` if there are weights. If ``ahead`` is not 0, rows before
+    ``end`` are fetched so many ahead of their turn."""
     bags, starts = np.int64(offsets.size - 1), offsets.ctypes.data
     bytes_left = dim * weights.itemsize
     at = np.int64(0)
@@ -219,10 +221,11 @@ sum_bags: Any = _python_sum_bags if numba.config.DISABLE_JIT else _compiled_sum_
 
 @helper
 def sum_rows(address, stride, rows, base, weights, first, last, end, total):
-    """Set ``total`` to the sum of the rows from ``first`` to ``last``, as one bag."""
+    """Set ``total`` to the sum of the rows from ``first`` to ``last``, as one bag, of which the first
+    MOST_FETCHED have been fetched."""
     offsets = on_stack(np.int64(0))[:2]
     offsets[0], offsets[1] = first, last
-    place, ahead = total.ctypes.data, np.int64(AHEAD)
+    place, ahead = total.ctypes.data, np.int64(AHEAD if last - first > MOST_FETCHED else 0)
     sum_bags(address, stride, rows, base, weights, offsets, end, ahead, place, np.int64(0), total.size)
 
 
@@ -284,8 +287,7 @@ def fetch_values(table, first, last):
     source = view(table[TABLE_SOURCE], last, np.int32(0))
     base, address = table[TABLE_SOURCE_BASE], table[TABLE_VALUES]
     stride = table[TABLE_VALUES_STRIDE]
-    for k in range(first, last):
-        prefetch(address + (source[k] - base) * stride, stride)
+    prefetch_rows(address, stride, source, base, first, last)
 
 
 @helper
