@@ -25,7 +25,7 @@ from fastopt.kernels.layout import (
 from fastopt.kernels.magnitude import magnitude
 
 BAGS_PER_CHUNK = 64
-WIDE, BYTES_AT_ONCE = 256, 16_384  # rows of so many bytes are fetched at once, so many bytes of them
+WIDE, BYTES_AT_ONCE = 128, 16_384  # rows of so many bytes are fetched at once, so many bytes of them
 LOOKUPS_AHEAD = 32  # rows that are fetched while others are summed: that takes less time than an update
 BAGS_PER_SUM = 32  # whose rows, if they are wide, are summed a block of columns after the other
 POSITIONS_PER_CHUNK = 8_192
