@@ -64,7 +64,7 @@ def _row_functions(rule: Rule, members: Formats, like: np.dtype) -> dict[str, An
             f"read{k}": reader(kind),
             f"write{k}": writer(kind, k - 2 if k else None),
         }
-        stored, scales = f"view({address}, table[{TABLE_DIM}], zero{k})", "no_scales"
+        stored, scales = f"view({address}, table[{TABLE_DIM}], zero{k})", NO_SCALES
         if kind.coded:
             start = f"table[{column + 1}] + row * blocks_of(table[{TABLE_DIM}]) * 4"
             scales = f"view({start}, blocks_of(table[{TABLE_DIM}]), np.float32(0))"
@@ -78,12 +78,10 @@ def _row_functions(rule: Rule, members: Formats, like: np.dtype) -> dict[str, An
     fetching += [f"if table[{TABLE_ROW_STEPS}]:", f"    prefetch(table[{TABLE_ROW_STEPS}] + row * 8, 8)"]
     state = "".join(f"{name}, " for name in opened[1:])
     row_state = "".join(f"view({address}, 1, like), " for address in narrow)
-    no_scales = f"no_scales = {NO_SCALES}"
+    opening.append(f"return {opened[0]}, ({state}), ({row_state})")
     return {
-        "open": define(
-            "open_row", _OPEN, no_scales, *opening, f"return {opened[0]}, ({state}), ({row_state})", **names
-        ),
-        "close": define("close_row", _CLOSE, no_scales, *closing, "return None", **names),
+        "open": define("open_row", _OPEN, *opening, **names),
+        "close": define("close_row", _CLOSE, *closing, "return None", **names),
         "fetch": define("prefetch_row", _FETCH, *fetching, "return None", **names),
     }
 
