@@ -17,7 +17,7 @@ from fastopt.kernels.cpu.segments import (
 )
 from fastopt.kernels.cpu.stored_rows import close_row, open_row, prefetch_row, update_apart
 from fastopt.kernels.element import limited, unpack
-from fastopt.kernels.intrinsics import AHEAD, on_stack, prefetch, view, view_2d
+from fastopt.kernels.intrinsics import AHEAD, on_stack, prefetch_rows, view, view_2d
 from fastopt.kernels.layout import (
     TABLE_DIM,
     TABLE_HISTORY,
@@ -165,11 +165,13 @@ def block_of(size):
 def gather_rows(chunk, table, indices, out):
     first, last = chunk_ends(chunk, LOOKUPS_PER_CHUNK, indices.size)
     stride = table.shape[1] * table.itemsize
-    start = table.ctypes.data
-    for k in range(first, last):
-        if k + AHEAD < indices.size:
-            prefetch(start + np.int64(indices[k + AHEAD]) * stride, stride)
-        copy_row(out[k], table[indices[k]])
+    block = block_of(stride)
+    zero = np.int64(0)
+    for k in range(first, last, block):
+        until = min(k + block, last)
+        prefetch_rows(table.ctypes.data, stride, indices, zero, until, min(until + block, indices.size))
+        for j in range(k, until):
+            copy_row(out[j], table[indices[j]])
 
 
 @restricted_helper
