@@ -9,8 +9,8 @@ from numba import prange
 
 from fastopt._core.backend import host
 from fastopt.kernels.cpu.rows import BLOCK
-from fastopt.kernels.cpu.segments import add_row, sum_rows
-from fastopt.kernels.intrinsics import AHEAD, prefetch, view
+from fastopt.kernels.cpu.segments import MOST_FETCHED, add_row, sum_rows
+from fastopt.kernels.intrinsics import AHEAD, prefetch, prefetch_rows, view
 
 
 @numba.njit(parallel=True)
@@ -67,7 +67,12 @@ def _rows(table, state, row_state, values, summed, rows, order, starts, parts):
         begin, end = part * segments // parts, (part + 1) * segments // parts
         for block in range(begin, end, BLOCK):
             until = min(block + BLOCK, end)
+            fetched, of_block = np.int64(starts[block]), np.int64(starts[until] - starts[block])
+            each = min(-(-of_block // (until - block)), MOST_FETCHED) if summed else np.int64(0)
             for k in range(block, until):
+                ahead = fetched + AHEAD
+                prefetch_rows(values.ctypes.data, stride, order, 0, ahead, min(ahead + each, order.size))
+                fetched += each
                 if k + AHEAD < segments:
                     prefetch(table.ctypes.data + rows[k + AHEAD] * stride, stride)
                     for n in range(state.shape[1]):
@@ -81,8 +86,6 @@ def _rows(table, state, row_state, values, summed, rows, order, starts, parts):
                 if summed and last - first > 1:
                     sum_rows(values.ctypes.data, stride, order, 0, no_weights, first, last, order.size, total)
                 elif summed:
-                    if first + AHEAD < order.size:
-                        prefetch(values.ctypes.data + order[first + AHEAD] * stride, stride)
                     places[k - block] = values.ctypes.data + order[first] * stride
             for k in range(block, until):
                 own = view(places[k - block], dim, like)
