@@ -208,7 +208,7 @@ def _python_prefetch(address, size):
 
 def _python_prefetch_rows(address, stride, rows, base, first, last):
     """Have the rows ``rows[k] - base`` loaded, for k from ``first`` to ``last``, of an array at ``address``
-    with ``stride`` bytes a row, or the first of each; does nothing without JIT."""
+    with ``stride`` bytes a row, or the first of each; ``rows`` is C-contiguous. Does nothing without JIT."""
 
 
 def _convert(name: str, source: Any, result: Any) -> Any:

@@ -429,6 +429,12 @@ for make in (fastopt.AdamW, fastopt.RowwiseAdaGrad):
     values = rng.standard_normal((3, 5), dtype=np.float32)
     opt.step(fastopt.IndexedSlices(np.array([2, 0, 2]), values), clip_norm=0.5)
     print(p.tobytes().hex())
+for dim, mode in ((0, "sum"), (0, "mean"), (3, "sum"), (3, "mean")):
+    table = rng.standard_normal((4, dim), dtype=np.float32)
+    for padding in (None, 2):
+        given = np.array([2, 0, 2]), np.array([0, 1])
+        out = fastopt.embedding_bag(table, *given, mode=mode, padding_idx=padding)
+        print(out.shape, out.tobytes().hex())
 print(config.DISABLE_JIT)
 """
     )

@@ -71,8 +71,8 @@ def pool_part(k, like, index, lookups, all_parts, bounds):
     bounds[k, 0], bounds[k, 1] = low, high
     if low < 0 or high >= lookup[POOL_ROWS]:
         return
-    # Wide rows are fetched before others are summed (see rows.update_part); narrow ones, and those of a long
-    # bag, meanwhile, which takes fewer instructions.
+    # Wide rows are fetched before others are summed (see rows.update_part); narrow ones meanwhile, which
+    # takes fewer instructions, and so are those of a long bag and the widest.
     at_once = BYTES_AT_ONCE // stride if stride >= WIDE else np.int64(0)
     until, fetched = start_bag, offsets[start_bag]
     while until < end:
@@ -133,7 +133,7 @@ def pool_without(padding, start, stride, indices, weights, first, last, total):
         row = indices[k]
         if row != padding:
             count += 1
-            values = view(start + row * stride, total.size, total[0])
+            values = view(start + row * stride, total.size, total.dtype.type(0))
             if weights.size:
                 add_weighted_row(total, weights[k], values)
             else:

@@ -32,7 +32,7 @@ from fastopt.kernels.rule import Lazy, PerRow
 
 LOOKUPS_PER_CHUNK = 256
 SEGMENTS_PER_CHUNK = 256
-BLOCK, BLOCK_BYTES = 32, 16_384  # at most so many rows, of so many bytes, but at least one
+BLOCK, BLOCK_BYTES = 32, 16_384  # at most so many rows (on_stack has room), of so many bytes, or one
 
 
 # What comes before the update of a row is selected by the type of an argument without contents, the mode (see
