@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import signal
+import sys
 import threading
 import tracemalloc
 
@@ -338,6 +339,15 @@ def test_little_scratch_memory_waits(monkeypatch):
     assert 0 < sum(waiting) == memory._waiting_bytes <= 500_000
     memory.empty(2_000_000, np.uint8)
     assert memory._waiting_bytes == 0
+
+
+def test_memory_that_is_lent_until_the_interpreter_ends_goes_quietly(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    lent = memory.empty(1 << 17, np.uint8)
+    monkeypatch.setattr(memory, "_lock", None)  # as the interpreter clears modules
+    del lent
+    assert told == []
 
 
 def test_threads_do_not_share_scratch_memory():

@@ -20,7 +20,7 @@ SMALLEST_PLACED = 1 << 18  # bytes; of these a page is a trifle
 
 _waiting: dict[int, list[np.ndarray]] = {}
 _waiting_bytes = 0
-_lock = threading.RLock()  # a collection of garbage may come while it is held
+_lock: Any = threading.RLock()  # a collection of garbage may come while it is held
 
 
 def _after_fork() -> None:
@@ -43,6 +43,8 @@ class _Loan:
 
     def __del__(self) -> None:
         global _waiting_bytes
+        if _lock is None:  # the interpreter ends, and has cleared this module
+            return
         with _lock:
             if _waiting_bytes + self.memory.size > MOST_WAITING:  # sizes that are no longer needed, too
                 _waiting.clear()
