@@ -9,7 +9,7 @@ from numba.extending import register_jitable
 from fastopt.kernels import element
 from fastopt.kernels.cpu.jit import restricted_helper
 from fastopt.kernels.element import beginning, mean_of_large_squares, regularise
-from fastopt.kernels.intrinsics import ON_STACK, on_stack, sum_on_stack
+from fastopt.kernels.intrinsics import ON_STACK, on_stack, sum_on_stack, view
 
 VECTORS_FROM = 32  # elements of a row: a shorter one is done before its squares could be read back
 
@@ -24,10 +24,12 @@ def mean_square(c, p, g):
     squares = on_stack(zero)
     total = zero
     for first in range(0, dim, ON_STACK):
-        own = g[first : first + ON_STACK]
-        if own.size < ON_STACK:
+        # Slices would cost more than the squares of a short row.
+        size = min(dim - first, ON_STACK)
+        own = view(g.ctypes.data + first * g.itemsize, size, zero)
+        if size < ON_STACK:
             squares[:] = zero
-        find_squares(c, p[first : first + ON_STACK], own, squares)
+        find_squares(c, view(p.ctypes.data + first * p.itemsize, size, zero), own, squares)
         total += sum_on_stack(squares)
     return mean_of_large_squares(c, p, g) if total == np.inf else total / p.dtype.type(dim)
 
