@@ -155,8 +155,8 @@ def _sum_block(context: Any, address: Any, stride: Any, rows: Any, base: Any, we
 
 def _python_sum_bags(address, stride, rows, base, weights, offsets, end, ahead, out, out_stride, dim):
     """Plain Python's :func:`sum_bags`."""
+    like = weights.dtype.type(0)
     for bag, (first, last) in enumerate(pairwise(offsets.tolist())):
-        like = weights.dtype.type(0)
         total = view(out + bag * out_stride, dim, like)
         total[:] = -0.0 if first < last else 0.0
         for k in range(first, last):
@@ -222,8 +222,8 @@ sum_bags: Any = _python_sum_bags if numba.config.DISABLE_JIT else _compiled_sum_
 
 @helper
 def sum_rows(address, stride, rows, base, weights, first, last, end, total):
-    """Set ``total`` to the sum of the rows from ``first`` to ``last``, as one bag, which
-    fetches its rows if they are more than :func:`fetching` is for."""
+    """Set ``total`` to the sum of the rows from ``first`` to ``last``, as one bag, which fetches its rows if
+    they are more than :func:`fetching` is for."""
     offsets = on_stack(np.int64(0))[:2]
     offsets[0], offsets[1] = first, last
     place, ahead = total.ctypes.data, np.int64(AHEAD if last - first > MOST_FETCHED else 0)
