@@ -220,71 +220,24 @@ def within_norm(c, g, limit):
     return rescaled(c, g.dtype.type(factor))
 
 
-@register_jitable
-def mean_square(c, p, g):
-    """Mean over a row of the squared gradient ``g`` as the rule sees it; ``p`` and ``g`` are 1-D.
-
-    Four interleaved sums: a fixed order, in which the additions need not wait for each other.
-    """
-    dim = g.size
-    zero = p.dtype.type(0)
-    sums = zero, zero, zero, zero
-    whole = dim - dim % 4
-    for d in range(0, whole, 4):
-        g0 = regularise(c, p[d], g[d])
-        g1 = regularise(c, p[d + 1], g[d + 1])
-        g2 = regularise(c, p[d + 2], g[d + 2])
-        g3 = regularise(c, p[d + 3], g[d + 3])
-        sums = sums[0] + g0 * g0, sums[1] + g1 * g1, sums[2] + g2 * g2, sums[3] + g3 * g3
-    total = (sums[0] + sums[1]) + (sums[2] + sums[3])
-    for d in range(whole, dim):
-        g0 = regularise(c, p[d], g[d])
-        total += g0 * g0
-    return mean_of_large_squares(c, p, g) if total == np.inf else total / p.dtype.type(dim)
+def begin_row(h, mean_sq, row_state):
+    """Update a row's own state, arrays of one element, with the mean square of the row's gradient as the rule
+    sees it, and return it for the row's elements; h: of a rule that has such state."""
+    new = RULES[type(h)].update_row(h, mean_sq, *load(row_state, 0))
+    store(row_state, 0, new)
+    return new
 
 
-@register_jitable
-def mean_of_large_squares(c, p, g):
-    """:func:`mean_square` where the sum of squares is infinite, which their mean need not be."""
-    dim = p.dtype.type(g.size)
-    mean = p.dtype.type(0)
-    for d in range(g.size):
-        x = regularise(c, p[d], g[d])
-        mean += x / dim * x
-    return mean
+@overload(begin_row)
+def _begin_row(h, mean_sq, row_state):
+    update_state = register_jitable(RULES[h.instance_class].update_row)
 
-
-def beginning(mean_square):
-    """The function ``begin_row(h, c, p, g, row_state)``, which updates a row's own state, arrays of one
-    element, and returns it for the row's elements; ``mean_square``: what it finds the mean square of the
-    row's gradient by."""
-
-    def begin_row(h, c, p, g, row_state):
-        rule = RULES[type(h)]
-        if rule.update_row is None:
-            return ()
-        new = rule.update_row(h, mean_square(c, p, g), *load(row_state, 0))
+    def implementation(h, mean_sq, row_state):
+        new = update_state(h, mean_sq, *load(row_state, 0))
         store(row_state, 0, new)
         return new
 
-    @overload(begin_row)
-    def _begin_row(h, c, p, g, row_state):
-        rule = RULES[h.instance_class]
-        if rule.update_row is None:
-            return lambda h, c, p, g, row_state: ()
-        update_state = register_jitable(rule.update_row)
-
-        def implementation(h, c, p, g, row_state):
-            new = update_state(h, mean_square(c, p, g), *load(row_state, 0))
-            store(row_state, 0, new)
-            return new
-
-        return implementation
-
-    return begin_row
-
-
-begin_row = beginning(mean_square)
+    return implementation
 
 
 def part_of(arrays, first, last):
@@ -298,17 +251,6 @@ def _part_of(arrays, first, last):
     return define("part_of", "arrays, first, last", f"return ({items})")
 
 
-def element_of(arrays, row):
-    """Element ``row`` of each 1-D array of a tuple, as arrays of one element."""
-    return tuple(array[row : row + 1] for array in arrays)
-
-
-@overload(element_of)
-def _element_of(arrays, row):
-    items = "".join(f"arrays[{k}][row : row + 1], " for k in range(len(arrays)))
-    return define("element_of", "arrays, row", f"return ({items})")
-
-
 @register_jitable
 def update_elements(h, c, p, g, state, row_values):
     """Update each element of the row ``p`` and of its state; row_values: what :func:`begin_row` returned."""
@@ -316,10 +258,3 @@ def update_elements(h, c, p, g, state, row_values):
         new = update_element(h, c, p[d], g[d], *load(state, d), *row_values)
         p[d] = new[0]
         store(state, d, new[1:])
-
-
-@register_jitable
-def update_row(h, c, p, g, state, row_state):
-    """Update the row ``p`` and its state with the row's whole gradient ``g``, by a rule without trust
-    ratio: 1-D arrays, those of ``row_state`` of one element."""
-    update_elements(h, c, p, g, state, begin_row(h, c, p, g, row_state))

@@ -17,7 +17,6 @@ from numba.extending import intrinsic
 CACHE_LINE = 64  # bytes
 AHEAD = 16  # rows that are fetched before their turn: memory answers in the time of a few
 ON_STACK = 64  # elements
-LANES = 16  # numbers that are added at once
 MOST_BYTES = 64 * CACHE_LINE  # of a row: the processor itself fetches on from there
 
 
@@ -65,27 +64,6 @@ def _on_stack(context: Any, like: Any) -> Any:
     return types.Array(like, 1, "C")(like), generate
 
 
-@intrinsic
-def _sum_on_stack(context: Any, array: Any) -> Any:
-    def generate(context, builder, signature, arguments):
-        vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
-        data = context.make_array(array)(context, builder, arguments[0]).data
-        start = builder.bitcast(data, vector.as_pointer())
-        i32 = ir.IntType(32)
-        places = [builder.gep(start, [i32(k)]) for k in range(ON_STACK // LANES)]
-        parts = [builder.load(place, align=CACHE_LINE) for place in places]
-        while len(parts) > 1:
-            parts = [builder.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        [total] = parts
-        undefined = ir.Constant(vector, ir.Undefined)
-        for width in (8, 4, 2, 1):
-            own = ir.Constant(ir.VectorType(i32, LANES), [(k + width) % LANES for k in range(LANES)])
-            total = builder.fadd(total, builder.shuffle_vector(total, undefined, own))
-        return builder.extract_element(total, i32(0))
-
-    return array.dtype(array), generate
-
-
 def prefetch_instruction(module: ir.Module) -> Any:
     """``emit(builder, pointer)``, which has the cache line at ``pointer`` loaded."""
     i8, i32 = ir.IntType(8), ir.IntType(32)
@@ -116,7 +94,7 @@ def _emit_prefetch(builder: ir.IRBuilder, start: Any, size: Any) -> None:
 
 def _prefetch_function(module: ir.Module) -> ir.Function:
     """``void (start, bytes)``, which prefetches a row."""
-    function = _outlined(module, "fastopt_prefetch", 2)
+    function = outlined(module, "fastopt_prefetch", 2)
     if not function.blocks:
         builder = ir.IRBuilder(function.append_basic_block())
         _emit_prefetch(builder, *function.args)
@@ -127,7 +105,7 @@ def _prefetch_function(module: ir.Module) -> ir.Function:
 def _prefetch_rows_function(module: ir.Module, index: ir.Type) -> ir.Function:
     """``void (address, stride, rows, base, first, last)``, which prefetches rows."""
     i64 = ir.IntType(64)
-    function = _outlined(module, f"fastopt_prefetch_rows_{index}", 6)
+    function = outlined(module, f"fastopt_prefetch_rows_{index}", 6)
     if not function.blocks:
         address, stride, rows, base, first, last = function.args
         builder = ir.IRBuilder(function.append_basic_block())
@@ -140,7 +118,7 @@ def _prefetch_rows_function(module: ir.Module, index: ir.Type) -> ir.Function:
     return function
 
 
-def _outlined(module: ir.Module, name: str, arguments: int) -> ir.Function:
+def outlined(module: ir.Module, name: str, arguments: int) -> ir.Function:
     """A function of so many int64, which is not inlined: the compiler would unroll its loop at every call, at
     the price of a second."""
     i64 = ir.IntType(64)
@@ -191,15 +169,6 @@ def _python_on_stack(like):
     """An array of ON_STACK elements, of the type of ``like``, for the time of a call: one from NumPy costs as
     much as a row of 64 elements."""
     return np.empty(ON_STACK, type(like))
-
-
-def _python_sum_on_stack(array):
-    """The sum of an array that :func:`on_stack` gave: as that of a tree, whose halves are interleaved."""
-    lanes = array.reshape(-1, LANES)
-    lanes = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
-    while lanes.size > 1:
-        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
-    return lanes[0]
 
 
 def _python_prefetch(address, size):
@@ -271,7 +240,6 @@ view_2d: Any = _view_2d if _compiled else _python_view_2d
 on_stack: Any = _on_stack if _compiled else _python_on_stack
 prefetch: Any = _prefetch if _compiled else _python_prefetch
 prefetch_rows: Any = _prefetch_rows if _compiled else _python_prefetch_rows
-sum_on_stack: Any = _sum_on_stack if _compiled else _python_sum_on_stack
 random_bits: Any = _random_bits if _compiled else _python_random_bits
 if _compiled:
     bits_of = _convert("bits", types.float32, types.uint32)

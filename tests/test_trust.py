@@ -9,6 +9,7 @@ import reference
 from fastopt.kernels import formats, layout, rules
 from fastopt.kernels.cpu import trust
 from fastopt.kernels.cpu.backend.addresses import address
+from fastopt.kernels.cpu.row_means import NOT_FOUND
 from fastopt.kernels.cpu.stored_rows import update_apart
 from fastopt.kernels.cpu.threads import run
 from fastopt.kernels.rule import Scaled
@@ -231,7 +232,7 @@ def test_a_nan_stays_in_its_element():
 @numba.njit(error_model="numpy")
 def update_rows(h, c, p, g, state):
     for row in range(p.shape[0]):
-        update_apart(h, c, p[row], g[row], (state[0][row], state[1][row]), ())
+        update_apart(h, c, p[row], g[row], (state[0][row], state[1][row]), (), p.dtype.type(NOT_FOUND))
 
 
 def test_rows_of_sparse_tables_are_layers():

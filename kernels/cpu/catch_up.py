@@ -25,6 +25,7 @@ from fastopt.kernels.catch_up import (
 )
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, restricted_helper
+from fastopt.kernels.cpu.row_means import NOT_FOUND
 from fastopt.kernels.cpu.stored_rows import close_row, open_row, prefetch_row, update_apart
 from fastopt.kernels.element import load, store, unpack, unpack_decay
 from fastopt.kernels.intrinsics import AHEAD, view, view_2d
@@ -166,7 +167,8 @@ def _loop_steps(mode, h, c, like, table, history, first, last, p, state, row_sta
     for step in range(first + 1, last + 1):
         numbers = history[step - base]
         own_h = unpack(h, numbers, like)
-        update_apart(own_h, unpack_decay(c, numbers[len(h) :], like), p, zeros, state, row_state)
+        own_c = unpack_decay(c, numbers[len(h) :], like)
+        update_apart(own_h, own_c, p, zeros, state, row_state, p.dtype.type(NOT_FOUND))
 
 
 @Kernel

@@ -1,25 +1,258 @@
-"""The mean square of a row's gradient, in vectors. The squares come first, in memory of the CPU's stack, as
-the rule's own function finds them; then sixteen are added at once. Where there is no such memory,
-``mean_square`` of element.py adds four at once, to a sum that is rounded otherwise.
+"""Mean squares of rows' gradients. A row's squares are added in vectors, sixteen at once, then the sixteen
+sums as a tree whose halves are interleaved.
+
+That tree is a chain of additions, which the update of the row has to wait for. So sixteen rows go through it
+side by side, before any of them is updated, where their rule sees the gradients as they are given. Where it
+sees them scaled, clipped or with a weight decay, each row's squares come first, in memory of the CPU's
+stack, as the rule's own function finds them. Both ways give the same bits.
 """
 
+from typing import Any
+
+import numba
 import numpy as np
-from numba.extending import register_jitable
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, overload, register_jitable
 
 from fastopt.kernels import element
 from fastopt.kernels.cpu.jit import restricted_helper
-from fastopt.kernels.element import beginning, mean_of_large_squares, regularise
-from fastopt.kernels.intrinsics import ON_STACK, on_stack, sum_on_stack, view
+from fastopt.kernels.element import regularise
+from fastopt.kernels.intrinsics import ON_STACK, on_stack, outlined, view
+from fastopt.kernels.rule import L2, RULES
 
-VECTORS_FROM = 32  # elements of a row: a shorter one is done before its squares could be read back
+LANES = 16  # numbers of a vector, and rows side by side
+VECTORS = ON_STACK // LANES  # whose sum goes into the tree at once
+NOT_FOUND = -1  # in place of a mean square
+
+_Lanes = list[tuple[int, int]]  # of each lane of a vector, the row and which of the row's sums it holds
+
+
+def _adding(x: _Lanes, y: _Lanes, half: int) -> tuple[list[int], list[int], _Lanes]:
+    """How ``half`` sums of each row remain of twice as many: which lanes of two vectors are to be added to
+    which, and what the lanes then hold."""
+    both = x + y
+    # What is in a quarter of a vector stays in it if it can, which is faster.
+    kept = sorted((k for k in range(2 * LANES) if both[k][1] < half), key=lambda k: (k % LANES // 4, k))
+    others = [both.index((both[k][0], both[k][1] + half)) for k in kept]
+    return kept, others, [both[k] for k in kept]
+
+
+def _shuffled(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
+def _sums_of_rows(builder: ir.IRBuilder, rows: list[ir.Value]) -> Any:
+    """A vector of the sums of sixteen vectors, each as a tree whose halves are interleaved."""
+    held: list[_Lanes] = [[(row, k) for k in range(LANES)] for row in range(LANES)]
+    half = LANES // 2
+    while half:
+        pairs = zip(rows[::2], rows[1::2], held[::2], held[1::2], strict=True)
+        rows, held = [], []
+        for x, y, x_lanes, y_lanes in pairs:
+            kept, others, lanes = _adding(x_lanes, y_lanes, half)
+            rows.append(builder.fadd(_shuffled(builder, x, y, kept), _shuffled(builder, x, y, others)))
+            held.append(lanes)
+        half //= 2
+    [total], [lanes] = rows, held
+    return _shuffled(builder, total, total, [lanes.index((row, 0)) for row in range(LANES)])
+
+
+def _sum(builder: ir.IRBuilder, vectors: list[ir.Value]) -> Any:
+    while len(vectors) > 1:
+        left, right = vectors[::2], vectors[1::2]
+        vectors = [builder.fadd(a, b) for a, b in zip(left, right, strict=False)] + left[len(right) :]
+    return vectors[0]
+
+
+def _squares_added(builder: ir.IRBuilder, vector: ir.VectorType, start: ir.Value, size: ir.Value) -> Any:
+    """The sum of the vectors of squares of up to ON_STACK numbers at ``start``, zeros following the last of
+    ``size`` numbers."""
+    i1, i32, i64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+    width = 4 if vector.element == ir.FloatType() else 8
+    mask = ir.VectorType(i1, LANES)
+    load_some = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(vector, [vector.as_pointer(), i32, mask, vector]),
+        f"llvm.masked.load.v{LANES}f{8 * width}.p0",
+    )
+    zeros, all_lanes = ir.Constant(vector, [0.0] * LANES), ir.VectorType(i64, LANES)
+    done = builder.append_basic_block()
+    found = []
+    cases = [builder.append_basic_block() for _ in range(VECTORS)]
+    whole = builder.sdiv(builder.sub(size, i64(1)), i64(LANES))
+    switch = builder.switch(whole, cases[-1])
+    for count, case in enumerate(cases):
+        switch.add_case(i64(count), case)
+        builder.position_at_end(case)
+        places = [builder.add(start, i64(k * LANES * width)) for k in range(count + 1)]
+        pointers = [builder.inttoptr(place, vector.as_pointer()) for place in places]
+        parts = [builder.load(pointer, align=width) for pointer in pointers[:-1]]
+        left = builder.insert_element(ir.Constant(all_lanes, ir.Undefined), size, i32(0))
+        left = _shuffled(builder, left, left, [0] * LANES)
+        own = ir.Constant(all_lanes, [count * LANES + k for k in range(LANES)])
+        given = [pointers[-1], i32(width), builder.icmp_signed("<", own, left), zeros]
+        parts.append(builder.call(load_some, given))
+        found.append((_sum(builder, [builder.fmul(part, part) for part in parts]), case))
+        builder.branch(done)
+    builder.position_at_end(done)
+    total = builder.phi(vector)
+    for value, case in found:
+        total.add_incoming(value, case)
+    return total
+
+
+def _mean_squares_function(module: ir.Module, number: ir.Type) -> ir.Function:
+    """``void (gradients, rows, dim, means)``: three addresses and two counts; at least a row."""
+    function = outlined(module, f"fastopt_mean_squares_{number}", 4)
+    if function.blocks:
+        return function
+    i32, i64 = ir.IntType(32), ir.IntType(64)
+    vector = ir.VectorType(number, LANES)
+    width = 4 if number == ir.FloatType() else 8
+    builder = ir.IRBuilder(function.append_basic_block())
+    gradients, rows, dim, means = function.args
+    gradients = builder.inttoptr(gradients, i64.as_pointer())
+    last = builder.sub(rows, i64(1))
+    divisor = builder.insert_element(ir.Constant(vector, ir.Undefined), builder.sitofp(dim, number), i32(0))
+    divisor = _shuffled(builder, divisor, divisor, [0] * LANES)
+    total, sums = cgutils.alloca_once(builder, vector), cgutils.alloca_once(builder, vector, size=i64(LANES))
+    with cgutils.for_range_slice(builder, i64(0), rows, i64(LANES)) as (first, _):
+        builder.store(ir.Constant(vector, [0.0] * LANES), total)
+        with cgutils.for_range_slice(builder, i64(0), dim, i64(ON_STACK)) as (at, _):
+            with cgutils.for_range(builder, i64(LANES)) as loop:
+                row = builder.add(first, loop.index)
+                row = builder.select(builder.icmp_signed("<", row, last), row, last)
+                start = builder.load(builder.gep(gradients, [row]))
+                start = builder.add(start, builder.mul(at, i64(width)))
+                added = _squares_added(builder, vector, start, builder.sub(dim, at))
+                builder.store(added, builder.gep(sums, [loop.index]))
+            added = [builder.load(builder.gep(sums, [i64(k)])) for k in range(LANES)]
+            builder.store(builder.fadd(builder.load(total), _sums_of_rows(builder, added)), total)
+        place = builder.inttoptr(builder.add(means, builder.mul(first, i64(width))), vector.as_pointer())
+        builder.store(builder.fdiv(builder.load(total), divisor), place, align=width)
+    builder.ret_void()
+    return function
+
+
+@intrinsic
+def _mean_squares_of(context: Any, gradients: Any, rows: Any, dim: Any, means: Any) -> Any:
+    def generate(context, builder, signature, arguments):
+        given, rows, dim, found = arguments
+        function = _mean_squares_function(builder.module, context.get_data_type(means.dtype))
+        starts = [
+            builder.ptrtoint(context.make_array(kind)(context, builder, array).data, ir.IntType(64))
+            for kind, array in ((gradients, given), (means, found))
+        ]
+        builder.call(function, [starts[0], rows, dim, starts[1]])
+        return context.get_dummy_value()
+
+    return types.void(gradients, types.int64, types.int64, means), generate
+
+
+def _python_mean_squares_of(gradients, rows, dim, means):
+    """Set ``means[k]`` to the mean of the squares of the ``dim`` numbers at ``gradients[k]``."""
+    like = means.dtype.type(0)
+    for k in range(rows):
+        g = view(gradients[k], dim, like)
+        total = like
+        for first in range(0, dim, ON_STACK):
+            squares = np.zeros(ON_STACK, means.dtype)
+            part = g[first : first + ON_STACK]
+            squares[: part.size] = part * part
+            total += _python_sum_on_stack(squares)
+        means[k] = total / means.dtype.type(dim)
+
+
+@intrinsic
+def _sum_on_stack(context: Any, array: Any) -> Any:
+    def generate(context, builder, signature, arguments):
+        vector = ir.VectorType(context.get_data_type(array.dtype), LANES)
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        start = builder.bitcast(data, vector.as_pointer())
+        i32 = ir.IntType(32)
+        places = [builder.gep(start, [i32(k)]) for k in range(VECTORS)]
+        total = _sum(builder, [builder.load(place, align=64) for place in places])
+        for width in (8, 4, 2, 1):
+            others = [(k + width) % LANES for k in range(LANES)]
+            total = builder.fadd(total, _shuffled(builder, total, total, others))
+        return builder.extract_element(total, i32(0))
+
+    return array.dtype(array), generate
+
+
+def _python_sum_on_stack(array):
+    """The sum of the numbers of an array that ``on_stack`` gave: vectors are added, then their halves."""
+    lanes = array.reshape(-1, LANES)
+    lanes = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    return lanes[0]
+
+
+_compiled: Any = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
+mean_squares_of: Any = _mean_squares_of if _compiled else _python_mean_squares_of
+sum_on_stack: Any = _sum_on_stack if _compiled else _python_sum_on_stack
+
+
+def find_means(h, c, limit, gradients, rows, dim, means):
+    """Set ``means[k]`` to the mean square of the gradient at ``gradients[k]``, for each of so many ``rows``,
+    if the rule needs it and sees the gradients as they are given, else to NOT_FOUND. limit: see ``limited``
+    of element.py."""
+    if RULES[type(h)].update_row is None:
+        return
+    if not isinstance(c, L2) and c.scale == 1 and c.limit == np.inf and limit == np.inf:
+        mean_squares_of(gradients, rows, dim, means)
+    else:
+        _no_means(rows, means)
+
+
+@overload(find_means)
+def _find_means(h, c, limit, gradients, rows, dim, means):
+    if RULES[h.instance_class].update_row is None:
+        return lambda h, c, limit, gradients, rows, dim, means: None
+    if c.instance_class is L2:
+        return lambda h, c, limit, gradients, rows, dim, means: _no_means(rows, means)
+
+    def implementation(h, c, limit, gradients, rows, dim, means):
+        if c.scale == 1 and c.limit == np.inf and limit == np.inf:
+            mean_squares_of(gradients, rows, dim, means)
+        else:
+            _no_means(rows, means)
+
+    return implementation
 
 
 @register_jitable
-def mean_square(c, p, g):
-    """Mean over a row of the squared gradient ``g`` as the rule sees it; ``p`` and ``g`` are 1-D."""
+def _no_means(rows, means):
+    for k in range(rows):
+        means[k] = NOT_FOUND
+
+
+def begin_row(h, c, p, g, row_state, mean_sq):
+    """Update a row's own state, arrays of one element, and return it for the row's elements; mean_sq: what
+    :func:`find_means` found."""
+    if RULES[type(h)].update_row is None:
+        return ()
+    return element.begin_row(h, mean_square(c, p, g, mean_sq), row_state)
+
+
+@overload(begin_row)
+def _begin_row(h, c, p, g, row_state, mean_sq):
+    if RULES[h.instance_class].update_row is None:
+        return lambda h, c, p, g, row_state, mean_sq: ()
+    return lambda h, c, p, g, row_state, mean_sq: element.begin_row(
+        h, mean_square(c, p, g, mean_sq), row_state
+    )
+
+
+@register_jitable
+def mean_square(c, p, g, found):
+    """Mean over a row of the squared gradient ``g`` as the rule sees it; ``p`` and ``g`` are 1-D. found: what
+    :func:`find_means` found, which is it if it is finite."""
+    if 0 <= found < np.inf:
+        return found
     dim = g.size
-    if dim < VECTORS_FROM:
-        return element.mean_square(c, p, g)
     zero = p.dtype.type(0)
     squares = on_stack(zero)
     total = zero
@@ -41,4 +274,12 @@ def find_squares(c, p, g, squares):
         squares[d] = x * x
 
 
-begin_row = beginning(mean_square)
+@register_jitable
+def mean_of_large_squares(c, p, g):
+    """:func:`mean_square` where the sum of squares is infinite, which their mean need not be."""
+    dim = p.dtype.type(g.size)
+    mean = p.dtype.type(0)
+    for d in range(g.size):
+        x = regularise(c, p[d], g[d])
+        mean += x / dim * x
+    return mean

@@ -7,6 +7,7 @@ from fastopt.kernels.cpu.catch_up import take_missed_steps
 from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
 from fastopt.kernels.cpu.for_each import for_each
 from fastopt.kernels.cpu.jit import Kernel, helper, inlined_helper, optimised_helper, restricted_helper
+from fastopt.kernels.cpu.row_means import find_means
 from fastopt.kernels.cpu.segments import (
     add_row,
     fetch_values,
@@ -122,11 +123,12 @@ def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_par
     h = unpack(h, numbers, like)
     dim = table[TABLE_DIM]
     block = block_of(dim * all_totals.itemsize)
-    gradients = on_stack(np.int64(0))
+    gradients, means = on_stack(np.int64(0)), on_stack(like)
     begin, end = first_segment(table, part, parts), first_segment(table, part + 1, parts)
     for first in range(begin, end, block):
         last = min(first + block, end)
         find_gradients(h, kinds, table, like, first, last, totals, dim * all_totals.itemsize, gradients)
+        find_means(h, c, limit, gradients, last - first, dim, means)
         for segment in range(first, last):
             row = row_of_segment(table, segment)
             if row == table[TABLE_SKIPPED]:
@@ -134,15 +136,16 @@ def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_par
             g = view(gradients[segment - first], dim, like)
             p, state, row_state = open_row(h, kinds, table, like, row, buffers)
             row_h = enter_row(mode, h, c, like, table, row, p, state, row_state)
-            update_apart(row_h, limited(c, g, limit), p, g, state, row_state)
+            own_c = limited(c, g, limit)
+            update_apart(row_h, own_c, p, g, state, row_state, means[segment - first])
             close_row(h, kinds, table, like, row, p, state)
 
 
 @inlined_helper
 def find_gradients(h, kinds, table, like, first, last, totals, stride, gradients):
     """Set ``gradients[k]`` to the address of the gradient of the segment ``first + k``, for those up to
-    ``last``; totals: memory for as many rows, ``stride`` bytes each. The rows that are later in the turn, and
-    those of their gradients, are fetched."""
+    ``last``, or of any numbers where it is skipped; totals: memory for as many rows, ``stride`` bytes each.
+    The rows that are later in the turn, and those of their gradients, are fetched."""
     dim, segments = table[TABLE_DIM], table[TABLE_SEGMENTS]
     fetched, each, final = fetching(table, first, last)
     for segment in range(first, last):
@@ -150,9 +153,10 @@ def find_gradients(h, kinds, table, like, first, last, totals, stride, gradients
         fetched += each
         if segment + AHEAD < segments:
             prefetch_row(h, kinds, table, like, row_of_segment(table, segment + AHEAD))
+        place = totals + (segment - first) * stride
+        gradients[segment - first] = place
         if row_of_segment(table, segment) != table[TABLE_SKIPPED]:
-            total = view(totals + (segment - first) * stride, dim, like)
-            gradients[segment - first] = gradient_of(table, like, total, segment)
+            gradients[segment - first] = gradient_of(table, like, view(place, dim, like), segment)
 
 
 @register_jitable

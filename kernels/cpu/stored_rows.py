@@ -137,10 +137,10 @@ def decoded(kinds: Any) -> int:
 
 
 @restricted_helper
-def update_apart(h, c, p, g, state, row_state):
+def update_apart(h, c, p, g, state, row_state, mean_sq):
     """Update the row ``p`` and its state with the row's whole gradient ``g``: 1-D arrays that do not
-    overlap, those of ``row_state`` of one element."""
-    row_values = begin_row(h, c, p, g, row_state)
+    overlap, those of ``row_state`` of one element. mean_sq: see row_means.py."""
+    row_values = begin_row(h, c, p, g, row_state, mean_sq)
     update_elements(rated(h, c, p, g, state, row_values), c, p, g, state, row_values)
 
 

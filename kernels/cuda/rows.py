@@ -277,7 +277,7 @@ def _limiting(vectors: RowVectors, like: np.dtype) -> Callable:
 
 
 def _averaging(vectors: RowVectors, like: np.dtype) -> Callable:
-    """``(c, dim, ...)``: what ``fastopt.kernels.element.mean_square`` gives."""
+    """``(c, dim, ...)``: the mean over a row of the squared gradient as the rule sees it."""
     numbers = {"read": vectors.elements.read, "regularise": regularise}
 
     def lines(g: str, given: str) -> list[str]:

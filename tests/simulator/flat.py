@@ -2,8 +2,9 @@
 
 import numpy as np
 from numba import cuda
+from numba.extending import register_jitable
 
-from fastopt.kernels.element import element_of, load, store, update_element, update_row
+from fastopt.kernels.element import begin_row, load, regularise, store, update_element, update_elements
 
 
 def flat(h, c, p, g, state):
@@ -20,10 +21,21 @@ def flat(h, c, p, g, state):
 
 
 def flat_rows(h, c, p, g, state, row_state):
-    """Update every row of the 2-D ``p``, a thread a row, for rules with state of one element a row."""
+    """Update every row of the 2-D ``p``, a thread a row, for rules with one number a row as their state."""
     row = np.uint64(cuda.grid(1))
     stride = np.uint64(cuda.gridsize(1))
     rows = np.uint64(p.shape[0])
     while row < rows:
-        update_row(h, c, p[row], g[row], load(state, row), element_of(row_state, row))
+        update_row(h, c, p[row], g[row], load(state, row), row_state[0][row : row + np.uint64(1)])
         row += stride
+
+
+@register_jitable
+def update_row(h, c, p, g, state, row_state):
+    """Update a row; ``row_state`` has one element."""
+    total = p.dtype.type(0)
+    for d in range(g.size):
+        x = regularise(c, p[d], g[d])
+        total += x * x
+    row_values = begin_row(h, total / p.dtype.type(g.size), (row_state,))
+    update_elements(h, c, p, g, state, row_values)

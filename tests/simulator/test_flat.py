@@ -10,7 +10,7 @@ import reference
 from numba.core import config
 
 from fastopt.kernels.cpu.jit import OPTIONS as JIT_OPTIONS
-from fastopt.kernels.element import element_of, load, store, update_element, update_row
+from fastopt.kernels.element import load, store, update_element
 from fastopt.kernels.rule import L2, Decoupled, Scaled
 from fastopt.kernels.rules.adagrad import AdaGradH
 from fastopt.kernels.rules.sgd import SGDH
@@ -70,7 +70,7 @@ def cpu_flat(h, c, p, g, state):
 @numba.njit(**JIT_OPTIONS)
 def cpu_flat_rows(h, c, p, g, state, row_state):
     for row in range(p.shape[0]):
-        update_row(h, c, p[row], g[row], load(state, row), element_of(row_state, row))
+        gpu.update_row(h, c, p[row], g[row], load(state, row), row_state[0][row : row + 1])
 
 
 def kernels(rule):
