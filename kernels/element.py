@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 from numba import types
-from numba.extending import overload, register_jitable
 from numba.np.numpy_support import as_dtype
 
+from fastopt.kernels.linked import overload, register_jitable
 from fastopt.kernels.magnitude import HUGE, sum_of_squares
 from fastopt.kernels.rule import L2, RULES, Decoupled, Rule
 from fastopt.kernels.source import define

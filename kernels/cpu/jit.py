@@ -15,7 +15,7 @@ from typing import Any
 
 import numba
 
-from fastopt.kernels.cpu import linked
+from fastopt.kernels import linked
 from fastopt.kernels.cpu.cache import cache_for
 from fastopt.kernels.cpu.for_each import turns
 from fastopt.kernels.cpu.threads import launcher, runs_serial
@@ -55,8 +55,7 @@ def restricted_helper(function: Callable) -> Any:
 
 
 def _helper(function: Callable, pipeline: type, **options: Any) -> Any:
-    given = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": pipeline}
-    return _njit(function, **given, **OPTIONS, **options)
+    return _njit(function, **{**linked.OF_HELPERS, "pipeline_class": pipeline, **OPTIONS, **options})
 
 
 class Kernel:

@@ -4,12 +4,12 @@ the rule's own function finds them; then sixteen are added at once. Where there 
 """
 
 import numpy as np
-from numba.extending import register_jitable
 
 from fastopt.kernels import element
 from fastopt.kernels.cpu.jit import restricted_helper
 from fastopt.kernels.element import beginning, mean_of_large_squares, regularise
 from fastopt.kernels.intrinsics import ON_STACK, on_stack, sum_on_stack, view
+from fastopt.kernels.linked import register_jitable
 
 VECTORS_FROM = 32  # elements of a row: a shorter one is done before its squares could be read back
 

@@ -1,7 +1,6 @@
 """Sparse updates and reads: the rows of tables that indices name."""
 
 import numpy as np
-from numba.extending import overload, register_jitable
 
 from fastopt.kernels.cpu.catch_up import take_missed_steps
 from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
@@ -28,6 +27,7 @@ from fastopt.kernels.layout import (
     TABLE_SKIPPED,
     TABLE_STEP,
 )
+from fastopt.kernels.linked import overload, register_jitable
 from fastopt.kernels.rule import Lazy, PerRow
 
 LOOKUPS_PER_CHUNK = 256

@@ -8,8 +8,10 @@ So a helper has no machine code of its own, and no environment, which is what Nu
 Python's objects.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+from numba import extending
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
@@ -68,3 +70,18 @@ class RestrictedHelper(OptimisedHelper):
     def define_pipelines(self) -> Any:
         self.state.flags.noalias = True
         return super().define_pipelines()
+
+
+OF_HELPERS: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": OptimisedHelper}
+
+
+def register_jitable(function: Callable) -> Callable:
+    """Decorate a function that kernels of any device call: on the CPU it is a helper. A GPU's code is linked
+    before it is optimised anyway, and its compiler ignores the options."""
+    return extending.register_jitable(**OF_HELPERS)(function)
+
+
+def overload(function: Callable) -> Callable[[Callable], Callable]:
+    """Decorate what chooses, by the types of its arguments, the function that kernels call in place of
+    ``function``; which is compiled as by :func:`register_jitable`."""
+    return extending.overload(function, jit_options=OF_HELPERS)
