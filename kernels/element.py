@@ -201,10 +201,12 @@ def _rescaled(numbers, factor):
 
 
 @register_jitable
-def limited(c, g, limit):
-    """``c`` with its scale such that the row's gradient ``g`` has at most the norm ``limit``:
-    ``limit / (norm + NORM_EPS)`` as ``torch.nn.utils.clip_grad_norm_``, NaN for a NaN norm."""
-    return c if limit == np.inf else within_norm(c, g, limit)
+def limited(c, g, limits, t):
+    """``c`` with its scale such that the row's gradient ``g`` has at most the norm ``limits[t]``, where there
+    are limits: ``limit / (norm + NORM_EPS)`` as ``torch.nn.utils.clip_grad_norm_``, NaN for a NaN norm."""
+    if limits is None:
+        return c
+    return c if limits[t] == np.inf else within_norm(c, g, limits[t])
 
 
 @register_jitable

@@ -88,24 +88,27 @@ def _enter_row(mode, h, c, like, table, row, p, state, row_state):
 
 
 @Kernel
-def update_tables(team, mode, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers):
+def update_tables(team, mode, won, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers):
     """Update the rows of tables that their segments name, each once, with the sum of its gradients.
 
-    mode: what comes before a row's update. kinds: formats of the parameter, of the gradient, which is as
-    computed with, and of the state. tables: see layout.py. h, c: the types of the hyperparameters.
-    numbers[t]: those of table t, float64, of h and then of c. limits[t]: largest norm of a row's gradient.
+    mode: what comes before a row's update. won: see segments.py. kinds: formats of the parameter, of the
+    gradient, which is as computed with, and of the state. tables: see layout.py. h, c: the types of the
+    hyperparameters. numbers[t]: those of table t, float64, of h and then of c. limits[t]: largest norm of a
+    row's gradient; None in place of the array where no table has one.
     parts: [table, part, how many parts the table has]. totals: [parts, memory for as many rows as block_of
     says]. buffers: [parts, memory for as many rows as stored_rows.decoded says].
 
     Bytes moved: the rows of values once for each position, and each distinct row of the table and
     of the state read and written.
     """
-    arguments = mode, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers
+    arguments = mode, won, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers
     for_each(team, update_part, parts.shape[0], arguments)
 
 
 @optimised_helper
-def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_parts, all_totals, all_buffers):
+def update_part(
+    k, mode, won, h, c, like, kinds, tables, all_numbers, limits, all_parts, all_totals, all_buffers
+):
     """The share of part ``k`` in :func:`update_tables`.
 
     Gradients are found for a block of rows before these are updated, and fetching ahead is done with that: a
@@ -113,7 +116,7 @@ def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_par
     would have to wait its turn among them.
     """
     t, part, parts = all_parts[k, 0], all_parts[k, 1], all_parts[k, 2]
-    numbers, limit = all_numbers[t], limits[t]
+    numbers = all_numbers[t]
     # Without an owner, which each function that gets the row would count a reference to.
     table = view(tables.ctypes.data + t * tables.shape[1] * tables.itemsize, tables.shape[1], np.int64(0))
     totals = all_totals.ctypes.data + k * all_totals.shape[1] * all_totals.itemsize
@@ -126,7 +129,7 @@ def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_par
     begin, end = first_segment(table, part, parts), first_segment(table, part + 1, parts)
     for first in range(begin, end, block):
         last = min(first + block, end)
-        find_gradients(h, kinds, table, like, first, last, totals, dim * all_totals.itemsize, gradients)
+        find_gradients(h, won, kinds, table, like, first, last, totals, dim * all_totals.itemsize, gradients)
         for segment in range(first, last):
             row = row_of_segment(table, segment)
             if row == table[TABLE_SKIPPED]:
@@ -134,12 +137,12 @@ def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_par
             g = view(gradients[segment - first], dim, like)
             p, state, row_state = open_row(h, kinds, table, like, row, buffers)
             row_h = enter_row(mode, h, c, like, table, row, p, state, row_state)
-            update_apart(row_h, limited(c, g, limit), p, g, state, row_state)
+            update_apart(row_h, limited(c, g, limits, t), p, g, state, row_state)
             close_row(h, kinds, table, like, row, p, state)
 
 
 @inlined_helper
-def find_gradients(h, kinds, table, like, first, last, totals, stride, gradients):
+def find_gradients(h, won, kinds, table, like, first, last, totals, stride, gradients):
     """Set ``gradients[k]`` to the address of the gradient of the segment ``first + k``, for those up to
     ``last``; totals: memory for as many rows, ``stride`` bytes each. The rows that are later in the turn, and
     those of their gradients, are fetched."""
@@ -152,7 +155,7 @@ def find_gradients(h, kinds, table, like, first, last, totals, stride, gradients
             prefetch_row(h, kinds, table, like, row_of_segment(table, segment + AHEAD))
         if row_of_segment(table, segment) != table[TABLE_SKIPPED]:
             total = view(totals + (segment - first) * stride, dim, like)
-            gradients[segment - first] = gradient_of(table, like, total, segment)
+            gradients[segment - first] = gradient_of(table, won, like, total, segment)
 
 
 @register_jitable

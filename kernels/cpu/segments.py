@@ -250,9 +250,10 @@ def add_won_row(total, position, winners, values):
 
 
 @inlined_helper
-def gradient_of(table, like, total, segment):
+def gradient_of(table, won, like, total, segment):
     """Address of the gradient of a segment: of its only row of values, or of ``total``, which has
-    become the sum of several in the order of their positions."""
+    become the sum of several in the order of their positions. won: True where the table may have winners; for
+    None there is no code for them."""
     starts = view(table[TABLE_STARTS], table[TABLE_SEGMENTS] + 1, np.int32(0))
     origin = table[TABLE_SOURCE_ORIGIN]
     first, last = np.int64(starts[segment]) - origin, np.int64(starts[segment + 1]) - origin
@@ -261,7 +262,7 @@ def gradient_of(table, like, total, segment):
     base, address = table[TABLE_SOURCE_BASE], table[TABLE_VALUES]
     stride = table[TABLE_VALUES_STRIDE]
     weights = view(table[TABLE_WEIGHTS], end if table[TABLE_WEIGHTS] else np.int64(0), like)
-    if table[TABLE_WINNERS]:
+    if won is not None and table[TABLE_WINNERS]:
         sum_won_rows(table, like, total, first, last)
     elif last - first > 1 or weights.size:
         sum_rows(address, stride, source, base, weights, first, last, end, total)
