@@ -29,8 +29,8 @@ def bounds_of(indices, first, last):
     high = low
     for i in range(own.size):  # from 0, so that no index may count from the end: then it is a loop of vectors
         x = np.int64(own[i])
-        low = min(low, x)
-        high = max(high, x)
+        low = x if x < low else low
+        high = x if x > high else high
     return low, high
 
 
