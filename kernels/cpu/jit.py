@@ -107,7 +107,7 @@ def team(work: int) -> int:
 
 @functools.cache
 def _turns_address() -> int:
-    dispatcher: Any = _compile(turns, parallel=True, no_cfunc_wrapper=False)
+    dispatcher: Any = _compile(turns, no_cfunc_wrapper=False)
     dispatcher.compile((numba.int64,) * 3)
     [found] = dispatcher.overloads.values()
     return found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
