@@ -31,6 +31,10 @@ class _Linked(JITCodeLibrary):
     def get_pointer_to_function(self, name: str) -> int:
         return 0
 
+    def _optimize_functions(self, module: Any) -> None:
+        """Nothing, which is left to the kernel, too."""
+        module.data_layout = self._codegen._data_layout
+
     def _optimize_final_module(self) -> None:
         """Nothing, which is left to the kernel."""
 
