@@ -32,7 +32,7 @@ class _Linked(JITCodeLibrary):
         return 0
 
     def _optimize_functions(self, module: Any) -> None:
-        """Nothing, which is left to the kernel, too."""
+        """Nothing, which is left to the kernel."""
         module.data_layout = self._codegen._data_layout
 
     def _optimize_final_module(self) -> None:
@@ -76,8 +76,7 @@ class RestrictedHelper(OptimisedHelper):
         return super().define_pipelines()
 
 
-# Of numba.njit.
-OF_HELPERS: dict[str, Any] = {
+OF_HELPERS: Any = {  # options of numba.njit, whose type leaves out some
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
     "pipeline_class": OptimisedHelper,
