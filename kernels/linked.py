@@ -79,13 +79,13 @@ class RestrictedHelper(OptimisedHelper):
 OF_HELPERS: Any = {  # options of numba.njit, whose type leaves out some
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
-    "pipeline_class": OptimisedHelper,
+    "pipeline_class": Helper,
 }
 
 
 def register_jitable(function: Callable) -> Callable:
-    """Decorate a function that kernels of any device call: on the CPU it is a helper, optimised by itself
-    first, without which sparse steps took up to a tenth longer. A GPU's compiler leaves the options alone."""
+    """Decorate a function that kernels of any device call: on the CPU it is a helper. A GPU's compiler leaves
+    the options alone."""
     return extending.register_jitable(**OF_HELPERS)(function)
 
 
