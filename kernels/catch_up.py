@@ -62,9 +62,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from numba.extending import overload, register_jitable
 from numba.np.numpy_support import as_dtype
 
+from fastopt.kernels.linked import overload, register_jitable
 from fastopt.kernels.rule import L2, RULES, Adaptive, Linear, Loop, Rule, Still
 from fastopt.kernels.source import define
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 from numba import types
-from numba.extending import overload, register_jitable
 from numba.np.numpy_support import as_dtype
 
+from fastopt.kernels.linked import overload, register_jitable
 from fastopt.kernels.magnitude import HUGE, sum_of_squares
 from fastopt.kernels.rule import L2, RULES, Decoupled, Rule
 from fastopt.kernels.source import define
@@ -201,10 +201,12 @@ def _rescaled(numbers, factor):
 
 
 @register_jitable
-def limited(c, g, limit):
-    """``c`` with its scale such that the row's gradient ``g`` has at most the norm ``limit``:
-    ``limit / (norm + NORM_EPS)`` as ``torch.nn.utils.clip_grad_norm_``, NaN for a NaN norm."""
-    return c if limit == np.inf else within_norm(c, g, limit)
+def limited(c, g, limits, t):
+    """``c`` with its scale such that the row's gradient ``g`` has at most the norm ``limits[t]``, where there
+    are limits: ``limit / (norm + NORM_EPS)`` as ``torch.nn.utils.clip_grad_norm_``, NaN for a NaN norm."""
+    if limits is None:
+        return c
+    return c if limits[t] == np.inf else within_norm(c, g, limits[t])
 
 
 @register_jitable

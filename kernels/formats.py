@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numba.extending import register_jitable
 
 from fastopt.kernels.intrinsics import bits_of, float_of, float_of_half, half_of
+from fastopt.kernels.linked import register_jitable
 
 BLOCK = 256  # elements that share a scale
 NEAREST = np.uint32(0x80000000)  # random bits with which rounding at random is rounding to the nearest

@@ -7,7 +7,8 @@ unit. So ordinary numbers cost nothing, and keep their bits.
 import math
 
 import numpy as np
-from numba.extending import register_jitable
+
+from fastopt.kernels.linked import register_jitable
 
 HUGE, TINY = 2.0**540, 2.0**-600  # powers of two, by which division is exact
 LARGEST, SMALLEST = 1e300, 1e-280  # sums of squares, beyond which squares overflow or lose digits

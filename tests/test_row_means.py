@@ -14,11 +14,11 @@ MOST = 32  # rows of a block
 
 
 @numba.njit(error_model="numpy")
-def side_by_side(h, c, limit, gradients, dim, like, out):
+def side_by_side(h, c, limits, gradients, dim, like, out):
     addresses, means = on_stack(np.int64(0)), on_stack(like)
     for k in range(gradients.size):
         addresses[k] = gradients[k]
-    find_means(h, c, limit, addresses, gradients.size, dim, means)
+    find_means(h, c, limits, 0, addresses, gradients.size, dim, means)
     for k in range(gradients.size):
         out[k] = means[k]
 
@@ -54,7 +54,8 @@ def tree_of(row):
 
 def found_by(h, c, limit, gradients, dim, dtype):
     out = np.full(gradients.size, np.nan, dtype)
-    side_by_side(h, c, limit, gradients, dim, dtype(0), out)
+    limits = None if limit is None else np.array([limit])
+    side_by_side(h, c, limits, gradients, dim, dtype(0), out)
     return out
 
 
@@ -65,7 +66,8 @@ def test_means_are_those_of_the_tree(dtype, dim):
     h, c = RowwiseAdaGradH(dtype(0.1), dtype(1e-8)), Scaled(dtype(1), dtype(np.inf))
     for count in (1, 2, 15, 16, 17, MOST):
         rows, gradients = rows_of(rng, dtype, count, dim)
-        found = found_by(h, c, np.inf, gradients, dim, dtype)
+        found = found_by(h, c, None, gradients, dim, dtype)
+        np.testing.assert_array_equal(found, found_by(h, c, np.inf, gradients, dim, dtype))
         single = np.empty(count, dtype)
         one_by_one(c, gradients, dim, dtype(0), single)
         np.testing.assert_array_equal(found, [tree_of(row) for row in rows])
@@ -80,7 +82,7 @@ def test_special_numbers_stay_in_their_rows(dim):
     h, c = RowwiseAdaGradH(np.float32(0.1), np.float32(1e-8)), Scaled(np.float32(1), np.float32(np.inf))
     rows, gradients = rows_of(np.random.default_rng(0), np.float32, 20, dim)
     rows[3, dim // 2], rows[7, dim - 1], rows[11] = np.nan, -np.inf, 1e30
-    found = found_by(h, c, np.inf, gradients, dim, np.float32)
+    found = found_by(h, c, None, gradients, dim, np.float32)
     assert list(np.flatnonzero(~np.isfinite(found))) == [3, 7, 11]
     assert np.isnan(found[3])
 
@@ -88,11 +90,11 @@ def test_special_numbers_stay_in_their_rows(dim):
 @pytest.mark.parametrize(
     ("c", "limit"),
     [
-        (Scaled(np.float32(0.5), np.float32(np.inf)), np.inf),
-        (Scaled(np.float32(1), np.float32(7)), np.inf),
+        (Scaled(np.float32(0.5), np.float32(np.inf)), None),
+        (Scaled(np.float32(1), np.float32(7)), None),
         (Scaled(np.float32(1), np.float32(np.inf)), 3.0),
-        (Decoupled(np.float32(-1), np.float32(np.inf), np.float32(0.9)), np.inf),
-        (L2(np.float32(1), np.float32(np.inf), np.float32(0.1)), np.inf),
+        (Decoupled(np.float32(-1), np.float32(np.inf), np.float32(0.9)), None),
+        (L2(np.float32(1), np.float32(np.inf), np.float32(0.1)), None),
     ],
 )
 def test_means_are_not_found_where_the_rule_sees_other_gradients(c, limit):
@@ -106,7 +108,7 @@ def test_rules_without_state_of_one_element_a_row_look_for_no_means():
 
     @numba.njit
     def run(h, c, gradients, means):
-        find_means(h, c, np.inf, gradients, gradients.size, 40, means)
+        find_means(h, c, None, 0, gradients, gradients.size, 40, means)
 
     means = np.full(9, 5, np.float32)
     _, gradients = rows_of(np.random.default_rng(0), np.float32, 9, 40)

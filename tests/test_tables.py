@@ -402,7 +402,7 @@ class Counted:
         self.calls = []
 
     def ready(self, work, arguments, types):
-        self.calls.append(len(arguments[5]))
+        self.calls.append(len(arguments[6]))
         return update_tables.ready(work, arguments, types)
 
 

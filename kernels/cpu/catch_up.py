@@ -4,7 +4,6 @@ what the latest come to, and having rows take theirs."""
 import math
 
 import numpy as np
-from numba.extending import overload, register_jitable
 
 from fastopt.kernels.catch_up import (
     DECAY1,
@@ -41,6 +40,7 @@ from fastopt.kernels.layout import (
     TABLE_TABULATED_COLUMNS,
     TABLE_TABULATED_FROM,
 )
+from fastopt.kernels.linked import overload, register_jitable
 from fastopt.kernels.rule import Loop
 
 # Keeping a step

@@ -12,7 +12,6 @@ p and g read and p written, 24.
 from typing import Any
 
 import numpy as np
-from numba.extending import overload
 from numba.np.numpy_support import as_dtype
 
 from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
@@ -29,6 +28,7 @@ from fastopt.kernels.cpu.runs import (
 )
 from fastopt.kernels.element import decayed, scaled, trust_ratio, unpack
 from fastopt.kernels.intrinsics import view
+from fastopt.kernels.linked import overload
 from fastopt.kernels.magnitude import unit_of
 from fastopt.kernels.rules.adafactor import adafactor_direction, share_of
 from fastopt.kernels.rules.lerp import lerp

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
-from fastopt.kernels.cpu.jit import Direct, helper
+from fastopt.kernels.cpu.jit import Direct
 from fastopt.kernels.intrinsics import view, view_2d
 
 WORD = 8
@@ -43,44 +43,36 @@ def _read(
     """See :class:`Headers`. All arguments are numbers, which cost least to pass: the last three are addresses
     of [parameters or gradients, array, (dtype, dimensions, the first of its extents, flags)], of the extents,
     and of [parameters or gradients, array]. Returns the number of an entry of FOUND."""
-    changed, unknown = _read_all(
-        parameters, parameters_are_list, array_type, count, expected, extents, addresses
-    )
-    size = count * WORD
-    moved, unknown_gradients = _read_all(
-        gradients, gradients_are_list, array_type, count, expected + 4 * size, extents, addresses + size
-    )
-    return changed + 2 * unknown + 4 * moved + 8 * unknown_gradients
-
-
-@helper
-def _read_all(items, is_list, array_type, count, expected_at, extents_at, addresses_at):
-    expected = view_2d(expected_at, count, np.int64(4), np.int64(0))
-    addresses = view(addresses_at, count, np.int64(0))
-    if is_list:
-        items = view(items + ITEMS * WORD, 1, np.int64(0))[0]
-    else:
-        items = items + ITEMS * WORD
-    objects = view(items, count, np.int64(0))
-    changed = unknown = False
-    for i in range(count):
-        words = view(objects[i], FLAGS + 1, np.int64(0))
-        address = UNKNOWN
-        if words[TYPE] == array_type:
-            ndim = expected[i, 1]
-            flags = expected[i, 3]
-            fits = words[DTYPE] == expected[i, 0] and np.int32(words[NDIM]) == ndim
-            if fits and np.int32(words[FLAGS]) & flags == flags:
-                shape = view(words[SHAPE], ndim, np.int64(0))
-                extents = view(extents_at + expected[i, 2] * WORD, ndim, np.int64(0))
-                for k in range(ndim):
-                    fits = fits and shape[k] == extents[k]
-                if fits:
-                    address = words[DATA]
-        changed = changed or address != addresses[i]
-        unknown = unknown or address == UNKNOWN
-        addresses[i] = address
-    return changed, unknown
+    expected = view_2d(expected, 2 * count, np.int64(4), np.int64(0))
+    addresses = view(addresses, 2 * count, np.int64(0))
+    found = 0
+    for which in range(2):
+        items = gradients if which else parameters
+        items += ITEMS * WORD
+        if gradients_are_list if which else parameters_are_list:
+            items = view(items, 1, np.int64(0))[0]
+        objects = view(items, count, np.int64(0))
+        for i in range(count):
+            k = which * count + i
+            words = view(objects[i], FLAGS + 1, np.int64(0))
+            address = UNKNOWN
+            if words[TYPE] == array_type:
+                ndim = expected[k, 1]
+                flags = expected[k, 3]
+                fits = words[DTYPE] == expected[k, 0] and np.int32(words[NDIM]) == ndim
+                if fits and np.int32(words[FLAGS]) & flags == flags:
+                    shape = view(words[SHAPE], ndim, np.int64(0))
+                    wanted = view(extents + expected[k, 2] * WORD, ndim, np.int64(0))
+                    for d in range(ndim):
+                        fits = fits and shape[d] == wanted[d]
+                    if fits:
+                        address = words[DATA]
+            if address != addresses[k]:
+                found |= 1 << (2 * which)
+            if address == UNKNOWN:
+                found |= 2 << (2 * which)
+            addresses[k] = address
+    return found
 
 
 @Direct

@@ -29,8 +29,8 @@ def bounds_of(indices, first, last):
     high = low
     for i in range(own.size):  # from 0, so that no index may count from the end: then it is a loop of vectors
         x = np.int64(own[i])
-        low = min(low, x)
-        high = max(high, x)
+        low = x if x < low else low
+        high = x if x > high else high
     return low, high
 
 
@@ -77,30 +77,20 @@ def block_of(words, block, blocks):
 
 @helper
 def count_block(block, is_first, indices, position_bits, words, shift, counts):
-    """How often each digit occurs in a block."""
+    """How often each digit occurs in a block. Before the first is counted, each word becomes an index above
+    its position."""
     first, last = block_of(words, block, counts.shape[0])
-    mask, own = np.uint64(counts.shape[1] - 1), counts[block]
+    mask, own, own_words = np.uint64(counts.shape[1] - 1), counts[block], words[first:last]
     own[:] = 0
     if is_first:
-        pack_and_count(indices[first:last], first, position_bits, words[first:last], mask, own)
+        bits, own_indices = np.uint64(position_bits), indices[first:last]
+        for i in range(own_indices.size):
+            index = np.uint64(own_indices[i])
+            own_words[i] = (index << bits) | np.uint64(first + i)
+            own[index & mask] += np.uint32(1)
     else:
-        count_digits(words[first:last], shift, mask, own)
-
-
-@helper
-def pack_and_count(indices, first, position_bits, words, mask, counts):
-    """``words[i]``: ``indices[i]`` above its position, ``first + i``; whose lowest digit is counted."""
-    bits = np.uint64(position_bits)
-    for i in range(indices.size):
-        index = np.uint64(indices[i])
-        words[i] = (index << bits) | np.uint64(first + i)
-        counts[index & mask] += np.uint32(1)
-
-
-@helper
-def count_digits(words, shift, mask, counts):
-    for i in range(words.size):
-        counts[(words[i] >> shift) & mask] += np.uint32(1)
+        for i in range(own_words.size):
+            own[(own_words[i] >> shift) & mask] += np.uint32(1)
 
 
 @helper

@@ -10,12 +10,14 @@ Options, each for a reason:
 """
 
 import functools
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba
 
-from fastopt.kernels.cpu import linked
+from fastopt.kernels import linked
 from fastopt.kernels.cpu.cache import cache_for
 from fastopt.kernels.cpu.for_each import turns
 from fastopt.kernels.cpu.threads import launcher, runs_serial
@@ -55,8 +57,7 @@ def restricted_helper(function: Callable) -> Any:
 
 
 def _helper(function: Callable, pipeline: type, **options: Any) -> Any:
-    given = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": pipeline}
-    return _njit(function, **given, **OPTIONS, **options)
+    return _njit(function, **{**linked.OF_HELPERS, "pipeline_class": pipeline, **OPTIONS, **options})
 
 
 class Kernel:
@@ -106,7 +107,7 @@ def team(work: int) -> int:
 
 @functools.cache
 def _turns_address() -> int:
-    dispatcher: Any = _compile(turns, parallel=True, no_cfunc_wrapper=False)
+    dispatcher: Any = _compile(turns, no_cfunc_wrapper=False)
     dispatcher.compile((numba.int64,) * 3)
     [found] = dispatcher.overloads.values()
     return found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
@@ -136,5 +137,18 @@ def _compile(function: Callable, **options: Any) -> Callable:
     dispatcher = _njit(**{"no_cfunc_wrapper": True, **OPTIONS, **options})(function)
     if not _config.DISABLE_JIT:
         dispatcher._cache = cache_for(function)
-        dispatcher.compile = deferred()(dispatcher.compile)  # or loads from the cache
+        dispatcher.compile = deferred()(_uncollected()(dispatcher.compile))  # or loads from the cache
     return dispatcher
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without collections of garbage: they take a tenth of the time of a compilation, most of whose objects
+    live on."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -108,14 +108,15 @@ def add_squares_at(kinds, like, address, at, scale, sums):
 
 
 @Kernel
-def sum_squares_tables(team, like, tables, blocks, scale, partials):
+def sum_squares_tables(team, won, like, tables, blocks, scale, partials):
     """The same for gradients of tables (see layout.py), a row's gradients summed: partials of
-    SEGMENTS_PER_BLOCK segments each, blocks being of [table, number of the block in it]."""
-    for_each(team, sum_squares_block, blocks.shape[0], (like, tables, blocks, scale, partials))
+    SEGMENTS_PER_BLOCK segments each, blocks being of [table, number of the block in it]. won: see
+    segments.py."""
+    for_each(team, sum_squares_block, blocks.shape[0], (won, like, tables, blocks, scale, partials))
 
 
 @helper
-def sum_squares_block(k, like, tables, blocks, scale, partials):
+def sum_squares_block(k, won, like, tables, blocks, scale, partials):
     table, block = tables[blocks[k, 0]], blocks[k, 1]
     dim = table[TABLE_DIM]
     total = np.empty_like(view(table[TABLE_PARAMETER], dim, like))
@@ -126,7 +127,7 @@ def sum_squares_block(k, like, tables, blocks, scale, partials):
         fetch_values(table, fetched, min(fetched + each, final))
         fetched += each
         if row_of_segment(table, segment) != table[TABLE_SKIPPED]:
-            add_squares(view(gradient_of(table, like, total, segment), dim, like), scale, sums)
+            add_squares(view(gradient_of(table, won, like, total, segment), dim, like), scale, sums)
     partials[k] = total_of(sums)
 
 

@@ -13,12 +13,13 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic
 
 from fastopt.kernels import element
 from fastopt.kernels.cpu.jit import restricted_helper
 from fastopt.kernels.element import regularise
 from fastopt.kernels.intrinsics import ON_STACK, on_stack, outlined, view
+from fastopt.kernels.linked import overload, register_jitable
 from fastopt.kernels.rule import L2, RULES
 
 LANES = 16  # numbers of a vector, and rows side by side
@@ -195,32 +196,42 @@ mean_squares_of: Any = _mean_squares_of if _compiled else _python_mean_squares_o
 sum_on_stack: Any = _sum_on_stack if _compiled else _python_sum_on_stack
 
 
-def find_means(h, c, limit, gradients, rows, dim, means):
+def find_means(h, c, limits, t, gradients, rows, dim, means):
     """Set ``means[k]`` to the mean square of the gradient at ``gradients[k]``, for each of so many ``rows``,
-    if the rule needs it and sees the gradients as they are given, else to NOT_FOUND. limit: see ``limited``
-    of element.py."""
+    if the rule needs it and sees the gradients as they are given, else to NOT_FOUND. limits, t: see
+    ``limited`` of element.py."""
     if RULES[type(h)].update_row is None:
         return
-    if not isinstance(c, L2) and c.scale == 1 and c.limit == np.inf and limit == np.inf:
-        mean_squares_of(gradients, rows, dim, means)
-    else:
+    if isinstance(c, L2):
         _no_means(rows, means)
+    else:
+        _find_given(c, limits, t, gradients, rows, dim, means)
 
 
 @overload(find_means)
-def _find_means(h, c, limit, gradients, rows, dim, means):
+def _find_means(h, c, limits, t, gradients, rows, dim, means):
     if RULES[h.instance_class].update_row is None:
-        return lambda h, c, limit, gradients, rows, dim, means: None
+        return lambda h, c, limits, t, gradients, rows, dim, means: None
     if c.instance_class is L2:
-        return lambda h, c, limit, gradients, rows, dim, means: _no_means(rows, means)
+        return lambda h, c, limits, t, gradients, rows, dim, means: _no_means(rows, means)
+    return lambda h, c, limits, t, gradients, rows, dim, means: _find_given(
+        c, limits, t, gradients, rows, dim, means
+    )
 
-    def implementation(h, c, limit, gradients, rows, dim, means):
-        if c.scale == 1 and c.limit == np.inf and limit == np.inf:
-            mean_squares_of(gradients, rows, dim, means)
-        else:
-            _no_means(rows, means)
 
-    return implementation
+@register_jitable
+def _has_no_limit(limits, t):
+    if limits is None:
+        return True
+    return limits[t] == np.inf
+
+
+@register_jitable
+def _find_given(c, limits, t, gradients, rows, dim, means):
+    if c.scale == 1 and c.limit == np.inf and _has_no_limit(limits, t):
+        mean_squares_of(gradients, rows, dim, means)
+    else:
+        _no_means(rows, means)
 
 
 @register_jitable

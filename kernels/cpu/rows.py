@@ -1,7 +1,6 @@
 """Sparse updates and reads: the rows of tables that indices name."""
 
 import numpy as np
-from numba.extending import overload, register_jitable
 
 from fastopt.kernels.cpu.catch_up import take_missed_steps
 from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
@@ -29,6 +28,7 @@ from fastopt.kernels.layout import (
     TABLE_SKIPPED,
     TABLE_STEP,
 )
+from fastopt.kernels.linked import overload, register_jitable
 from fastopt.kernels.rule import Lazy, PerRow
 
 LOOKUPS_PER_CHUNK = 256
@@ -89,24 +89,27 @@ def _enter_row(mode, h, c, like, table, row, p, state, row_state):
 
 
 @Kernel
-def update_tables(team, mode, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers):
+def update_tables(team, mode, won, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers):
     """Update the rows of tables that their segments name, each once, with the sum of its gradients.
 
-    mode: what comes before a row's update. kinds: formats of the parameter, of the gradient, which is as
-    computed with, and of the state. tables: see layout.py. h, c: the types of the hyperparameters.
-    numbers[t]: those of table t, float64, of h and then of c. limits[t]: largest norm of a row's gradient.
+    mode: what comes before a row's update. won: see segments.py. kinds: formats of the parameter, of the
+    gradient, which is as computed with, and of the state. tables: see layout.py. h, c: the types of the
+    hyperparameters. numbers[t]: those of table t, float64, of h and then of c. limits[t]: largest norm of a
+    row's gradient; None in place of the array where no table has one.
     parts: [table, part, how many parts the table has]. totals: [parts, memory for as many rows as block_of
     says]. buffers: [parts, memory for as many rows as stored_rows.decoded says].
 
     Bytes moved: the rows of values once for each position, and each distinct row of the table and
     of the state read and written.
     """
-    arguments = mode, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers
+    arguments = mode, won, h, c, like, kinds, tables, numbers, limits, parts, totals, buffers
     for_each(team, update_part, parts.shape[0], arguments)
 
 
 @optimised_helper
-def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_parts, all_totals, all_buffers):
+def update_part(
+    k, mode, won, h, c, like, kinds, tables, all_numbers, limits, all_parts, all_totals, all_buffers
+):
     """The share of part ``k`` in :func:`update_tables`.
 
     Gradients are found for a block of rows before these are updated, and fetching ahead is done with that: a
@@ -114,7 +117,7 @@ def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_par
     would have to wait its turn among them.
     """
     t, part, parts = all_parts[k, 0], all_parts[k, 1], all_parts[k, 2]
-    numbers, limit = all_numbers[t], limits[t]
+    numbers = all_numbers[t]
     # Without an owner, which each function that gets the row would count a reference to.
     table = view(tables.ctypes.data + t * tables.shape[1] * tables.itemsize, tables.shape[1], np.int64(0))
     totals = all_totals.ctypes.data + k * all_totals.shape[1] * all_totals.itemsize
@@ -127,8 +130,8 @@ def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_par
     begin, end = first_segment(table, part, parts), first_segment(table, part + 1, parts)
     for first in range(begin, end, block):
         last = min(first + block, end)
-        find_gradients(h, kinds, table, like, first, last, totals, dim * all_totals.itemsize, gradients)
-        find_means(h, c, limit, gradients, last - first, dim, means)
+        find_gradients(h, won, kinds, table, like, first, last, totals, dim * all_totals.itemsize, gradients)
+        find_means(h, c, limits, t, gradients, last - first, dim, means)
         for segment in range(first, last):
             row = row_of_segment(table, segment)
             if row == table[TABLE_SKIPPED]:
@@ -136,13 +139,13 @@ def update_part(k, mode, h, c, like, kinds, tables, all_numbers, limits, all_par
             g = view(gradients[segment - first], dim, like)
             p, state, row_state = open_row(h, kinds, table, like, row, buffers)
             row_h = enter_row(mode, h, c, like, table, row, p, state, row_state)
-            own_c = limited(c, g, limit)
+            own_c = limited(c, g, limits, t)
             update_apart(row_h, own_c, p, g, state, row_state, means[segment - first])
             close_row(h, kinds, table, like, row, p, state)
 
 
 @inlined_helper
-def find_gradients(h, kinds, table, like, first, last, totals, stride, gradients):
+def find_gradients(h, won, kinds, table, like, first, last, totals, stride, gradients):
     """Set ``gradients[k]`` to the address of the gradient of the segment ``first + k``, for those up to
     ``last``, or of any numbers where it is skipped; totals: memory for as many rows, ``stride`` bytes each.
     The rows that are later in the turn, and those of their gradients, are fetched."""
@@ -156,7 +159,7 @@ def find_gradients(h, kinds, table, like, first, last, totals, stride, gradients
         place = totals + (segment - first) * stride
         gradients[segment - first] = place
         if row_of_segment(table, segment) != table[TABLE_SKIPPED]:
-            gradients[segment - first] = gradient_of(table, like, view(place, dim, like), segment)
+            gradients[segment - first] = gradient_of(table, won, like, view(place, dim, like), segment)
 
 
 @register_jitable

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.extending import overload
 from numba.np.numpy_support import as_dtype
 
 from fastopt.kernels.cpu.jit import restricted_helper
 from fastopt.kernels.element import update_element
 from fastopt.kernels.formats import BLOCK, NEAREST, Format, half_of_random, larger, random_draws, scale_from
 from fastopt.kernels.intrinsics import random_bits, view
+from fastopt.kernels.linked import overload
 from fastopt.kernels.source import define
 
 RUN = 8 * BLOCK  # elements that are updated at a time, so that what is done to them next finds them in cache

@@ -7,6 +7,8 @@ once, in the order given, nothing else is read or written, and every element's a
 the plain loop, in the same order.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -37,7 +39,8 @@ from fastopt.kernels.layout import (
 MOST_FETCHED = 8  # rows of values at a time: the sum of more fetches on
 
 # Bytes of a block: from all sixteen common vector registers, or half of the largest, to two of the common.
-WIDEST, WIDE, MIDDLE, NARROW = 512, 256, 128, 64
+WIDTHS = 512, 256, 128, 64
+REST = 32, 16, 8, 4  # for what is left: the widest of them that a row has room for
 
 
 def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: int, weighted: bool,
@@ -124,37 +127,70 @@ def _block_function(
     return function
 
 
-@intrinsic(prefer_literal=True)
-def _sum_block(context: Any, address: Any, stride: Any, rows: Any, base: Any, weights: Any, offsets: Any,
-               bags: Any, end: Any, ahead: Any, out: Any, out_stride: Any, size: Any) -> Any:  # fmt: skip
-    """Sum ``size`` bytes, at least an element, at ``address`` of the rows of each bag into those at ``out``;
-    rows before ``end`` are fetched so many ``ahead`` of their turn."""
+@contextmanager
+def _while(builder: ir.IRBuilder, condition: Callable[[], Any]) -> Iterator[None]:
+    """A loop, whose body is built in the block."""
+    test, body, done = (builder.append_basic_block() for _ in range(3))
+    builder.branch(test)
+    builder.position_at_end(test)
+    builder.cbranch(condition(), body, done)
+    builder.position_at_end(body)
+    yield
+    builder.branch(test)
+    builder.position_at_end(done)
+
+
+@intrinsic
+def _sum_bags(context: Any, address: Any, stride: Any, rows: Any, base: Any, weights: Any, offsets: Any,
+              end: Any, ahead: Any, out: Any, out_stride: Any, dim: Any) -> Any:  # fmt: skip
     number = weights.dtype
-    width = max(size.literal_value * 8 // number.bitwidth, 1)
 
     def generate(context, builder, signature, arguments):
+        i64 = ir.IntType(64)
         kinds = [context.get_data_type(kind) for kind in (number, rows.dtype)]
-        address, stride, row_array, base, weight_array, *others, _ = arguments
-        starts, sizes = [], []
-        for kind, value in ((rows, row_array), (weights, weight_array)):
-            array = context.make_array(kind)(context, builder, value)
-            starts.append(builder.ptrtoint(array.data, ir.IntType(64)))
-            sizes.append(array.nitems)
-        given = [address, stride, starts[0], base, starts[1], *others]
-        weighted = builder.icmp_signed(">", sizes[1], ir.IntType(64)(0))
-        with builder.if_else(weighted) as (then, otherwise):
-            for branch, flag in ((then, True), (otherwise, False)):
-                with branch:
-                    builder.call(_block_function(builder.module, *kinds, width, flag), given)
+        address, stride, _, base, _, _, end, ahead, out, out_stride, dim = arguments
+        given = (rows, arguments[2]), (weights, arguments[4]), (offsets, arguments[5])
+        arrays = [context.make_array(kind)(context, builder, value) for kind, value in given]
+        starts = [builder.ptrtoint(array.data, i64) for array in arrays]
+        weighted = builder.icmp_signed(">", arrays[1].nitems, i64(0))
+        bags = builder.sub(arrays[2].nitems, i64(1))
+        size = builder.mul(dim, i64(number.bitwidth // 8))
+        at = cgutils.alloca_once_value(builder, i64(0))
+
+        def sum_block(width):
+            begin = builder.load(at)
+            places = builder.add(address, begin), builder.add(out, begin)
+            own = [places[0], stride, starts[0], base, *starts[1:], bags, end, ahead, places[1], out_stride]
+            elements = max(width * 8 // number.bitwidth, 1)
+            with builder.if_else(weighted) as branches:
+                for branch, flag in zip(branches, (True, False), strict=True):
+                    with branch:
+                        builder.call(_block_function(builder.module, *kinds, elements, flag), own)
+            builder.store(builder.add(begin, i64(width)), at)
+
+        def are_left(count):
+            return builder.icmp_signed(">=", builder.sub(size, builder.load(at)), i64(count))
+
+        for width in WIDTHS:
+            with _while(builder, lambda width=width: are_left(width)):
+                sum_block(width)
+        for width in REST:  # the last block may sum some columns once more
+            fits = builder.icmp_signed(">=", size, i64(width))
+            with builder.if_then(fits), _while(builder, lambda: are_left(1)):
+                last, begin = builder.sub(size, i64(width)), builder.load(at)
+                builder.store(builder.select(builder.icmp_signed("<", begin, last), begin, last), at)
+                sum_block(width)
         return context.get_dummy_value()
 
     count = types.int64
-    others = [count] * 6
-    return types.void(count, count, rows, count, weights, *others, size), generate
+    return types.void(count, count, rows, count, weights, offsets, *[count] * 5), generate
 
 
 def _python_sum_bags(address, stride, rows, base, weights, offsets, end, ahead, out, out_stride, dim):
-    """Plain Python's :func:`sum_bags`."""
+    """Set ``dim`` elements at ``out``, and ``out_stride`` bytes further for each next bag, to the sum of the
+    rows ``rows[k] - base``, for k from ``offsets[bag]`` to ``offsets[bag + 1]``, of an array at ``address``
+    with ``stride`` bytes a row, times ``weights[k]`` if there are weights. If ``ahead`` is not 0, compiled
+    code fetches rows before ``end`` so many ahead of their turn."""
     like = weights.dtype.type(0)
     for bag, (first, last) in enumerate(pairwise(offsets.tolist())):
         total = view(out + bag * out_stride, dim, like)
@@ -164,60 +200,7 @@ def _python_sum_bags(address, stride, rows, base, weights, offsets, end, ahead, 
             total += weights[k] * values if weights.size else values
 
 
-@helper
-def _compiled_sum_bags(address, stride, rows, base, weights, offsets, end, ahead, out, out_stride, dim):
-    """Set ``dim`` elements at ``out``, and ``out_stride`` bytes further for each next bag, to the sum of the
-    rows ``rows[k] - base``, for k from ``offsets[bag]`` to ``offsets[bag + 1]``, of an array at ``address``
-    with ``stride`` bytes a row, times ``weights[k]`` if there are weights. If ``ahead`` is not 0, rows before
-    ``end`` are fetched so many ahead of their turn."""
-    bags, starts = np.int64(offsets.size - 1), offsets.ctypes.data
-    bytes_left = dim * weights.itemsize
-    at = np.int64(0)
-    while bytes_left - at >= WIDEST:
-        _sum_block(
-            address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, WIDEST
-        )
-        at += WIDEST
-    if bytes_left - at >= WIDE:
-        _sum_block(
-            address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, WIDE
-        )
-        at += WIDE
-    if bytes_left - at >= MIDDLE:
-        _sum_block(
-            address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, MIDDLE
-        )
-        at += MIDDLE
-    if bytes_left - at >= NARROW:
-        _sum_block(
-            address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, NARROW
-        )
-        at += NARROW
-    while at < bytes_left:  # the last block may sum some columns once more
-        if bytes_left >= 32:
-            at = min(at, bytes_left - 32)
-            _sum_block(
-                address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, 32
-            )
-            at += 32
-        elif bytes_left >= 16:
-            at = min(at, bytes_left - 16)
-            _sum_block(
-                address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, 16
-            )
-            at += 16
-        elif bytes_left >= 8:
-            at = min(at, bytes_left - 8)
-            _sum_block(
-                address + at, stride, rows, base, weights, starts, bags, end, ahead, out + at, out_stride, 8
-            )
-            at += 8
-        else:
-            _sum_block(address, stride, rows, base, weights, starts, bags, end, ahead, out, out_stride, 4)
-            at += 4
-
-
-sum_bags: Any = _python_sum_bags if numba.config.DISABLE_JIT else _compiled_sum_bags  # type: ignore[attr-defined]
+sum_bags: Any = _python_sum_bags if numba.config.DISABLE_JIT else _sum_bags  # type: ignore[attr-defined]
 
 
 @helper
@@ -250,9 +233,10 @@ def add_won_row(total, position, winners, values):
 
 
 @inlined_helper
-def gradient_of(table, like, total, segment):
+def gradient_of(table, won, like, total, segment):
     """Address of the gradient of a segment: of its only row of values, or of ``total``, which has
-    become the sum of several in the order of their positions."""
+    become the sum of several in the order of their positions. won: True where the table may have winners; for
+    None there is no code for them."""
     starts = view(table[TABLE_STARTS], table[TABLE_SEGMENTS] + 1, np.int32(0))
     origin = table[TABLE_SOURCE_ORIGIN]
     first, last = np.int64(starts[segment]) - origin, np.int64(starts[segment + 1]) - origin
@@ -261,7 +245,7 @@ def gradient_of(table, like, total, segment):
     base, address = table[TABLE_SOURCE_BASE], table[TABLE_VALUES]
     stride = table[TABLE_VALUES_STRIDE]
     weights = view(table[TABLE_WEIGHTS], end if table[TABLE_WEIGHTS] else np.int64(0), like)
-    if table[TABLE_WINNERS]:
+    if won is not None and table[TABLE_WINNERS]:
         sum_won_rows(table, like, total, first, last)
     elif last - first > 1 or weights.size:
         sum_rows(address, stride, source, base, weights, first, last, end, total)

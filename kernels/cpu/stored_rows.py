@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba.extending import overload
 from numba.np.numpy_support import as_dtype
 
 from fastopt.kernels.cpu.for_each import for_each
@@ -25,6 +24,7 @@ from fastopt.kernels.layout import (
     TABLE_STATE,
     TABLE_STATE_STRIDE,
 )
+from fastopt.kernels.linked import overload
 from fastopt.kernels.rule import RULES, Rule
 from fastopt.kernels.source import define
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from numba.extending import overload, register_jitable
 
 from fastopt.kernels.cpu.chunks import chunk_count, chunk_ends
 from fastopt.kernels.cpu.dense import array_at, update_arrays
@@ -26,6 +25,7 @@ from fastopt.kernels.element import direction, load, part_of, rescaled, trust_ra
 from fastopt.kernels.formats import BLOCK
 from fastopt.kernels.intrinsics import ON_STACK, on_stack
 from fastopt.kernels.layout import ARRAY_NUMBERS, ARRAY_PLACES
+from fastopt.kernels.linked import overload, register_jitable
 from fastopt.kernels.magnitude import unit_of
 from fastopt.kernels.rule import RULES
 from fastopt.kernels.source import define

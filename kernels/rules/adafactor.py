@@ -4,8 +4,8 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
+from fastopt.kernels.linked import register_jitable
 from fastopt.kernels.rule import Rule, register
 from fastopt.kernels.rules.lerp import lerp
 

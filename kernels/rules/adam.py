@@ -3,8 +3,7 @@
 import math
 from typing import NamedTuple
 
-from numba.extending import register_jitable
-
+from fastopt.kernels.linked import register_jitable
 from fastopt.kernels.rule import Adaptive, Rule, register
 from fastopt.kernels.rules.folding import power, root
 from fastopt.kernels.rules.lerp import lerp

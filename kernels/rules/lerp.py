@@ -1,6 +1,6 @@
 """The average that moments are, exact where a weight is 0 or 1."""
 
-from numba.extending import register_jitable
+from fastopt.kernels.linked import register_jitable
 
 
 @register_jitable

@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-from numba.extending import register_jitable
-
+from fastopt.kernels.linked import register_jitable
 from fastopt.kernels.rule import Rule, register
 
 

@@ -4,8 +4,8 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
+from fastopt.kernels.linked import register_jitable
 from fastopt.kernels.rule import Adaptive, Rule, register
 from fastopt.kernels.rules.folding import exponential, power, root
 from fastopt.kernels.rules.lerp import lerp

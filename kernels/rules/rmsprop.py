@@ -3,8 +3,7 @@
 import math
 from typing import NamedTuple
 
-from numba.extending import register_jitable
-
+from fastopt.kernels.linked import register_jitable
 from fastopt.kernels.rule import Linear, Rule, Still, register
 from fastopt.kernels.rules.lerp import lerp
 

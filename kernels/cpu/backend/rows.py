@@ -1,6 +1,7 @@
 """Launches over tables: the rows that gradients name, and rows that catch up with steps they missed."""
 
-from collections.abc import Callable, Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,19 +45,22 @@ def update_rows(spec: Spec, works: Sequence[TableWork], factor: None = None) -> 
     kinds = formats(*spec.formats)
     dims = {work.stored.table.shape[1] for work in works}
     size = spec.compute.itemsize
+    won = _won(work.gradient for work in works)
+    limited = any(work.limit != math.inf for work in works)
     arguments = (
         spec.mode,
+        won,
         *spec.typed,
         spec.compute.type(0),
         kinds,
         np.array([_row_of_work(work) for work in works], np.int64),
         np.array([work.numbers for work in works], np.float64),
-        np.array([work.limit for work in works]),
+        np.array([work.limit for work in works]) if limited else None,
         parts,
         _memory(len(parts), max(block_of(dim * size) * dim for dim in dims), spec.compute),
         _memory(len(parts), decoded(kinds) * max(dims), spec.compute),
     )
-    return RowsLaunch(update_tables, sum(amounts), arguments, spec.key, works)
+    return RowsLaunch(update_tables, sum(amounts), arguments, (*spec.key, won, limited), works)
 
 
 def catch_up(
@@ -85,8 +89,13 @@ def sum_squares_rows(gradients: Sequence[TableGradient], scale: float) -> float:
     partials = np.zeros(len(blocks))
     work = sum(map(_work_of, gradients))
     like = gradients[0].values.dtype.type(0)
-    norms.sum_squares_tables(work, like, rows, blocks.reshape(-1, 2), scale, partials)
+    norms.sum_squares_tables(work, _won(gradients), like, rows, blocks.reshape(-1, 2), scale, partials)
     return float(partials.sum())
+
+
+def _won(gradients: Iterable[TableGradient]) -> bool | None:
+    """See :func:`~fastopt.kernels.cpu.segments.gradient_of`."""
+    return True if any(gradient.winners is not None for gradient in gradients) else None
 
 
 def _work_of(gradient: TableGradient) -> int:

@@ -8,8 +8,10 @@ So a helper has no machine code of its own, and no environment, which is what Nu
 Python's objects.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+from numba import extending
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
@@ -28,6 +30,10 @@ class _Linked(JITCodeLibrary):
 
     def get_pointer_to_function(self, name: str) -> int:
         return 0
+
+    def _optimize_functions(self, module: Any) -> None:
+        """Nothing, which is left to the kernel."""
+        module.data_layout = self._codegen._data_layout
 
     def _optimize_final_module(self) -> None:
         """Nothing, which is left to the kernel."""
@@ -68,3 +74,22 @@ class RestrictedHelper(OptimisedHelper):
     def define_pipelines(self) -> Any:
         self.state.flags.noalias = True
         return super().define_pipelines()
+
+
+OF_HELPERS: Any = {  # options of numba.njit, whose type leaves out some
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": Helper,
+}
+
+
+def register_jitable(function: Callable) -> Callable:
+    """Decorate a function that kernels of any device call: on the CPU it is a helper. A GPU's compiler leaves
+    the options alone."""
+    return extending.register_jitable(**OF_HELPERS)(function)
+
+
+def overload(function: Callable) -> Callable[[Callable], Callable]:
+    """Decorate what chooses, by the types of its arguments, the function that kernels call in place of
+    ``function``; which is compiled as by :func:`register_jitable`."""
+    return extending.overload(function, jit_options=OF_HELPERS)
