@@ -39,9 +39,11 @@ def _for_each(typing: Any, team: Any, function: Any, count: Any, arguments: Any)
                 with cgutils.if_unlikely(builder, status.is_error):
                     context.call_conv.return_status_propagate(builder, status)
             with together:
-                kind = ir.FunctionType(ir.VoidType(), [i64] * 3).as_pointer()
+                kind = ir.FunctionType(i64, [i64] * 3).as_pointer()
                 address = builder.ptrtoint(turn, i64)
-                builder.call(builder.inttoptr(team, kind), [address, record, count])
+                failed = builder.call(builder.inttoptr(team, kind), [address, record, count])
+                with cgutils.if_unlikely(builder, builder.icmp_signed("!=", failed, i64(0))):
+                    context.call_conv.return_user_exc(builder, MemoryError, ("too little for a kernel",))
         return context.get_dummy_value()
 
     return types.void(types.int64, function, types.int64, arguments), generate
@@ -101,12 +103,9 @@ def _share_turns(typing: Any, turn: Any, record: Any, count: Any) -> Any:
         threads = cgutils.get_or_insert_function(builder.module, ir.FunctionType(i64, []), "get_num_threads")
         given = [builder.bitcast(value, pointer) for value in given]
         builder.call(share, [*given, i64(0), i64(1), builder.call(threads, [])])
-        failed = builder.load(builder.gep(shared, [i64(2)]))
-        with cgutils.if_unlikely(builder, builder.icmp_signed("!=", failed, i64(0))):
-            context.call_conv.return_user_exc(builder, MemoryError, ("there is too little for a kernel",))
-        return context.get_dummy_value()
+        return builder.load(builder.gep(shared, [i64(2)]))
 
-    return types.void(types.int64, types.int64, types.int64), generate
+    return types.int64(types.int64, types.int64, types.int64), generate
 
 
 def _stretch_function(context: Any, module: Any) -> Any:
@@ -125,15 +124,16 @@ def _stretch_function(context: Any, module: Any) -> Any:
     with cgutils.for_range(builder, builder.load(sizes)) as loop:
         status = _call_turn(context, builder, function, record, builder.add(first, loop.index))
         with cgutils.if_unlikely(builder, status.is_error):
-            builder.store(i64(1), failed)  # kernels raise nothing but that there is no memory
+            builder.store(i64(1), failed)
     builder.ret_void()
     return stretch
 
 
 def turns(turn, record, count):
     """Have the threads take the turns of a loop, ``turn`` and ``record`` being the addresses of its function
-    and of its arguments."""
-    _share_turns(turn, record, count)
+    and of its arguments. Returns 1 if one has failed, else 0: kernels raise nothing but that there is no
+    memory, and a thread has nobody to raise it to."""
+    return _share_turns(turn, record, count)
 
 
 for_each: Any = _python_for_each if numba.config.DISABLE_JIT else _for_each  # type: ignore[attr-defined]
