@@ -12,6 +12,8 @@ import pytest
 # Threads that have slept are woken on one core by some kernels, of virtual machines above all, and moved
 # apart tens of milliseconds later. OpenMP reads this when it is loaded; it is torch's and FBGEMM's, too.
 os.environ.setdefault("OMP_PROC_BIND", "true")
+# Before torch, which has OpenMP bind this thread to a core: Numba counts the cores that it may use.
+import fastopt  # noqa: F401
 
 WARM = 1e-3  # seconds of calls that are not measured, before each that is
 PAUSE = 30e-3  # seconds, in which threads of the one before stop waiting busily
