@@ -67,40 +67,51 @@ def _sum(builder: ir.IRBuilder, vectors: list[ir.Value]) -> Any:
 
 
 def _squares_added(builder: ir.IRBuilder, vector: ir.VectorType, start: ir.Value, size: ir.Value) -> Any:
-    """The sum of the vectors of squares of up to ON_STACK numbers at ``start``, zeros following the last of
-    ``size`` numbers."""
-    i1, i32, i64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+    """The sum of the vectors of squares of the first ON_STACK numbers at ``start``, or of all if ``size`` is
+    smaller, zeros following the last."""
+    i64 = ir.IntType(64)
     width = 4 if vector.element == ir.FloatType() else 8
-    mask = ir.VectorType(i1, LANES)
-    load_some = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(vector, [vector.as_pointer(), i32, mask, vector]),
-        f"llvm.masked.load.v{LANES}f{8 * width}.p0",
-    )
-    zeros, all_lanes = ir.Constant(vector, [0.0] * LANES), ir.VectorType(i64, LANES)
+    cases = [builder.append_basic_block() for _ in range(VECTORS + 1)]  # by how many vectors are whole
     done = builder.append_basic_block()
+    switch = builder.switch(builder.sdiv(size, i64(LANES)), cases[-1])
     found = []
-    cases = [builder.append_basic_block() for _ in range(VECTORS)]
-    whole = builder.sdiv(builder.sub(size, i64(1)), i64(LANES))
-    switch = builder.switch(whole, cases[-1])
-    for count, case in enumerate(cases):
-        switch.add_case(i64(count), case)
+    for whole, case in enumerate(cases):
+        switch.add_case(i64(whole), case)
         builder.position_at_end(case)
-        places = [builder.add(start, i64(k * LANES * width)) for k in range(count + 1)]
+        places = [builder.add(start, i64(k * LANES * width)) for k in range(VECTORS)]
         pointers = [builder.inttoptr(place, vector.as_pointer()) for place in places]
-        parts = [builder.load(pointer, align=width) for pointer in pointers[:-1]]
-        left = builder.insert_element(ir.Constant(all_lanes, ir.Undefined), size, i32(0))
-        left = _shuffled(builder, left, left, [0] * LANES)
-        own = ir.Constant(all_lanes, [count * LANES + k for k in range(LANES)])
-        given = [pointers[-1], i32(width), builder.icmp_signed("<", own, left), zeros]
-        parts.append(builder.call(load_some, given))
-        found.append((_sum(builder, [builder.fmul(part, part) for part in parts]), case))
+        parts = [builder.load(pointer, align=width) for pointer in pointers[:whole]]
+        if whole < VECTORS:
+            parts.append(_first_of(builder, vector, pointers[whole], builder.sub(size, i64(whole * LANES))))
+        found.append((_sum(builder, [builder.fmul(part, part) for part in parts]), builder.block))
         builder.branch(done)
     builder.position_at_end(done)
     total = builder.phi(vector)
-    for value, case in found:
-        total.add_incoming(value, case)
+    for value, block in found:
+        total.add_incoming(value, block)
     return total
+
+
+def _first_of(builder: ir.IRBuilder, vector: ir.VectorType, pointer: ir.Value, size: ir.Value) -> Any:
+    """The first ``size`` numbers of a vector, then zeros; no others are read."""
+    i1, i32, i64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+    width = 4 if vector.element == ir.FloatType() else 8
+    mask, lanes = ir.VectorType(i1, LANES), ir.VectorType(i64, LANES)
+    load = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(vector, [pointer.type, i32, mask, vector]),
+        f"llvm.masked.load.v{LANES}f{8 * width}.p0",
+    )
+    zeros, none = ir.Constant(vector, [0.0] * LANES), builder.block
+    with builder.if_then(builder.icmp_signed(">", size, i64(0))):
+        left = builder.insert_element(ir.Constant(lanes, ir.Undefined), size, i32(0))
+        left = _shuffled(builder, left, left, [0] * LANES)
+        own = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), left)
+        loaded, some = builder.call(load, [pointer, i32(width), own, zeros]), builder.block
+    first = builder.phi(vector)
+    first.add_incoming(zeros, none)
+    first.add_incoming(loaded, some)
+    return first
 
 
 def _mean_squares_function(module: ir.Module, number: ir.Type) -> ir.Function:
