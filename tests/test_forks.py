@@ -126,6 +126,31 @@ compiles()
     run(script, tmp_path, NUMBA_CACHE_DIR=tmp_path / "cache")
 
 
+def test_a_child_forked_while_another_thread_compiles_collects_garbage(tmp_path):
+    script = (
+        FORKS
+        + """
+import gc
+enable, found = gc.enable, threading.Event()
+
+def slow_enable():
+    found.set()
+    time.sleep(0.5)
+    enable()
+
+gc.enable = slow_enable
+forget()
+thread = threading.Thread(target=dense, args=[5])
+thread.start()
+assert found.wait(60)
+ends(child_of(lambda: gc.isenabled() or os._exit(1)))
+thread.join()
+assert gc.isenabled()
+"""
+    )
+    run(script, tmp_path, **SHARED)
+
+
 WHERE = {
     "while it compiles": ("numba:compile", "fresh()"),
     "in a pass": ("numba:run_pass", "fresh()"),

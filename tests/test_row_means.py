@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import pytest
 
-from fastopt.kernels.cpu.row_means import NOT_FOUND, find_means, mean_square
+from fastopt.kernels.cpu.row_means import FEWEST, NOT_FOUND, find_means, mean_square
 from fastopt.kernels.intrinsics import on_stack, view
 from fastopt.kernels.rule import L2, Decoupled, Scaled
 from fastopt.kernels.rules.adagrad import AdaGradH, RowwiseAdaGradH
@@ -64,7 +64,7 @@ def found_by(h, c, limit, gradients, dim, dtype):
 def test_means_are_those_of_the_tree(dtype, dim):
     rng = np.random.default_rng(dim)
     h, c = RowwiseAdaGradH(dtype(0.1), dtype(1e-8)), Scaled(dtype(1), dtype(np.inf))
-    for count in (1, 2, 15, 16, 17, MOST):
+    for count in (FEWEST, 5, 15, 16, 17, MOST):
         rows, gradients = rows_of(rng, dtype, count, dim)
         found = found_by(h, c, None, gradients, dim, dtype)
         np.testing.assert_array_equal(found, found_by(h, c, np.inf, gradients, dim, dtype))
@@ -101,6 +101,13 @@ def test_means_are_not_found_where_the_rule_sees_other_gradients(c, limit):
     h = RowwiseAdaGradH(np.float32(0.1), np.float32(1e-8))
     _, gradients = rows_of(np.random.default_rng(0), np.float32, 9, 40)
     np.testing.assert_array_equal(found_by(h, c, limit, gradients, 40, np.float32), NOT_FOUND)
+
+
+@pytest.mark.parametrize("count", range(1, FEWEST))
+def test_means_of_too_few_rows_are_not_found(count):
+    h, c = RowwiseAdaGradH(np.float32(0.1), np.float32(1e-8)), Scaled(np.float32(1), np.float32(np.inf))
+    _, gradients = rows_of(np.random.default_rng(0), np.float32, count, 40)
+    np.testing.assert_array_equal(found_by(h, c, None, gradients, 40, np.float32), NOT_FOUND)
 
 
 def test_rules_without_state_of_one_element_a_row_look_for_no_means():

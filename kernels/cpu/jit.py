@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 
 from fastopt.kernels import linked
 from fastopt.kernels.cpu.cache import cache_for
@@ -137,7 +138,9 @@ def _compile(function: Callable, **options: Any) -> Callable:
     dispatcher = _njit(**{"no_cfunc_wrapper": True, **OPTIONS, **options})(function)
     if not _config.DISABLE_JIT:
         dispatcher._cache = cache_for(function)
-        dispatcher.compile = deferred()(_uncollected()(dispatcher.compile))  # or loads from the cache
+        # Forks wait for the lock (see forks.py): else a child could be left without collections for ever.
+        compile_or_load = global_compiler_lock(_uncollected()(dispatcher.compile))
+        dispatcher.compile = deferred()(compile_or_load)
     return dispatcher
 
 

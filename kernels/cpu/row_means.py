@@ -24,6 +24,7 @@ from fastopt.kernels.rule import L2, RULES
 
 LANES = 16  # numbers of a vector, and rows side by side
 VECTORS = ON_STACK // LANES  # whose sum goes into the tree at once
+FEWEST = 4  # rows side by side: fewer, as those are that fill a block alone, take longer than one by one
 NOT_FOUND = -1  # in place of a mean square
 
 _Lanes = list[tuple[int, int]]  # of each lane of a vector, the row and which of the row's sums it holds
@@ -115,7 +116,8 @@ def _first_of(builder: ir.IRBuilder, vector: ir.VectorType, pointer: ir.Value, s
 
 
 def _mean_squares_function(module: ir.Module, number: ir.Type) -> ir.Function:
-    """``void (gradients, rows, dim, means)``: three addresses and two counts; at least a row."""
+    """``void (gradients, rows, dim, means)``: addresses of addresses and of numbers, and two
+    counts. Up to the next multiple of LANES, ``means`` gets any numbers."""
     function = outlined(module, f"fastopt_mean_squares_{number}", 4)
     if function.blocks:
         return function
@@ -125,17 +127,18 @@ def _mean_squares_function(module: ir.Module, number: ir.Type) -> ir.Function:
     builder = ir.IRBuilder(function.append_basic_block())
     gradients, rows, dim, means = function.args
     gradients = builder.inttoptr(gradients, i64.as_pointer())
-    last = builder.sub(rows, i64(1))
     divisor = builder.insert_element(ir.Constant(vector, ir.Undefined), builder.sitofp(dim, number), i32(0))
     divisor = _shuffled(builder, divisor, divisor, [0] * LANES)
     total, sums = cgutils.alloca_once(builder, vector), cgutils.alloca_once(builder, vector, size=i64(LANES))
+    with cgutils.for_range(builder, i64(LANES)) as loop:
+        builder.store(ir.Constant(vector, [0.0] * LANES), builder.gep(sums, [loop.index]))
     with cgutils.for_range_slice(builder, i64(0), rows, i64(LANES)) as (first, _):
         builder.store(ir.Constant(vector, [0.0] * LANES), total)
+        left = builder.sub(rows, first)
+        there = builder.select(builder.icmp_signed("<", left, i64(LANES)), left, i64(LANES))
         with cgutils.for_range_slice(builder, i64(0), dim, i64(ON_STACK)) as (at, _):
-            with cgutils.for_range(builder, i64(LANES)) as loop:
-                row = builder.add(first, loop.index)
-                row = builder.select(builder.icmp_signed("<", row, last), row, last)
-                start = builder.load(builder.gep(gradients, [row]))
+            with cgutils.for_range(builder, there) as loop:
+                start = builder.load(builder.gep(gradients, [builder.add(first, loop.index)]))
                 start = builder.add(start, builder.mul(at, i64(width)))
                 added = _squares_added(builder, vector, start, builder.sub(dim, at))
                 builder.store(added, builder.gep(sums, [loop.index]))
@@ -209,8 +212,8 @@ sum_on_stack: Any = _sum_on_stack if _compiled else _python_sum_on_stack
 
 def find_means(h, c, limits, t, gradients, rows, dim, means):
     """Set ``means[k]`` to the mean square of the gradient at ``gradients[k]``, for each of so many ``rows``,
-    if the rule needs it and sees the gradients as they are given, else to NOT_FOUND. limits, t: see
-    ``limited`` of element.py."""
+    if the rule needs it and sees the gradients as they are given, and the rows are FEWEST or more, else to
+    NOT_FOUND. limits, t: see ``limited`` of element.py."""
     if RULES[type(h)].update_row is None:
         return
     if isinstance(c, L2):
@@ -239,7 +242,7 @@ def _has_no_limit(limits, t):
 
 @register_jitable
 def _find_given(c, limits, t, gradients, rows, dim, means):
-    if c.scale == 1 and c.limit == np.inf and _has_no_limit(limits, t):
+    if rows >= FEWEST and c.scale == 1 and c.limit == np.inf and _has_no_limit(limits, t):
         mean_squares_of(gradients, rows, dim, means)
     else:
         _no_means(rows, means)
