@@ -94,7 +94,7 @@ def _emit_prefetch(builder: ir.IRBuilder, start: Any, size: Any) -> None:
 
 def _prefetch_function(module: ir.Module) -> ir.Function:
     """``void (start, bytes)``, which prefetches a row."""
-    function = outlined(module, "fastopt_prefetch", 2)
+    function = outlined(module, "fastopt_prefetch", *[ir.IntType(64)] * 2)
     if not function.blocks:
         builder = ir.IRBuilder(function.append_basic_block())
         _emit_prefetch(builder, *function.args)
@@ -105,7 +105,7 @@ def _prefetch_function(module: ir.Module) -> ir.Function:
 def _prefetch_rows_function(module: ir.Module, index: ir.Type) -> ir.Function:
     """``void (address, stride, rows, base, first, last)``, which prefetches rows."""
     i64 = ir.IntType(64)
-    function = outlined(module, f"fastopt_prefetch_rows_{index}", 6)
+    function = outlined(module, f"fastopt_prefetch_rows_{index}", *[i64] * 6)
     if not function.blocks:
         address, stride, rows, base, first, last = function.args
         builder = ir.IRBuilder(function.append_basic_block())
@@ -118,11 +118,10 @@ def _prefetch_rows_function(module: ir.Module, index: ir.Type) -> ir.Function:
     return function
 
 
-def outlined(module: ir.Module, name: str, arguments: int) -> ir.Function:
-    """A function of so many int64, which is not inlined: the compiler would unroll its loop at every call, at
-    the price of a second."""
-    i64 = ir.IntType(64)
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [i64] * arguments), name)
+def outlined(module: ir.Module, name: str, *arguments: ir.Type) -> ir.Function:
+    """A function of arguments of these types, which is not inlined: the compiler would unroll its loop at
+    every call, at the price of a second."""
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), arguments), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     function.attributes.add("optsize")

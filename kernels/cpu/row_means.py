@@ -2,12 +2,13 @@
 sums as a tree whose halves are interleaved.
 
 That tree is a chain of additions, which the update of the row has to wait for. So sixteen rows go through it
-side by side, before any of them is updated, where their rule sees the gradients as they are given. Where it
-sees them scaled, clipped or with a weight decay, each row's squares come first, in memory of the CPU's
-stack, as the rule's own function finds them. Both ways give the same bits.
+side by side, before any of them is updated. Where their rule adds a weight decay to the gradients, where rows
+have limits, and where there are few, each row's squares come first, in memory of the CPU's stack, as the
+rule's own function finds them. Both ways give the same bits. Rows that are shorter than a vector are done
+sooner one by one, without vectors.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -67,11 +68,26 @@ def _sum(builder: ir.IRBuilder, vectors: list[ir.Value]) -> Any:
     return vectors[0]
 
 
-def _squares_added(builder: ir.IRBuilder, vector: ir.VectorType, start: ir.Value, size: ir.Value) -> Any:
+class _Seen(NamedTuple):
+    """Vectors of what a gradient is multiplied by, and of what it is then clipped to: see ``scaled`` of
+    element.py, which this does to sixteen numbers."""
+
+    scale: ir.Value
+    limit: ir.Value
+
+    def squares(self, builder: ir.IRBuilder, g: ir.Value) -> Any:
+        lowest = builder.fneg(self.limit)
+        g = builder.fmul(self.scale, g)
+        g = builder.select(builder.fcmp_ordered(">", g, self.limit), self.limit, g)
+        g = builder.select(builder.fcmp_ordered("<", g, lowest), lowest, g)
+        return builder.fmul(g, g)
+
+
+def _squares_added(builder: ir.IRBuilder, seen: _Seen, start: ir.Value, size: ir.Value) -> Any:
     """The sum of the vectors of squares of the first ON_STACK numbers at ``start``, or of all if ``size`` is
     smaller, zeros following the last."""
-    i64 = ir.IntType(64)
-    width = 4 if vector.element == ir.FloatType() else 8
+    i64, vector = ir.IntType(64), seen.scale.type
+    width = _itemsize(vector.element)
     cases = [builder.append_basic_block() for _ in range(VECTORS + 1)]  # by how many vectors are whole
     done = builder.append_basic_block()
     switch = builder.switch(builder.sdiv(size, i64(LANES)), cases[-1])
@@ -82,9 +98,11 @@ def _squares_added(builder: ir.IRBuilder, vector: ir.VectorType, start: ir.Value
         places = [builder.add(start, i64(k * LANES * width)) for k in range(VECTORS)]
         pointers = [builder.inttoptr(place, vector.as_pointer()) for place in places]
         parts = [builder.load(pointer, align=width) for pointer in pointers[:whole]]
+        parts = [seen.squares(builder, part) for part in parts]
         if whole < VECTORS:
-            parts.append(_first_of(builder, vector, pointers[whole], builder.sub(size, i64(whole * LANES))))
-        found.append((_sum(builder, [builder.fmul(part, part) for part in parts]), builder.block))
+            left = builder.sub(size, i64(whole * LANES))
+            parts.append(_squares_of_some(builder, seen, pointers[whole], left))
+        found.append((_sum(builder, parts), builder.block))
         builder.branch(done)
     builder.position_at_end(done)
     total = builder.phi(vector)
@@ -93,10 +111,10 @@ def _squares_added(builder: ir.IRBuilder, vector: ir.VectorType, start: ir.Value
     return total
 
 
-def _first_of(builder: ir.IRBuilder, vector: ir.VectorType, pointer: ir.Value, size: ir.Value) -> Any:
-    """The first ``size`` numbers of a vector, then zeros; no others are read."""
-    i1, i32, i64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
-    width = 4 if vector.element == ir.FloatType() else 8
+def _squares_of_some(builder: ir.IRBuilder, seen: _Seen, pointer: ir.Value, size: ir.Value) -> Any:
+    """The squares of the first ``size`` numbers of a vector, then zeros; no others are read."""
+    i1, i32, i64, vector = ir.IntType(1), ir.IntType(32), ir.IntType(64), seen.scale.type
+    width = _itemsize(vector.element)
     mask, lanes = ir.VectorType(i1, LANES), ir.VectorType(i64, LANES)
     load = cgutils.get_or_insert_function(
         builder.module,
@@ -105,30 +123,39 @@ def _first_of(builder: ir.IRBuilder, vector: ir.VectorType, pointer: ir.Value, s
     )
     zeros, none = ir.Constant(vector, [0.0] * LANES), builder.block
     with builder.if_then(builder.icmp_signed(">", size, i64(0))):
-        left = builder.insert_element(ir.Constant(lanes, ir.Undefined), size, i32(0))
-        left = _shuffled(builder, left, left, [0] * LANES)
-        own = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), left)
-        loaded, some = builder.call(load, [pointer, i32(width), own, zeros]), builder.block
-    first = builder.phi(vector)
-    first.add_incoming(zeros, none)
-    first.add_incoming(loaded, some)
-    return first
+        own = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), _lanes_of(builder, size))
+        squares = seen.squares(builder, builder.call(load, [pointer, i32(width), own, zeros]))
+        squares, some = builder.select(own, squares, zeros), builder.block
+    found = builder.phi(vector)
+    found.add_incoming(zeros, none)
+    found.add_incoming(squares, some)
+    return found
+
+
+def _lanes_of(builder: ir.IRBuilder, number: ir.Value) -> Any:
+    """A vector of the one number."""
+    vector = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
+    vector = builder.insert_element(vector, number, ir.IntType(32)(0))
+    return _shuffled(builder, vector, vector, [0] * LANES)
+
+
+def _itemsize(number: ir.Type) -> int:
+    return 4 if number == ir.FloatType() else 8
 
 
 def _mean_squares_function(module: ir.Module, number: ir.Type) -> ir.Function:
-    """``void (gradients, rows, dim, means)``: addresses of addresses and of numbers, and two
-    counts. Up to the next multiple of LANES, ``means`` gets any numbers."""
-    function = outlined(module, f"fastopt_mean_squares_{number}", 4)
+    """``void (scale, limit, gradients, rows, dim, means)``: numbers, addresses of addresses and of numbers,
+    and two counts. Up to the next multiple of LANES, ``means`` gets any numbers."""
+    i64 = ir.IntType(64)
+    function = outlined(module, f"fastopt_mean_squares_{number}", number, number, *[i64] * 4)
     if function.blocks:
         return function
-    i32, i64 = ir.IntType(32), ir.IntType(64)
-    vector = ir.VectorType(number, LANES)
-    width = 4 if number == ir.FloatType() else 8
+    vector, width = ir.VectorType(number, LANES), _itemsize(number)
     builder = ir.IRBuilder(function.append_basic_block())
-    gradients, rows, dim, means = function.args
+    scale, limit, gradients, rows, dim, means = function.args
+    seen = _Seen(_lanes_of(builder, scale), _lanes_of(builder, limit))
     gradients = builder.inttoptr(gradients, i64.as_pointer())
-    divisor = builder.insert_element(ir.Constant(vector, ir.Undefined), builder.sitofp(dim, number), i32(0))
-    divisor = _shuffled(builder, divisor, divisor, [0] * LANES)
+    divisor = _lanes_of(builder, builder.sitofp(dim, number))
     total, sums = cgutils.alloca_once(builder, vector), cgutils.alloca_once(builder, vector, size=i64(LANES))
     with cgutils.for_range(builder, i64(LANES)) as loop:
         builder.store(ir.Constant(vector, [0.0] * LANES), builder.gep(sums, [loop.index]))
@@ -140,7 +167,7 @@ def _mean_squares_function(module: ir.Module, number: ir.Type) -> ir.Function:
             with cgutils.for_range(builder, there) as loop:
                 start = builder.load(builder.gep(gradients, [builder.add(first, loop.index)]))
                 start = builder.add(start, builder.mul(at, i64(width)))
-                added = _squares_added(builder, vector, start, builder.sub(dim, at))
+                added = _squares_added(builder, seen, start, builder.sub(dim, at))
                 builder.store(added, builder.gep(sums, [loop.index]))
             added = [builder.load(builder.gep(sums, [i64(k)])) for k in range(LANES)]
             builder.store(builder.fadd(builder.load(total), _sums_of_rows(builder, added)), total)
@@ -151,29 +178,33 @@ def _mean_squares_function(module: ir.Module, number: ir.Type) -> ir.Function:
 
 
 @intrinsic
-def _mean_squares_of(context: Any, gradients: Any, rows: Any, dim: Any, means: Any) -> Any:
+def _mean_squares_of(context: Any, scale: Any, limit: Any, gradients: Any, rows: Any, dim: Any,
+                     means: Any) -> Any:  # fmt: skip
     def generate(context, builder, signature, arguments):
-        given, rows, dim, found = arguments
+        scale, limit, given, rows, dim, found = arguments
         function = _mean_squares_function(builder.module, context.get_data_type(means.dtype))
         starts = [
             builder.ptrtoint(context.make_array(kind)(context, builder, array).data, ir.IntType(64))
             for kind, array in ((gradients, given), (means, found))
         ]
-        builder.call(function, [starts[0], rows, dim, starts[1]])
+        builder.call(function, [scale, limit, starts[0], rows, dim, starts[1]])
         return context.get_dummy_value()
 
-    return types.void(gradients, types.int64, types.int64, means), generate
+    return types.void(means.dtype, means.dtype, gradients, types.int64, types.int64, means), generate
 
 
-def _python_mean_squares_of(gradients, rows, dim, means):
-    """Set ``means[k]`` to the mean of the squares of the ``dim`` numbers at ``gradients[k]``."""
+def _python_mean_squares_of(scale, limit, gradients, rows, dim, means):
+    """Set ``means[k]`` to the mean of the squares of the ``dim`` numbers at ``gradients[k]``, which are
+    multiplied by ``scale``, and clipped to ``limit``, before."""
     like = means.dtype.type(0)
     for k in range(rows):
         g = view(gradients[k], dim, like)
         total = like
         for first in range(0, dim, ON_STACK):
             squares = np.zeros(ON_STACK, means.dtype)
-            part = g[first : first + ON_STACK]
+            part = scale * g[first : first + ON_STACK]
+            part = np.where(part > limit, limit, part)
+            part = np.where(part < -limit, -limit, part)
             squares[: part.size] = part * part
             total += _python_sum_on_stack(squares)
         means[k] = total / means.dtype.type(dim)
@@ -212,14 +243,14 @@ sum_on_stack: Any = _sum_on_stack if _compiled else _python_sum_on_stack
 
 def find_means(h, c, limits, t, gradients, rows, dim, means):
     """Set ``means[k]`` to the mean square of the gradient at ``gradients[k]``, for each of so many ``rows``,
-    if the rule needs it and sees the gradients as they are given, and the rows are FEWEST or more, else to
-    NOT_FOUND. limits, t: see ``limited`` of element.py."""
+    if the rule needs it and sees no weight decay in it, no row has a limit, they are not shorter than a
+    vector, and FEWEST or more, else to NOT_FOUND. limits, t: see ``limited`` of element.py."""
     if RULES[type(h)].update_row is None:
         return
     if isinstance(c, L2):
         _no_means(rows, means)
     else:
-        _find_given(c, limits, t, gradients, rows, dim, means)
+        _find_scaled(c, limits, t, gradients, rows, dim, means)
 
 
 @overload(find_means)
@@ -228,7 +259,7 @@ def _find_means(h, c, limits, t, gradients, rows, dim, means):
         return lambda h, c, limits, t, gradients, rows, dim, means: None
     if c.instance_class is L2:
         return lambda h, c, limits, t, gradients, rows, dim, means: _no_means(rows, means)
-    return lambda h, c, limits, t, gradients, rows, dim, means: _find_given(
+    return lambda h, c, limits, t, gradients, rows, dim, means: _find_scaled(
         c, limits, t, gradients, rows, dim, means
     )
 
@@ -241,9 +272,9 @@ def _has_no_limit(limits, t):
 
 
 @register_jitable
-def _find_given(c, limits, t, gradients, rows, dim, means):
-    if rows >= FEWEST and c.scale == 1 and c.limit == np.inf and _has_no_limit(limits, t):
-        mean_squares_of(gradients, rows, dim, means)
+def _find_scaled(c, limits, t, gradients, rows, dim, means):
+    if rows >= FEWEST and dim >= LANES and _has_no_limit(limits, t):
+        mean_squares_of(c.scale, c.limit, gradients, rows, dim, means)
     else:
         _no_means(rows, means)
 
@@ -277,19 +308,45 @@ def mean_square(c, p, g, found):
     :func:`find_means` found, which is it if it is finite."""
     if 0 <= found < np.inf:
         return found
-    dim = g.size
+    total = sum_of_short(c, p, g) if g.size < LANES else sum_in_vectors(c, p, g)
+    return mean_of_large_squares(c, p, g) if total == np.inf else total / p.dtype.type(g.size)
+
+
+@register_jitable
+def sum_of_short(c, p, g):
+    """The sum of the squares of a row that is shorter than a vector, as four interleaved sums: a fixed order,
+    in which the additions need not wait for each other."""
+    zero = p.dtype.type(0)
+    sums = zero, zero, zero, zero
+    whole = g.size - g.size % 4
+    for d in range(0, whole, 4):
+        g0 = regularise(c, p[d], g[d])
+        g1 = regularise(c, p[d + 1], g[d + 1])
+        g2 = regularise(c, p[d + 2], g[d + 2])
+        g3 = regularise(c, p[d + 3], g[d + 3])
+        sums = sums[0] + g0 * g0, sums[1] + g1 * g1, sums[2] + g2 * g2, sums[3] + g3 * g3
+    total = (sums[0] + sums[1]) + (sums[2] + sums[3])
+    for d in range(whole, g.size):
+        g0 = regularise(c, p[d], g[d])
+        total += g0 * g0
+    return total
+
+
+@register_jitable
+def sum_in_vectors(c, p, g):
+    """The sum of the squares of a row."""
     zero = p.dtype.type(0)
     squares = on_stack(zero)
     total = zero
-    for first in range(0, dim, ON_STACK):
+    for first in range(0, g.size, ON_STACK):
         # Slices would cost more than the squares of a short row.
-        size = min(dim - first, ON_STACK)
+        size = min(g.size - first, ON_STACK)
         own = view(g.ctypes.data + first * g.itemsize, size, zero)
         if size < ON_STACK:
             squares[:] = zero
         find_squares(c, view(p.ctypes.data + first * p.itemsize, size, zero), own, squares)
         total += sum_on_stack(squares)
-    return mean_of_large_squares(c, p, g) if total == np.inf else total / p.dtype.type(dim)
+    return total
 
 
 @restricted_helper
