@@ -420,14 +420,15 @@ def test_without_jit_results_are_the_same(tmp_path):
         + """
 dense(5)
 sparse(2)
+import itertools
 from numba.core import config
 rng = np.random.default_rng(0)
-for make in (fastopt.AdamW, fastopt.RowwiseAdaGrad):
-    p = rng.standard_normal((4, 5), dtype=np.float32)
+for make, dim in itertools.product((fastopt.AdamW, fastopt.RowwiseAdaGrad), (5, 70)):
+    p = rng.standard_normal((9, dim), dtype=np.float32)
     opt = make(p, lr=0.1)
-    opt.step(rng.standard_normal((4, 5), dtype=np.float32))
-    values = rng.standard_normal((3, 5), dtype=np.float32)
-    opt.step(fastopt.IndexedSlices(np.array([2, 0, 2]), values), clip_norm=0.5)
+    opt.step(rng.standard_normal((9, dim), dtype=np.float32))
+    values = rng.standard_normal((6, dim), dtype=np.float32)
+    opt.step(fastopt.IndexedSlices(np.array([2, 0, 2, 5, 7, 1]), values), clip_norm=0.5)
     print(p.tobytes().hex())
 for dim, mode in ((0, "sum"), (0, "mean"), (3, "sum"), (3, "mean")):
     table = rng.standard_normal((4, dim), dtype=np.float32)
