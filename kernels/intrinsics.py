@@ -118,6 +118,23 @@ def _prefetch_rows_function(module: ir.Module, index: ir.Type) -> ir.Function:
     return function
 
 
+def itemsize_of(number: ir.Type) -> int:
+    """Bytes of a float or a double."""
+    return 4 if number == ir.FloatType() else 8
+
+
+def lanes_of(builder: ir.IRBuilder, number: ir.Value, lanes: int) -> Any:
+    """A vector of so many times the one number."""
+    vector = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    first = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    return builder.shuffle_vector(builder.insert_element(vector, number, ir.IntType(32)(0)), vector, first)
+
+
+def address_of(context: Any, builder: ir.IRBuilder, kind: Any, array: Any) -> Any:
+    """The address of the first element of an array."""
+    return builder.ptrtoint(context.make_array(kind)(context, builder, array).data, ir.IntType(64))
+
+
 def outlined(module: ir.Module, name: str, *arguments: ir.Type) -> ir.Function:
     """A function of arguments of these types, which is not inlined: the compiler would unroll its loop at
     every call, at the price of a second."""
@@ -142,7 +159,7 @@ def _prefetch_rows(context: Any, address: Any, stride: Any, rows: Any, base: Any
                    last: Any) -> Any:  # fmt: skip
     def generate(context, builder, signature, arguments):
         address, stride, array, *others = arguments
-        start = builder.ptrtoint(context.make_array(rows)(context, builder, array).data, ir.IntType(64))
+        start = address_of(context, builder, rows, array)
         function = _prefetch_rows_function(builder.module, context.get_data_type(rows.dtype))
         builder.call(function, [address, stride, start, *others])
         return context.get_dummy_value()

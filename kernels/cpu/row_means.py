@@ -19,9 +19,18 @@ from numba.extending import intrinsic
 from fastopt.kernels import element
 from fastopt.kernels.cpu.jit import restricted_helper
 from fastopt.kernels.element import regularise
-from fastopt.kernels.intrinsics import ON_STACK, on_stack, outlined, view
+from fastopt.kernels.intrinsics import (
+    CACHE_LINE,
+    ON_STACK,
+    address_of,
+    itemsize_of,
+    lanes_of,
+    on_stack,
+    outlined,
+    view,
+)
 from fastopt.kernels.linked import overload, register_jitable
-from fastopt.kernels.rule import L2, RULES
+from fastopt.kernels.rule import L2, RULES, Scaled
 
 LANES = 16  # numbers of a vector, and rows side by side
 VECTORS = ON_STACK // LANES  # whose sum goes into the tree at once
@@ -87,7 +96,7 @@ def _squares_added(builder: ir.IRBuilder, seen: _Seen, start: ir.Value, size: ir
     """The sum of the vectors of squares of the first ON_STACK numbers at ``start``, or of all if ``size`` is
     smaller, zeros following the last."""
     i64, vector = ir.IntType(64), seen.scale.type
-    width = _itemsize(vector.element)
+    width = itemsize_of(vector.element)
     cases = [builder.append_basic_block() for _ in range(VECTORS + 1)]  # by how many vectors are whole
     done = builder.append_basic_block()
     switch = builder.switch(builder.sdiv(size, i64(LANES)), cases[-1])
@@ -114,7 +123,7 @@ def _squares_added(builder: ir.IRBuilder, seen: _Seen, start: ir.Value, size: ir
 def _squares_of_some(builder: ir.IRBuilder, seen: _Seen, pointer: ir.Value, size: ir.Value) -> Any:
     """The squares of the first ``size`` numbers of a vector, then zeros; no others are read."""
     i1, i32, i64, vector = ir.IntType(1), ir.IntType(32), ir.IntType(64), seen.scale.type
-    width = _itemsize(vector.element)
+    width = itemsize_of(vector.element)
     mask, lanes = ir.VectorType(i1, LANES), ir.VectorType(i64, LANES)
     load = cgutils.get_or_insert_function(
         builder.module,
@@ -123,24 +132,13 @@ def _squares_of_some(builder: ir.IRBuilder, seen: _Seen, pointer: ir.Value, size
     )
     zeros, none = ir.Constant(vector, [0.0] * LANES), builder.block
     with builder.if_then(builder.icmp_signed(">", size, i64(0))):
-        own = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), _lanes_of(builder, size))
+        own = builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), lanes_of(builder, size, LANES))
         squares = seen.squares(builder, builder.call(load, [pointer, i32(width), own, zeros]))
         squares, some = builder.select(own, squares, zeros), builder.block
     found = builder.phi(vector)
     found.add_incoming(zeros, none)
     found.add_incoming(squares, some)
     return found
-
-
-def _lanes_of(builder: ir.IRBuilder, number: ir.Value) -> Any:
-    """A vector of the one number."""
-    vector = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)
-    vector = builder.insert_element(vector, number, ir.IntType(32)(0))
-    return _shuffled(builder, vector, vector, [0] * LANES)
-
-
-def _itemsize(number: ir.Type) -> int:
-    return 4 if number == ir.FloatType() else 8
 
 
 def _mean_squares_function(module: ir.Module, number: ir.Type) -> ir.Function:
@@ -150,12 +148,12 @@ def _mean_squares_function(module: ir.Module, number: ir.Type) -> ir.Function:
     function = outlined(module, f"fastopt_mean_squares_{number}", number, number, *[i64] * 4)
     if function.blocks:
         return function
-    vector, width = ir.VectorType(number, LANES), _itemsize(number)
+    vector, width = ir.VectorType(number, LANES), itemsize_of(number)
     builder = ir.IRBuilder(function.append_basic_block())
     scale, limit, gradients, rows, dim, means = function.args
-    seen = _Seen(_lanes_of(builder, scale), _lanes_of(builder, limit))
+    seen = _Seen(lanes_of(builder, scale, LANES), lanes_of(builder, limit, LANES))
     gradients = builder.inttoptr(gradients, i64.as_pointer())
-    divisor = _lanes_of(builder, builder.sitofp(dim, number))
+    divisor = lanes_of(builder, builder.sitofp(dim, number), LANES)
     total, sums = cgutils.alloca_once(builder, vector), cgutils.alloca_once(builder, vector, size=i64(LANES))
     with cgutils.for_range(builder, i64(LANES)) as loop:
         builder.store(ir.Constant(vector, [0.0] * LANES), builder.gep(sums, [loop.index]))
@@ -183,11 +181,9 @@ def _mean_squares_of(context: Any, scale: Any, limit: Any, gradients: Any, rows:
     def generate(context, builder, signature, arguments):
         scale, limit, given, rows, dim, found = arguments
         function = _mean_squares_function(builder.module, context.get_data_type(means.dtype))
-        starts = [
-            builder.ptrtoint(context.make_array(kind)(context, builder, array).data, ir.IntType(64))
-            for kind, array in ((gradients, given), (means, found))
-        ]
-        builder.call(function, [scale, limit, starts[0], rows, dim, starts[1]])
+        given = address_of(context, builder, gradients, given)
+        found = address_of(context, builder, means, found)
+        builder.call(function, [scale, limit, given, rows, dim, found])
         return context.get_dummy_value()
 
     return types.void(means.dtype, means.dtype, gradients, types.int64, types.int64, means), generate
@@ -196,18 +192,9 @@ def _mean_squares_of(context: Any, scale: Any, limit: Any, gradients: Any, rows:
 def _python_mean_squares_of(scale, limit, gradients, rows, dim, means):
     """Set ``means[k]`` to the mean of the squares of the ``dim`` numbers at ``gradients[k]``, which are
     multiplied by ``scale``, and clipped to ``limit``, before."""
-    like = means.dtype.type(0)
     for k in range(rows):
-        g = view(gradients[k], dim, like)
-        total = like
-        for first in range(0, dim, ON_STACK):
-            squares = np.zeros(ON_STACK, means.dtype)
-            part = scale * g[first : first + ON_STACK]
-            part = np.where(part > limit, limit, part)
-            part = np.where(part < -limit, -limit, part)
-            squares[: part.size] = part * part
-            total += _python_sum_on_stack(squares)
-        means[k] = total / means.dtype.type(dim)
+        g = view(gradients[k], dim, means[k])
+        means[k] = sum_in_vectors(Scaled(scale, limit), g, g) / means.dtype.type(dim)
 
 
 @intrinsic
@@ -218,7 +205,7 @@ def _sum_on_stack(context: Any, array: Any) -> Any:
         start = builder.bitcast(data, vector.as_pointer())
         i32 = ir.IntType(32)
         places = [builder.gep(start, [i32(k)]) for k in range(VECTORS)]
-        total = _sum(builder, [builder.load(place, align=64) for place in places])
+        total = _sum(builder, [builder.load(place, align=CACHE_LINE) for place in places])
         for width in (8, 4, 2, 1):
             others = [(k + width) % LANES for k in range(LANES)]
             total = builder.fadd(total, _shuffled(builder, total, total, others))

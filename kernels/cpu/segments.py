@@ -19,7 +19,17 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from fastopt.kernels.cpu.jit import helper, inlined_helper, restricted_helper
-from fastopt.kernels.intrinsics import AHEAD, CACHE_LINE, on_stack, prefetch_instruction, prefetch_rows, view
+from fastopt.kernels.intrinsics import (
+    AHEAD,
+    CACHE_LINE,
+    itemsize_of,
+    lanes_of,
+    on_stack,
+    outlined,
+    prefetch_instruction,
+    prefetch_rows,
+    view,
+)
 from fastopt.kernels.layout import (
     TABLE_FIRST_POSITION,
     TABLE_FIRST_ROW,
@@ -48,10 +58,10 @@ def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: 
                  final: Any, ahead: Any) -> Any:  # fmt: skip
     """The sum of ``width`` elements at ``address`` of the rows from ``first`` to ``last``; if ``ahead`` is
     not 0, rows up to ``final`` are fetched so many ahead of their turn."""
-    i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+    i8, i64 = ir.IntType(8), ir.IntType(64)
     fetch = prefetch_instruction(builder.module)
     vector = number if width == 1 else ir.VectorType(number, width)
-    size = 4 if number == ir.FloatType() else 8
+    size = itemsize_of(number)
     # Any number can be added to -0.0 and stays as it is.
     start, zero = (ir.Constant(vector, x if width == 1 else [x] * width) for x in (-0.0, 0.0))
     entry = builder.block
@@ -76,11 +86,7 @@ def _sum_of_rows(builder: ir.IRBuilder, number: ir.Type, index: ir.Type, width: 
     values = builder.load(builder.inttoptr(start_of(k), vector.as_pointer()), align=size)
     if weighted:
         weight = builder.load(builder.gep(weights, [k]))
-        if width > 1:
-            lanes = builder.insert_element(ir.Constant(vector, ir.Undefined), weight, i32(0))
-            mask = ir.Constant(ir.VectorType(i32, width), [0] * width)
-            weight = builder.shuffle_vector(lanes, ir.Constant(vector, ir.Undefined), mask)
-        values = builder.fmul(weight, values)
+        values = builder.fmul(weight if width == 1 else lanes_of(builder, weight, width), values)
     new = builder.fadd(total, values)
     following = builder.add(k, i64(1))
     k.add_incoming(first, entry)
@@ -103,12 +109,9 @@ def _block_function(
     elements as ``width``."""
     i64 = ir.IntType(64)
     name = f"fastopt_sum_{number}_{index}_{width}_{weighted}"
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(ir.VoidType(), [i64] * 11), name)
+    function = outlined(module, name, *[i64] * 11)
     if function.blocks:
         return function
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    function.attributes.add("optsize")  # no loop unrolled: it takes time to compile, and few bags are long
     address, stride, rows, base, weights, offsets, bags, end, ahead, out, out_stride = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     rows = builder.inttoptr(rows, index.as_pointer())
@@ -121,8 +124,8 @@ def _block_function(
         given = address, stride, rows, base, weights, first, last, final, ahead
         result = _sum_of_rows(builder, number, index, width, weighted, *given)
         place = builder.add(out, builder.mul(loop.index, out_stride))
-        size = 4 if number == ir.FloatType() else 8
-        builder.store(result, builder.inttoptr(place, result.type.as_pointer()), align=size)
+        pointer = builder.inttoptr(place, result.type.as_pointer())
+        builder.store(result, pointer, align=itemsize_of(number))
     builder.ret_void()
     return function
 
